@@ -1,0 +1,544 @@
+"""ResNet-18 for 32x32 images, its training loop and its evaluation.
+
+    model = create_classifier(num_classes=10, width=64, mean_std=channel_statistics(X), seed=0)
+    history = train_classifier(model, X, y, Recipe(steps=3200), seed=0)
+    evaluation = evaluate_classifier(model, X_test, y_test)
+
+All images live on the device as one uint8 tensor, augmentation works on whole batches there, and the
+network takes uint8 images as they are: normalising them is its first layer, so that a saved model
+cannot be fed with wrongly scaled input.
+
+References
+----------
+He et al. (2016), Deep residual learning for image recognition. Menon et al. (2021), Long-tail learning
+via logit adjustment. Smith and Topin (2018), Super-convergence (the one-cycle schedule).
+"""
+
+import contextlib
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from ImageOverSampler import check_images
+from Utils import atomic_path, choose_device, derive_seed, seeded
+
+# --- Network ------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut around them (the basic block of He et al. 2016)."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x):
+        out = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with the stem for small images: a 3x3 convolution, no max-pooling.
+
+    Parameters
+    ----------
+    num_classes : int
+    width : int, default 64
+        Channels of the first stage; the four stages have width x (1, 2, 4, 8). 64 is the standard
+        (11,173,962 parameters for ten classes), 42 the reference study's.
+    mean_std : pair of sequences of 3 floats
+        Mean and standard deviation of each colour channel, in pixel values from 0 to 255. Kept in
+        the state dict.
+    """
+
+    def __init__(self, num_classes=10, width=64, mean_std=((127.5,) * 3, (63.75,) * 3)):
+        super().__init__()
+        if width < 1 or num_classes < 2:
+            raise ValueError(
+                f"width must be at least 1 and num_classes at least 2: got {width}, {num_classes}."
+            )
+        mean, std = torch.tensor(mean_std, dtype=torch.float32).view(2, 1, 3, 1, 1)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        blocks, channels = [], width
+        for stage in range(4):
+            out_channels = width * 2**stage
+            blocks.append(ResidualBlock(channels, out_channels, stride=1 if stage == 0 else 2))
+            blocks.append(ResidualBlock(out_channels, out_channels, stride=1))
+            channels = out_channels
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, num_classes)
+
+    @property
+    def num_classes(self):
+        return self.head.out_features
+
+    @property
+    def width(self):
+        return self.conv.out_channels
+
+    def features(self, x):
+        """Pooled features: (n, 3, height, width) pixels from 0 to 255 -> (n, 8 x width)."""
+        x = (x.float() - self.mean) / self.std
+        x = F.relu(self.norm(self.conv(x)))
+        # A plain mean has a deterministic gradient on CUDA; adaptive pooling's adds atomically.
+        return self.blocks(x).mean(dim=(2, 3))
+
+    def forward(self, x):
+        """Logits: (n, 3, height, width) pixels from 0 to 255, uint8 or float -> (n, num_classes)."""
+        return self.head(self.features(x))
+
+
+def create_classifier(num_classes, width, mean_std, seed):
+    """A :class:`ResNet18` whose initial weights depend on ``seed`` alone."""
+    with seeded(derive_seed(seed, 0)):
+        return ResNet18(num_classes, width, mean_std)
+
+
+def channel_statistics(X):
+    """Mean and standard deviation of each channel of uint8 images (n, height, width, 3), as lists."""
+    # Through the histogram of the 256 values: exact, and needs no float copy of the images.
+    values = np.arange(256)
+    mean, std = [], []
+    for channel in range(3):
+        share = np.bincount(X[..., channel].ravel(), minlength=256) / X[..., channel].size
+        mean.append(float(share @ values))
+        std.append(max(float(np.sqrt(share @ values**2 - mean[-1] ** 2)), 1.0))
+    return mean, std
+
+
+def save_classifier(model, path):
+    """Write the weights with what :func:`load_classifier` needs to build the network again."""
+    content = {"num_classes": model.num_classes, "width": model.width, "model": model.state_dict()}
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_classifier(path, device=None):
+    """Read a network written by :func:`save_classifier`, in evaluation mode.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If the file is damaged or holds something else. It is never unpickled as code.
+    """
+    content = _load_torch_file(path, {"num_classes", "width", "model"})
+    model = ResNet18(content["num_classes"], content["width"])
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit a ResNet-18 of width {model.width}: {error}") from error
+    return model.to(choose_device(device)).eval()
+
+
+def _load_torch_file(path, keys):
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged or no file of this project: {error}") from error
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise ValueError(f"{path} is no file of this project: it lacks {', '.join(sorted(keys))}.")
+    return content
+
+
+# --- Data on the device -------------------------------------------------------------------------
+
+
+class AugmentedBatches:
+    """Random crops and flips of a whole data set that stays on the device.
+
+    Epoch ``e`` is the same whenever and wherever it is asked for, so a resumed run sees what an
+    uninterrupted one would. The last incomplete batch is left out (other rows each epoch), unless it
+    is the only one.
+
+    Parameters
+    ----------
+    X : ndarray of uint8, shape (n, height, width, 3)
+    batch_size : int
+    device : torch.device
+    seed : int
+        Order, crops and flips.
+    padding : int, default 4
+        Pixels by which crops may move, filled by reflection.
+    flip : bool, default True
+        Whether to mirror half of the images left to right.
+    """
+
+    def __init__(self, X, batch_size, device, seed, *, padding=4, flip=True):
+        self.n, self.height, self.width = X.shape[:3]
+        self.batch_size = min(batch_size, self.n)
+        self.device, self.seed, self.padding, self.flip = device, seed, padding, flip
+        pad = (padding, padding)
+        padded = torch.from_numpy(np.pad(X, ((0, 0), pad, pad, (0, 0)), mode="reflect")).to(device)
+        # A view of all crops, shape (n, offsets, offsets, 3, height, width): indexing it gathers and
+        # crops in one go, and the result is already in channels_last order.
+        self.crops = padded.unfold(1, self.height, 1).unfold(2, self.width, 1)
+
+    def __len__(self):
+        return self.n // self.batch_size
+
+    def epoch(self, number):
+        """Yield ``(images, rows)``: uint8 (batch, 3, height, width) and int64 (batch,) on the device."""
+        generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
+
+        def draw(high):
+            return torch.randint(high, (self.n,), generator=generator, device=self.device)
+
+        order = torch.randperm(self.n, generator=generator, device=self.device)
+        top, left = draw(2 * self.padding + 1), draw(2 * self.padding + 1)
+        mirrored = draw(2).bool() if self.flip else None
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            rows = order[start : start + self.batch_size]
+            images = self.crops[rows, top[rows], left[rows]]
+            if self.flip:
+                images = torch.where(mirrored[rows].view(-1, 1, 1, 1), images.flip(-1), images)
+            yield images, rows
+
+
+def _to_device(X, device):
+    return torch.from_numpy(np.ascontiguousarray(X)).to(device).permute(0, 3, 1, 2)
+
+
+# --- Loss ---------------------------------------------------------------------------------------
+
+
+def class_log_priors(y, num_classes, groups=None):
+    """Logarithm of the class frequencies within each group of rows.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+    num_classes : int
+    groups : ndarray of int, shape (n,), optional
+        Where each row comes from: 0 real, 1 synthetic. Default: all from one source.
+
+    Returns
+    -------
+    ndarray of float32, shape (n_groups, num_classes)
+        Minus infinity for a class that a group lacks.
+    """
+    groups = np.zeros_like(y) if groups is None else groups
+    counts = np.zeros((groups.max() + 1, num_classes))
+    np.add.at(counts, (groups, y), 1)
+    with np.errstate(divide="ignore"):
+        return np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The budget is in steps, so that arms with more images get no more compute.
+
+    The values are the field's usual ones for CIFAR-10 and a ResNet (He et al. 2016, Goyal et al.
+    2017, Smith and Topin 2018); none was chosen by a test result.
+
+    Attributes
+    ----------
+    steps : int
+        Optimiser steps in all.
+    batch_size : int
+    learning_rate : float
+        The peak of the one-cycle schedule.
+    warmup : float
+        Share of the steps until the peak.
+    momentum : float
+        Nesterov's.
+    weight_decay : float
+        Not on norms and biases.
+    label_smoothing : float, default 0
+        None in the study: it contradicts the logit adjustment (see :func:`train_classifier`), and
+        used in the other arms alone it would be a second difference between them.
+    flip : bool
+        Whether images are mirrored at random.
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    flip: bool = True
+
+
+def train_classifier(
+    model, X, y, recipe, *, seed, groups=None, logit_adjusted=False, test_data=None,
+    minority_classes=(), checkpoint=None, device=None, description="training",
+):  # fmt: skip
+    """Train ``model`` in place for a fixed number of steps; the last weights are the result.
+
+    Parameters
+    ----------
+    model : ResNet18
+    X : ndarray of uint8, shape (n, height, width, 3)
+    y : ndarray of int, shape (n,)
+    recipe : Recipe
+    seed : int
+        Order of the images, crops and flips.
+    groups : ndarray of int, shape (n,), optional
+        Source of each row: 0 real, 1 synthetic. Only used by the logit adjustment.
+    logit_adjusted : bool
+        Train on cross-entropy of ``logits + log P(class | source of the row)`` (Menon et al. 2021,
+        tau = 1, extended to several sources). Nothing is added at test time, so the network learns
+        what holds under equal class frequencies, and looking synthetic tells nothing about the class.
+        Not together with label smoothing, which would give a rare class more probability than its
+        prior on every image, and so undo the adjustment.
+    test_data : pair (X_test, y_test), optional
+        Watched after each epoch and written to the history. It decides nothing.
+    minority_classes : sequence of int
+        Their mean recall on ``test_data`` goes into the history.
+    checkpoint : path, optional
+        Written after each epoch; a run killed at any moment continues from it to the same weights.
+        Removed at the end.
+    device : str or torch.device, optional
+    description : str
+        Shown before the progress bar.
+
+    Returns
+    -------
+    list of dict
+        One per epoch (the last may be a part of one): ``epoch``, ``step``, ``images_seen``,
+        ``learning_rate``, ``train_loss`` and ``train_accuracy`` (on augmented images while
+        training), ``seconds``, and with ``test_data`` also ``test_loss``, ``test_accuracy``,
+        ``test_minority_recall`` and ``seconds_of_test``.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss stops being finite. The last checkpoint stays.
+    ValueError
+        If the checkpoint is damaged or belongs to another run.
+    """
+    X, y = check_images(X, y)
+    if recipe.steps < 1 or recipe.batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1: got {recipe}.")
+    if y.min() < 0 or y.max() >= model.num_classes:
+        raise ValueError(
+            f"Labels run from {y.min()} to {y.max()}, but the network has classes 0 to {model.num_classes - 1}."
+        )
+    if logit_adjusted and recipe.label_smoothing:
+        raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")
+    device = choose_device(device)
+    model.to(device=device, memory_format=torch.channels_last)
+    batches = AugmentedBatches(X, recipe.batch_size, device, seed, flip=recipe.flip)
+    targets = torch.from_numpy(y).to(device)
+    log_prior_of_row = None
+    if logit_adjusted:
+        groups = np.zeros_like(y) if groups is None else np.asarray(groups)
+        log_priors = torch.from_numpy(class_log_priors(y, model.num_classes, groups)).to(device)
+        log_prior_of_row = log_priors[torch.from_numpy(groups).to(device)]
+
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}],
+        lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+    )  # fmt: skip
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps + 1,
+        pct_start=recipe.warmup, cycle_momentum=False,
+    )  # fmt: skip
+
+    run = {  # what a checkpoint must agree with
+        **asdict(recipe), "seed": seed, "width": model.width, "num_classes": model.num_classes,
+        "logit_adjusted": logit_adjusted, "rows": len(X),
+        "checksum": zlib.crc32(np.ascontiguousarray(X), zlib.crc32(y)),
+        "checksum_of_groups": zlib.crc32(np.ascontiguousarray(groups, dtype=np.int64)) if logit_adjusted else 0,
+    }  # fmt: skip
+    history = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = _resume(checkpoint, run, model, optimizer, scheduler)
+    step = history[-1]["step"] if history else 0
+    watched = None if test_data is None else (_to_device(test_data[0], device), test_data[1])
+
+    with (
+        tqdm(total=recipe.steps, initial=step, desc=description, unit="step", mininterval=2) as bar,
+        _deterministic_convolutions(),
+    ):
+        while step < recipe.steps:
+            epoch = len(history) + 1
+            started = time.perf_counter()
+            model.train()
+            loss_sum = torch.zeros((), device=device)
+            right = torch.zeros((), device=device, dtype=torch.int64)
+            seen = 0
+            for images, rows in batches.epoch(epoch):
+                with _autocast(device):
+                    logits = model(images)
+                logits, target = logits.float(), targets[rows]
+                adjusted = logits if log_prior_of_row is None else logits + log_prior_of_row[rows]
+                loss = F.cross_entropy(adjusted, target, label_smoothing=recipe.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                # Summed on the device: reading a value each step would make a GPU wait.
+                loss_sum += loss.detach() * len(rows)
+                right += (logits.detach().argmax(1) == target).sum()
+                seen += len(rows)
+                step += 1
+                bar.update()
+                if step == recipe.steps:
+                    break
+            record = {
+                "epoch": epoch,
+                "step": step,
+                "images_seen": step * batches.batch_size,
+                "learning_rate": scheduler.get_last_lr()[0],
+                "train_loss": loss_sum.item() / seen,
+                "train_accuracy": right.item() / seen,
+            }
+            record["seconds"] = time.perf_counter() - started
+            if not np.isfinite(record["train_loss"]):
+                raise FloatingPointError(
+                    f"The loss of {description} became {record['train_loss']} in epoch {epoch} (up to "
+                    f"step {step}). Lower the learning rate, now {recipe.learning_rate}."
+                )
+            if watched is not None:
+                record |= _watch(model, *watched, minority_classes)
+                bar.set_postfix(
+                    test=f"{record['test_accuracy']:.1%}", rare=f"{record['test_minority_recall']:.1%}"
+                )
+            history.append(record)
+            if checkpoint is not None and step < recipe.steps:
+                content = {
+                    "run": run, "history": history, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                }  # fmt: skip
+                with atomic_path(checkpoint) as temporary:
+                    torch.save(content, temporary)
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+    model.eval()
+    return history
+
+
+def _resume(checkpoint, run, model, optimizer, scheduler):
+    """Load a checkpoint into the three objects and return its history."""
+    content = _load_torch_file(checkpoint, {"run", "history", "model", "optimizer", "scheduler"})
+    differing = {k: (content["run"].get(k), v) for k, v in run.items() if content["run"].get(k) != v}
+    if differing:
+        details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
+        raise ValueError(
+            f"The checkpoint {checkpoint} belongs to another run ({details}). Remove it to start anew."
+        )
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict(content["scheduler"])
+    return content["history"]
+
+
+def _deterministic_convolutions():
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+
+
+def uses_bfloat16(device):
+    """Whether convolutions run in bfloat16: only where the hardware multiplies in it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _autocast(device):
+    if uses_bfloat16(device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# --- Evaluation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of :func:`evaluate_classifier`.
+
+    Attributes
+    ----------
+    loss : float
+        Mean cross-entropy in nats.
+    predictions : ndarray of int64, shape (n,)
+    logits : ndarray of float32, shape (n, num_classes)
+    """
+
+    loss: float
+    predictions: np.ndarray
+    logits: np.ndarray
+
+
+def evaluate_classifier(model, X, y, *, average_flips=False, batch_size=1000, device=None):
+    """Loss and predictions on images.
+
+    Parameters
+    ----------
+    model : ResNet18
+        Its training or evaluation mode is left as it was.
+    X : ndarray of uint8, shape (n, height, width, 3)
+    y : ndarray of int, shape (n,)
+    average_flips : bool, default False
+        Average the logits of each image and its mirror image (test-time augmentation).
+    batch_size : int
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    Evaluation
+    """
+    X, y = check_images(X, y)
+    device = choose_device(device)
+    model.to(device=device, memory_format=torch.channels_last)
+    return _evaluate(model, _to_device(X, device), y, average_flips, batch_size)
+
+
+@torch.inference_mode()
+def _evaluate(model, images, y, average_flips, batch_size=1000):
+    was_training = model.training
+    model.eval()
+    parts = []
+    for batch in images.split(batch_size):
+        with _autocast(images.device):
+            logits = model(batch).float()
+            if average_flips:
+                logits = (logits + model(batch.flip(-1)).float()) / 2
+        parts.append(logits)
+    model.train(was_training)
+    logits = torch.cat(parts).cpu()
+    loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
+    return Evaluation(loss, logits.argmax(1).numpy(), logits.numpy())
+
+
+def _watch(model, images, y, minority_classes):
+    """One epoch's look at the test set, for the history."""
+    started = time.perf_counter()
+    evaluation = _evaluate(model, images, y, average_flips=False)
+    right = evaluation.predictions == y
+    return {
+        "test_loss": evaluation.loss,
+        "test_accuracy": float(right.mean()),
+        # Equal to the mean over classes, since each class is averaged first.
+        "test_minority_recall": float(np.mean([right[y == c].mean() for c in minority_classes] or [0])),
+        "seconds_of_test": time.perf_counter() - started,
+    }

@@ -1,0 +1,605 @@
+"""One arm of the study: a method x a split x a seed, under a profile. Also a command line.
+
+    python Experiment.py --arm imbalanced stable --split cat-50 --seed 0 --profile cpu
+    python Experiment.py --help
+
+An arm cuts the split, rebalances it, trains the classifier for the profile's number of steps, judges
+its last weights on the untouched test set, and writes ``results/<profile>/<split>/<arm>-seed<k>.json``,
+weights and plots. An arm whose result is there is not run again; a killed one continues.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from imblearn.over_sampling import SMOTE, RandomOverSampler
+
+from ClassifierNetwork import (
+    Recipe,
+    channel_statistics,
+    create_classifier,
+    evaluate_classifier,
+    save_classifier,
+    train_classifier,
+    uses_bfloat16,
+)
+from ImbalancedCIFAR10 import load_data, split_from_name
+from NonSyntheticGeneration import AugmentationOverSampler
+from StableDiffusionGeneration import (
+    CACHE,
+    StableDiffusionOverSampler,
+    import_cifake,
+    source_balanced_strategy,
+)
+from Utils import (
+    choose_device,
+    classification_metrics,
+    derive_seed,
+    describe_hardware,
+    plot_confusion_matrix,
+    plot_learning_curves,
+    save_figure,
+    save_json,
+)
+
+REFERENCE_SPLIT = "cat-50"
+DIGITS_SPLIT = "8-0.01"
+
+
+# --- Profiles -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much an arm may cost. Every arm of a profile has the same network and number of steps.
+
+    Attributes
+    ----------
+    width : int
+        Of the ResNet-18: 64 is standard, 42 the reference study's.
+    steps : int
+        Optimiser steps of 128 images; cut to ``most_passes`` over the imbalanced set where that is small.
+    evidence : bool
+        Whether its results are meant to be committed and quoted. Others write their plots and weights
+        into folders of their own, which git ignores.
+    purpose : str
+    """
+
+    width: int
+    steps: int
+    evidence: bool
+    purpose: str
+
+
+MOST_PASSES = 60  # over the imbalanced set; only the small digits reach it
+PROFILES = {
+    "smoke": Profile(4, 6, False, "seconds: does it run? Its numbers mean nothing"),
+    "quick": Profile(16, 1000, False, "a first look on a CPU: about 2 minutes an arm on two cores"),
+    "cpu": Profile(16, 3200, True, "evidence from two CPU cores: about 6 minutes an arm"),
+    "full": Profile(64, 14000, True, "evidence from a CUDA GPU: 40 passes, near the reference's 50"),
+}
+
+
+def resolve_profile(name="auto"):
+    """Return ``(name, Profile)``; ``auto`` is ``full`` where CUDA is, else ``quick``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown profile; it lists the valid ones.
+    """
+    if name == "auto":
+        name = "full" if choose_device().type == "cuda" else "quick"
+    if name not in PROFILES:
+        raise ValueError(f"Unknown profile {name!r}. Choose one of auto, {', '.join(PROFILES)}.")
+    return name, PROFILES[name]
+
+
+# --- Arms ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of the comparison.
+
+    Attributes
+    ----------
+    title : str
+        For plots and tables.
+    resample : callable
+        ``(X, y, seed) -> X_res, y_res``, imbalanced-learn's ``fit_resample``; None adds nothing.
+    image_tag, weights_name : str
+        Parts of the file names ``images/cm_<image_tag>.png`` and ``models/<weights_name>.pt``.
+    logit_adjusted : bool
+        Whether the loss is adjusted by the class frequencies of each row's source.
+    whole_training_set : bool
+        Whether it trains on the uncut data: the ceiling.
+    needs_stable_diffusion : bool
+    story : bool
+        Whether it belongs to the short story that ``make main`` tells.
+    """
+
+    title: str
+    image_tag: str
+    weights_name: str
+    resample: Callable | None = None
+    logit_adjusted: bool = False
+    whole_training_set: bool = False
+    needs_stable_diffusion: bool = False
+    story: bool = False
+
+
+def _on_flat_pixels(sampler):
+    """Run an imbalanced-learn sampler, which wants one row of features an image."""
+
+    def resample(X, y, seed):
+        X_res, y_res = sampler(y, seed).fit_resample(X.reshape(len(X), -1), y)
+        return X_res.reshape(-1, *X.shape[1:]), y_res
+
+    return resample
+
+
+def _smote(y, seed):
+    smallest = int(np.unique(y, return_counts=True)[1].min())
+    if smallest < 2:
+        raise ValueError("SMOTE interpolates between images of a class, but one class has only one image.")
+    return SMOTE(k_neighbors=min(5, smallest - 1), random_state=seed)
+
+
+def _source_balanced(X, y, seed):
+    strategy = source_balanced_strategy(y)
+    return StableDiffusionOverSampler(sampling_strategy=strategy, random_state=seed).fit_resample(X, y)
+
+
+ARMS = {
+    "imbalanced": Arm("Imbalanced", "imbalanced", "resnet_imbalanced", story=True),
+    "random-oversampling": Arm(
+        "Random oversampling", "random_oversampling", "resnet_random_oversampling",
+        _on_flat_pixels(lambda y, seed: RandomOverSampler(random_state=seed)),
+    ),
+    "smote": Arm("SMOTE", "smote", "resnet_smote", _on_flat_pixels(_smote)),
+    "non-synthetic-reference": Arm(
+        "Non-synthetic, reference's augmentation", "nsd_reference", "resnet_non_synthetic_reference",
+        lambda X, y, seed: AugmentationOverSampler(preset="reference", random_state=seed).fit_resample(X, y),
+    ),
+    "non-synthetic": Arm(
+        "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
+        lambda X, y, seed: AugmentationOverSampler(random_state=seed).fit_resample(X, y),
+        story=True,
+    ),
+    "stable": Arm(
+        "Stable Diffusion, minority only", "stable", "resnet_stable_diffusion",
+        lambda X, y, seed: StableDiffusionOverSampler(random_state=seed).fit_resample(X, y),
+        needs_stable_diffusion=True, story=True,
+    ),
+    "stable-source-balanced": Arm(
+        "Stable Diffusion, source-balanced", "stable_source_balanced",
+        "resnet_stable_diffusion_source_balanced", _source_balanced, needs_stable_diffusion=True,
+    ),
+    "logit-adjusted": Arm(
+        "Logit-adjusted loss, no added image", "logit_adjusted", "resnet_logit_adjusted",
+        logit_adjusted=True, story=True,
+    ),
+    "stable-source-balanced-adjusted": Arm(
+        "Stable Diffusion, source-balanced, logit-adjusted per source",
+        "stable_source_balanced_adjusted", "resnet_stable_diffusion_source_balanced_adjusted",
+        _source_balanced, logit_adjusted=True, needs_stable_diffusion=True, story=True,
+    ),
+    "balanced": Arm(
+        "Balanced (ceiling: no image removed)", "balanced", "resnet_balanced",
+        whole_training_set=True,
+    ),
+}  # fmt: skip
+STORY = tuple(name for name, arm in ARMS.items() if arm.story)
+
+
+class ArmUnavailableError(RuntimeError):
+    """The arm cannot run on this data set; the message says why."""
+
+
+def find_arm(name):
+    """Return the arm of that name, or raise ValueError with the valid names."""
+    if name not in ARMS:
+        raise ValueError(f"Unknown arm {name!r}. Choose one of {', '.join(ARMS)}.")
+    return ARMS[name]
+
+
+def prepare_stable_diffusion_images(data):
+    """See to it that the cache of Stable Diffusion images is there, and say which one it is.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+
+    Returns
+    -------
+    str
+        Where the images come from.
+
+    Raises
+    ------
+    ArmUnavailableError
+        If there are none for this data set.
+    """
+    if data.name != "cifar10":
+        raise ArmUnavailableError(
+            f"there are no Stable Diffusion images of {data.name}: the cache and CIFAKE hold CIFAR-10's classes"
+        )
+    if CACHE.exists():
+        return f"the cache {CACHE}"
+    try:
+        count = import_cifake()
+    except OSError as error:
+        raise ArmUnavailableError(f"no Stable Diffusion images could be had: {error}") from error
+    return f"CIFAKE, {count:,} images imported into {CACHE}"
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What an arm trains on: real rows first, then synthetic ones.
+
+    Attributes
+    ----------
+    X : ndarray of uint8, shape (n, 32, 32, 3)
+    y : ndarray of int64, shape (n,)
+    real_rows : int
+        The first rows up to this one are real.
+    """
+
+    X: np.ndarray
+    y: np.ndarray
+    real_rows: int
+
+    @property
+    def groups(self):
+        """0 for real and 1 for synthetic rows: int64, shape (n,)."""
+        return (np.arange(len(self.y)) >= self.real_rows).astype(np.int64)
+
+    def counts(self, num_classes):
+        """Real and synthetic images of each class, two int arrays of shape (num_classes,)."""
+        return (
+            np.bincount(self.y[: self.real_rows], minlength=num_classes),
+            np.bincount(self.y[self.real_rows :], minlength=num_classes),
+        )
+
+
+def make_training_set(arm_name, data, split, seed=0):
+    """Cut the split and rebalance it as the arm does.
+
+    The removed images are dropped before any sampler is called.
+
+    Parameters
+    ----------
+    arm_name : str
+    data : ImageDataSet
+    split : Split
+    seed : int
+
+    Returns
+    -------
+    TrainingSet
+
+    Raises
+    ------
+    ArmUnavailableError
+        If the arm needs Stable Diffusion images and there are none.
+    """
+    arm = find_arm(arm_name)
+    if arm.whole_training_set:
+        return TrainingSet(data.X_train, data.y_train, len(data.y_train))
+    if arm.needs_stable_diffusion:
+        prepare_stable_diffusion_images(data)
+    X, y = split.cut(data.X_train, data.y_train)
+    if arm.resample is None:
+        return TrainingSet(X, y, len(y))
+    X_res, y_res = arm.resample(X, y, derive_seed(seed, 2) % 2**32)
+    return TrainingSet(X_res, y_res, len(y))
+
+
+# --- Places -------------------------------------------------------------------------------------
+
+
+def default_split(data):
+    """Name of the split that the story is told on: cat-50, or 8-0.01 for the digits."""
+    return REFERENCE_SPLIT if data.name == "cifar10" else DIGITS_SPLIT
+
+
+def split_folder(data_name, split_name):
+    """Folder name of a split; whatever is not CIFAR-10 carries its name."""
+    return split_name if data_name == "cifar10" else f"{data_name}-{split_name}"
+
+
+def result_path(profile_name, data_name, split_name, arm_name, seed):
+    """``results/<profile>/<split>/<arm>-seed<k>.json``."""
+    return Path("results", profile_name, split_folder(data_name, split_name), f"{arm_name}-seed{seed}.json")
+
+
+def output_path(kind, profile_name, data_name, split_name, file_name):
+    """Path of a plot or of weights.
+
+    The evidence on the reference split has the plain names, such as ``images/cm_nsd.png``. Everything
+    else lies deeper, and what is not CIFAR-10 says so in the file's name too.
+
+    Parameters
+    ----------
+    kind : {'images', 'models'}
+    profile_name, data_name, split_name, file_name : str
+    """
+    if PROFILES[profile_name].evidence and data_name == "cifar10" and split_name == REFERENCE_SPLIT:
+        return Path(kind, file_name)
+    prefix = "" if data_name == "cifar10" else f"{data_name}_"
+    return Path(kind, profile_name, split_folder(data_name, split_name), prefix + file_name)
+
+
+def load_results(profile_name, data_name, split_name):
+    """Read every finished result of a profile and split.
+
+    Returns
+    -------
+    dict
+        Arm name -> list of results by ascending seed; arms in the order of :data:`ARMS`.
+    """
+    results = {}
+    for arm_name in ARMS:
+        folder = result_path(profile_name, data_name, split_name, arm_name, 0).parent
+        paths = sorted(folder.glob(f"{arm_name}-seed*.json"))
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if found:
+            results[arm_name] = sorted(found, key=lambda result: result["seed"])
+    return results
+
+
+# --- Running ------------------------------------------------------------------------------------
+
+
+@cache
+def _code_version():
+    """The commit that runs, ``-dirty`` if files differ from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None):
+    """Run one arm, or return its result if it is finished.
+
+    Parameters
+    ----------
+    arm_name : str
+        A key of :data:`ARMS`.
+    data : ImageDataSet
+    split_name : str, optional
+        See :func:`ImbalancedCIFAR10.split_from_name`. Default: :func:`default_split`.
+    seed : int
+        Of the sampler, the initial weights and the order of the images. The choice of the kept images
+        belongs to the split (``cat-50@1`` is another choice), so that arms and seeds share them.
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    dict
+        The result as it stands in its JSON file.
+
+    Raises
+    ------
+    ValueError
+        For an unknown arm, split or profile.
+    ArmUnavailableError
+        If the arm needs images that are not to be had.
+    """
+    arm = find_arm(arm_name)
+    profile_name, settings = resolve_profile(profile)
+    device = choose_device(device)
+    split = split_from_name(split_name or default_split(data), data.y_train, data.class_names)
+    place = (profile_name, data.name, split.name)
+    path = result_path(*place, arm_name, seed)
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    started = time.perf_counter()
+    training_set = make_training_set(arm_name, data, split, seed)
+    seconds_of_resampling = time.perf_counter() - started
+    passes = len(split.kept_rows(data.y_train)) // Recipe.batch_size
+    recipe = Recipe(
+        steps=max(1, min(settings.steps, MOST_PASSES * passes)),
+        flip=data.mirrored_images_keep_their_class,
+    )
+
+    weights_name = arm.weights_name + (f"-seed{seed}" if seed else "")
+    weights = output_path("models", *place, f"{weights_name}.pt")
+    checkpoint = Path("models", "checkpoints", *path.with_suffix(".pt").parts[1:])
+    model = create_classifier(len(data.class_names), settings.width, channel_statistics(training_set.X), seed)
+    history = train_classifier(
+        model, training_set.X, training_set.y, recipe, seed=seed, groups=training_set.groups,
+        logit_adjusted=arm.logit_adjusted, test_data=(data.X_test, data.y_test),
+        minority_classes=split.minority_classes, checkpoint=checkpoint, device=device,
+        description=f"{arm_name}, {split_folder(*place[1:])}, seed {seed}",
+    )  # fmt: skip
+
+    started = time.perf_counter()
+    plain = evaluate_classifier(model, data.X_test, data.y_test, device=device)
+    seconds_of_evaluation = time.perf_counter() - started
+
+    def judge(predictions):
+        return classification_metrics(data.y_test, predictions, data.class_names, split.minority_classes)
+
+    flips = None
+    if data.mirrored_images_keep_their_class:
+        flips = judge(
+            evaluate_classifier(
+                model, data.X_test, data.y_test, average_flips=True, device=device
+            ).predictions
+        )
+        # Whole numbers that follow from the rest of the result would only make the file longer.
+        del flips["confusion_matrix"], flips["per_class"]
+    best = max(history, key=lambda epoch: epoch["test_accuracy"])
+    real, synthetic = training_set.counts(len(data.class_names))
+    result = {
+        "arm": arm_name,
+        "data": data.name,
+        "split": split.name,
+        "seed": seed,
+        "profile": profile_name,
+        "minority_classes": [data.class_names[c] for c in split.minority_classes],
+        "class_names": list(data.class_names),
+        "metrics": judge(plain.predictions) | {"loss": plain.loss},
+        "metrics_with_averaged_flips": flips,
+        "best_epoch_on_test": {  # what the reference reports; it chooses nothing here
+            key: best[key] for key in ("epoch", "test_accuracy", "test_minority_recall")
+        },
+        "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
+        "configuration": asdict(recipe) | {
+            "width": settings.width,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "logit_adjusted": arm.logit_adjusted,
+            "bfloat16": uses_bfloat16(device),
+        },
+        "seconds": {
+            "resampling": seconds_of_resampling,
+            "training": sum(epoch["seconds"] for epoch in history),
+            "watching_the_test_set": sum(epoch["seconds_of_test"] for epoch in history),
+            "final_evaluation": seconds_of_evaluation,
+        },
+        "hardware": describe_hardware(device),
+        "versions": {
+            name: version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn", "imbalanced-learn")
+        } | {"python": sys.version.split()[0], "commit": _code_version()},
+        "history": history,
+        # One class number an image in the test set's order: whoever wants another metric or a
+        # paired test can compute it without training anything.
+        "test_predictions": " ".join(map(str, plain.predictions)),
+    }  # fmt: skip
+    save_classifier(model, weights)
+    save_json(path, result)  # last: its presence says that the arm is finished
+    save_arm_plots(arm_name, profile_name, data.name, split.name)
+    return result
+
+
+def run_arms(arm_names, data, split_names=(None,), seeds=(0,), profile="auto", device=None):
+    """Run several arms one after another, skipping what is finished or not to be had.
+
+    Returns
+    -------
+    dict
+        ``(arm, split, seed)`` -> result of :func:`run_arm`, or the reason (str) why it was skipped.
+    """
+    outcomes = {}
+    for arm_name in arm_names:
+        find_arm(arm_name)  # a typing error in the last name should not surface after an hour
+    for seed in seeds:
+        for split_name in split_names:
+            for arm_name in arm_names:
+                key = (arm_name, split_name or default_split(data), seed)
+                try:
+                    outcomes[key] = run_arm(arm_name, data, split_name, seed, profile, device)
+                except ArmUnavailableError as error:
+                    outcomes[key] = str(error)
+    return outcomes
+
+
+# --- Plots of one arm ---------------------------------------------------------------------------
+
+
+def caption(results):
+    """What a plot has to say about the runs behind it: data, split, profile, seeds."""
+    first, seeds = results[0], [result["seed"] for result in results]
+    banner = "" if first["data"] == "cifar10" else f"{first['data'].upper()}, NOT CIFAR-10 - "
+    many = f"{len(seeds)} seeds" if len(seeds) > 1 else f"1 seed ({seeds[0]})"
+    return f"{banner}{first['split']}, profile {first['profile']}, {many}"
+
+
+def save_arm_plots(arm_name, profile_name, data_name, split_name):
+    """Draw ``cm_<tag>.png`` and ``test_<tag>.png`` from all finished seeds of an arm.
+
+    Returns
+    -------
+    list of Path
+        Empty if there is no result.
+    """
+    results = load_results(profile_name, data_name, split_name).get(arm_name)
+    if not results:
+        return []
+    arm = ARMS[arm_name]
+    title = f"{arm.title}\n{caption(results)}"
+    figures = {
+        f"cm_{arm.image_tag}.png": plot_confusion_matrix(
+            np.sum([r["metrics"]["confusion_matrix"] for r in results], axis=0),
+            results[0]["class_names"], title,
+        ),
+        f"test_{arm.image_tag}.png": plot_learning_curves(
+            [r["history"] for r in results], title, chance=1 / len(results[0]["class_names"])
+        ),
+    }  # fmt: skip
+    paths = []
+    for file_name, figure in figures.items():
+        paths.append(output_path("images", profile_name, data_name, split_name, file_name))
+        save_figure(figure, paths[-1])
+        plt.close(figure)
+    return paths
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Run arms of the study: each rebalances a split, trains a ResNet-18 and judges it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="arms:\n" + "\n".join(f"  {name:34}{arm.title}" for name, arm in ARMS.items())
+        + "\n\nprofiles:\n" + "\n".join(f"  {name:8}{p.purpose}" for name, p in PROFILES.items()),
+    )  # fmt: skip
+    parser.add_argument(
+        "--arm", nargs="+", default=["story"], metavar="ARM",
+        help="one or more arms; 'story' for the arms of Main.ipynb (default), 'all' for every arm",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", nargs="+", default=[None], metavar="SPLIT",
+        help="cat-50 (class, kept images; the default), dog-0.01 (class, kept fraction), cat+dog-50, "
+        "long-tailed-100 or step-10 (imbalance factor); add @1 for another choice of kept images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", nargs="+", type=int, default=[0], metavar="N",
+        help="seeds of sampler, initial weights and image order (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--profile",
+        default="auto",
+        help="smoke, quick, cpu, full, or auto (default): full with CUDA, else quick",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
+    options = parser.parse_args(arguments)
+    arm_names = []
+    for name in options.arm:
+        arm_names += {"story": STORY, "all": tuple(ARMS)}.get(name, (name,))
+    try:
+        outcomes = run_arms(
+            arm_names, load_data(), options.split, options.seed, options.profile, options.device
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    for (arm_name, split_name, seed), outcome in outcomes.items():
+        if isinstance(outcome, str):
+            print(f"{arm_name}, {split_name}, seed {seed}: skipped, {outcome}")
+        else:
+            scores = outcome["metrics"]
+            print(
+                f"{arm_name}, {split_name}, seed {seed}: minority recall {scores['minority']['recall']:.1%}, "
+                f"balanced accuracy {scores['balanced_accuracy']:.1%}, accuracy {scores['accuracy']:.1%}"
+            )
+
+
+if __name__ == "__main__":
+    main()

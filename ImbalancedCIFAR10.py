@@ -1,0 +1,399 @@
+"""CIFAR-10 as arrays, and the imbalanced training sets cut from it.
+
+    data = load_cifar10()                                      # uint8 images, int64 labels
+    split = minority_split(data.y_train, data.class_names)     # cat: 50 of 5,000 images stay
+    X, y = split.cut(data.X_train, data.y_train)               # the 4,950 others are not in X
+
+The same seed gives the same images. The test set is never cut.
+
+References
+----------
+Krizhevsky and Hinton (2009), Learning multiple layers of features from tiny images.
+Buda, Maki and Mazurowski (2018), A systematic study of the class imbalance problem in convolutional
+neural networks (step imbalance). Cui et al. (2019), Class-balanced loss based on effective number of
+samples (long-tailed CIFAR).
+"""
+
+import os
+import re
+import socket
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+
+from Utils import derive_seed, is_reachable, require_free_space
+
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+class DataUnavailableError(OSError):
+    """The data set is neither on this machine nor can it be downloaded now."""
+
+
+@dataclass(frozen=True)
+class ImageDataSet:
+    """A classification data set held in memory.
+
+    Attributes
+    ----------
+    name : str
+        ``"cifar10"`` or ``"digits"``.
+    class_names : tuple of str
+    X_train, X_test : ndarray of uint8, shape (n, 32, 32, 3), RGB, values 0 to 255
+    y_train, y_test : ndarray of int64, shape (n,)
+    mirrored_images_keep_their_class : bool
+        Whether a horizontal flip is a valid augmentation (it is not for digits).
+    """
+
+    name: str
+    class_names: tuple
+    X_train: np.ndarray = field(repr=False)
+    y_train: np.ndarray = field(repr=False)
+    X_test: np.ndarray = field(repr=False)
+    y_test: np.ndarray = field(repr=False)
+    mirrored_images_keep_their_class: bool = True
+
+
+# --- Loading ------------------------------------------------------------------------------------
+
+
+def default_root():
+    """Folder that holds (or will hold) CIFAR-10: ``$CIFAR10_ROOT``, else ``datasets``."""
+    return Path(os.environ.get("CIFAR10_ROOT") or "datasets")
+
+
+def load_cifar10(root=None):
+    """Load CIFAR-10, downloading it only if it is not there.
+
+    Parameters
+    ----------
+    root : path, optional
+        The folder that contains ``cifar-10-batches-py``. Default: :func:`default_root`.
+
+    Returns
+    -------
+    ImageDataSet
+        50,000 training and 10,000 test images of 10 classes.
+
+    Raises
+    ------
+    ValueError
+        If files are there but damaged; it names them. They are left as they are.
+    DataUnavailableError
+        If there is no copy and none can be downloaded; a missing network is noticed in 20 seconds.
+    """
+    root = default_root() if root is None else Path(root)
+    folder = root / CIFAR10.base_folder
+    if not folder.exists():
+        _download_cifar10(root)
+    try:
+        # torchvision unpickles a batch only after its MD5 was found right.
+        train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    except RuntimeError as error:
+        files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+        damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+        raise ValueError(
+            f"CIFAR-10 in {folder} is damaged: {', '.join(damaged)} missing, truncated or changed. "
+            f"Remove the folder {folder} to have it downloaded again, or point CIFAR10_ROOT to an "
+            "intact copy."
+        ) from error
+    return ImageDataSet(
+        name="cifar10",
+        class_names=CIFAR10_CLASSES,
+        X_train=np.ascontiguousarray(train.data),
+        y_train=np.asarray(train.targets, dtype=np.int64),
+        X_test=np.ascontiguousarray(test.data),
+        y_test=np.asarray(test.targets, dtype=np.int64),
+    )
+
+
+def _download_cifar10(root):
+    if not is_reachable(CIFAR10.url):
+        raise DataUnavailableError(
+            f"There is no CIFAR-10 in {root.absolute()} and {CIFAR10.url} does not answer. Set "
+            f"CIFAR10_ROOT to a folder that contains {CIFAR10.base_folder}, or connect to the internet."
+        )
+    require_free_space(root, gigabytes=0.6)
+    root.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # torchvision's download would wait for a stalled server forever
+    try:
+        # Unpacked elsewhere and then renamed, so that a kill leaves no incomplete copy behind.
+        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as temporary:
+            CIFAR10(temporary, download=True)
+            (Path(temporary) / CIFAR10.base_folder).rename(root / CIFAR10.base_folder)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise DataUnavailableError(
+            f"The download of CIFAR-10 from {CIFAR10.url} failed: {error}. Run again, or put a copy "
+            f"of {CIFAR10.base_folder} into {root.absolute()}."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def load_digits_as_images(random_state=0):
+    """scikit-learn's bundled 8x8 digits in CIFAR-10's format: the stand-in that needs no download.
+
+    Each digit is enlarged to 32x32 by repeating pixels 4x4 and copied to three channels. A fifth of
+    each class, chosen by ``random_state``, becomes the test set.
+
+    Returns
+    -------
+    ImageDataSet
+        1,437 training and 360 test images of 10 classes.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(np.repeat(images, 4, axis=1), 4, axis=2)
+    images = np.repeat(images[..., np.newaxis], 3, axis=-1)
+    X_train, X_test, y_train, y_test = train_test_split(
+        images, digits.target.astype(np.int64), test_size=0.2, stratify=digits.target,
+        random_state=random_state,
+    )  # fmt: skip
+    return ImageDataSet(
+        name="digits",
+        class_names=tuple(str(d) for d in range(10)),
+        X_train=X_train,
+        y_train=y_train,
+        X_test=X_test,
+        y_test=y_test,
+        mirrored_images_keep_their_class=False,
+    )
+
+
+def load_data(root=None):
+    """CIFAR-10 if it can be had, else the bundled digits with a warning.
+
+    A damaged copy of CIFAR-10 is still an error: replacing it quietly would hide it.
+    """
+    try:
+        return load_cifar10(root)
+    except DataUnavailableError as error:
+        warnings.warn(
+            f"NOT CIFAR-10: {error} The study runs on scikit-learn's bundled digits instead, and "
+            "every result of it is named so.",
+            stacklevel=2,
+        )
+        return load_digits_as_images()
+
+
+# --- Splits -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images of a training set are kept.
+
+    Attributes
+    ----------
+    name : str
+        Short and fit for a folder's name, for example ``"cat-50"``.
+    counts : dict
+        Class number -> number of images kept; classes not named keep all.
+    minority_classes : tuple of int
+        The classes whose recall the study is about.
+    draw : int
+        Seed of the choice of images. For one draw, smaller counts keep subsets of larger ones.
+    """
+
+    name: str
+    counts: dict
+    minority_classes: tuple
+    draw: int = 0
+
+    def kept_rows(self, y):
+        """Row numbers that stay, ascending. See :meth:`cut`."""
+        kept = []
+        for c in np.unique(y):
+            rows = np.flatnonzero(y == c)
+            count = self.counts.get(int(c), len(rows))
+            if not 1 <= count <= len(rows):
+                raise ValueError(
+                    f"Class {c} has {len(rows)} images, so {count} cannot be kept; keep 1 to {len(rows)}."
+                )
+            order = np.random.default_rng(derive_seed(self.draw, int(c))).permutation(len(rows))
+            kept.append(rows[order[:count]])
+        return np.sort(np.concatenate(kept))
+
+    def cut(self, X, y):
+        """Return copies of the kept images and labels in their original order.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, ...)
+        y : ndarray of int, shape (n,)
+
+        Returns
+        -------
+        X, y : ndarrays of shape (m, ...) and (m,), m <= n. They share no memory with the input, so
+            no removed image can be reached through them.
+        """
+        rows = self.kept_rows(y)
+        return X[rows], y[rows]
+
+
+def class_number(name_or_number, class_names):
+    """Turn a class's name, number or number in digits into its number.
+
+    Raises
+    ------
+    ValueError
+        For an unknown class; it lists the valid ones.
+    """
+    text = str(name_or_number)
+    if text in class_names:
+        return list(class_names).index(text)
+    if text.isdecimal() and int(text) < len(class_names):
+        return int(text)
+    raise ValueError(
+        f"Unknown class {name_or_number!r}. Choose one of {', '.join(class_names)} or a number from "
+        f"0 to {len(class_names) - 1}."
+    )
+
+
+def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw=0):
+    """One or more rare classes; the others stay whole.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+        Labels of the whole training set.
+    class_names : sequence of str
+    minority : str or int, or a list of them
+        The class or classes to cut, by name or number. The reference study: cat.
+    keep : int or float
+        An integer is a number of images per rare class; a float between 0 and 1 a fraction of them,
+        rounded up. The reference study: 50 of 5,000, which is 0.01.
+    draw : int
+        Seed of the choice of images.
+
+    Returns
+    -------
+    Split
+
+    Raises
+    ------
+    ValueError
+        For an unknown class, or a count that is not between 1 and the number of images.
+    """
+    names = [minority] if isinstance(minority, (str, int, np.integer)) else list(minority)
+    classes = [class_number(name, class_names) for name in names]
+    if not classes or len(set(classes)) != len(classes):
+        raise ValueError(f"Name at least one minority class, and each once: got {names}.")
+    counts = {}
+    for c in classes:
+        available = int(np.sum(y == c))
+        count = int(np.ceil(keep * available - 1e-9)) if isinstance(keep, float) else int(keep)
+        if not 1 <= count <= available or (isinstance(keep, float) and keep > 1):
+            raise ValueError(
+                f"Cannot keep {keep} of class {class_names[c]}, which has {available} images: give a "
+                f"count from 1 to {available}, or a fraction (0.01) above 0 and up to 1."
+            )
+        counts[c] = count
+    name = "+".join(class_names[c] for c in classes) + f"-{keep}" + _draw_suffix(draw)
+    return Split(name, counts, tuple(classes), draw)
+
+
+def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
+    """Exponentially falling class sizes (Cui et al. 2019): n_c = n_0 * factor^(-c / (C - 1)).
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+    class_names : sequence of str
+    imbalance_factor : float, at least 1
+        Images of the first class per image of the last. With 100: 5000, 2997, 1796, ..., 83, 50.
+    draw : int
+        Seed of the choice of images.
+
+    Returns
+    -------
+    Split
+        Its minority classes are those with at most a tenth of the largest class's images, or the
+        last class alone where there is none.
+    """
+    _check_factor("imbalance_factor", imbalance_factor)
+    sizes = np.bincount(y, minlength=len(class_names))
+    powers = np.arange(len(class_names)) / (len(class_names) - 1)
+    wanted = (sizes.max() * (1 / imbalance_factor) ** powers + 1e-9).astype(int)
+    counts = {c: int(count) for c, count in enumerate(wanted)}
+    minority = tuple(c for c, count in counts.items() if count <= sizes.max() / 10)
+    name = f"long-tailed-{imbalance_factor:g}" + _draw_suffix(draw)
+    return Split(name, counts, minority or (len(class_names) - 1,), draw)
+
+
+def step_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
+    """The second half of the classes is rare, all equally (Buda et al. 2018, mu = 0.5).
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+    class_names : sequence of str
+    imbalance_factor : float, at least 1
+        Images of a frequent class per image of a rare one.
+    draw : int
+        Seed of the choice of images.
+
+    Returns
+    -------
+    Split
+    """
+    _check_factor("imbalance_factor", imbalance_factor)
+    sizes = np.bincount(y, minlength=len(class_names))
+    minority = tuple(range((len(class_names) + 1) // 2, len(class_names)))
+    counts = {c: int(sizes.max() / imbalance_factor + 1e-9) for c in minority}
+    return Split(f"step-{imbalance_factor:g}" + _draw_suffix(draw), counts, minority, draw)
+
+
+def split_from_name(name, y, class_names=CIFAR10_CLASSES):
+    """Make a split from its name, as used on the command line and in ``results/``.
+
+    Parameters
+    ----------
+    name : str
+        ``cat-50`` (class, kept images), ``cat+dog-0.01`` (classes, kept fraction), ``long-tailed-100``
+        or ``step-10`` (imbalance factor), each with an optional ``@1`` for another draw of images.
+    y : ndarray of int, shape (n,)
+    class_names : sequence of str
+
+    Returns
+    -------
+    Split
+
+    Raises
+    ------
+    ValueError
+        For a name of no such form, an unknown class or an impossible count.
+    """
+    match = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)(?:@(\d+))?", name)
+    if match is None:
+        raise ValueError(
+            f"Unknown split {name!r}. Examples: cat-50, cat+dog-0.01, long-tailed-100, step-10, cat-50@1."
+        )
+    kind, number, draw = match[1], match[2], int(match[3] or 0)
+    value = float(number) if "." in number else int(number)
+    if kind == "long-tailed":
+        return long_tailed_split(y, class_names, value, draw)
+    if kind == "step":
+        return step_split(y, class_names, value, draw)
+    return minority_split(y, class_names, kind.split("+"), value, draw)
+
+
+def _check_factor(name, value):
+    if not value >= 1:
+        raise ValueError(f"{name} is images of the largest class per image of the smallest, so at least "
+                         f"1: got {value}.")  # fmt: skip
+
+
+def _draw_suffix(draw):
+    return f"@{draw}" if draw else ""

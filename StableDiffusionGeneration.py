@@ -1,0 +1,289 @@
+"""Oversampling with images from Stable Diffusion, kept in one file.
+
+    import_cifake("cifake.zip")                                 # fills the cache, once
+    X_res, y_res = StableDiffusionOverSampler(random_state=0).fit_resample(X, y)
+
+The cache ``datasets/stable_diffusion_dataset.npy`` is one NumPy array of records, an image with its
+class each. It holds no pickled object and can be memory-mapped.
+
+References
+----------
+Rombach et al. (2022), High-resolution image synthesis with latent diffusion models. Bird and Lotfi
+(2024), CIFAKE: Image classification and explainable identification of AI-generated synthetic images,
+IEEE Access (MIT licence): images of the ten CIFAR-10 classes made with Stable Diffusion v1.4.
+"""
+
+import io
+import re
+import socket
+import tempfile
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from ImageOverSampler import ImageOverSampler
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
+from Utils import atomic_path, is_reachable, require_free_space
+
+CACHE = Path("datasets/stable_diffusion_dataset.npy")
+RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
+
+CIFAKE_URL = (
+    "https://www.kaggle.com/api/v1/datasets/download/birdy654/cifake-real-and-ai-generated-synthetic-images"
+)
+# "17.jpg" is airplane, "17 (2).jpg" automobile, ... "17 (10).jpg" truck: CIFAR-10's class order.
+CIFAKE_FILE_NAME = re.compile(r"(\d+)(?: \((2|3|4|5|6|7|8|9|10)\))?\.jpg")
+
+
+# --- The cache ----------------------------------------------------------------------------------
+
+
+def save_generated_images(images, labels, path=CACHE):
+    """Write generated images with their classes, atomically.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (n, 32, 32, 3)
+    labels : ndarray of int, shape (n,)
+    path : path
+    """
+    records = np.empty(len(images), dtype=RECORD)
+    records["image"], records["label"] = images, labels
+    with atomic_path(path) as temporary:
+        np.save(temporary, records, allow_pickle=False)
+
+
+def load_generated_images(path=CACHE):
+    """Read what :func:`save_generated_images` wrote.
+
+    Returns
+    -------
+    images : ndarray of uint8, shape (n, 32, 32, 3)
+    labels : ndarray of int64, shape (n,)
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If the file is truncated, holds another dtype, or asks for pickle.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {path}. Make it with import_cifake() or save_generated_images()."
+        )
+    try:
+        records = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged, or no plain NumPy array ({error}). Remove it and make it again."
+        ) from error
+    if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
+        found = getattr(records, "dtype", type(records).__name__)
+        raise ValueError(f"{path} must hold one record of {RECORD} an image, but it holds {found}.")
+    return np.ascontiguousarray(records["image"]), np.ascontiguousarray(records["label"])
+
+
+# --- CIFAKE -------------------------------------------------------------------------------------
+
+
+def import_cifake(source=None, path=CACHE, images_per_class=5000):
+    """Fill the cache with CIFAKE's Stable Diffusion v1.4 images.
+
+    Only ``train/FAKE`` is read. CIFAKE's ``REAL`` folders hold CIFAR-10 itself, with the images that
+    an imbalanced split removed: importing them would be a leak.
+
+    Parameters
+    ----------
+    source : path, optional
+        A folder that contains ``train/FAKE``, or a zip of one. Default: ``cifake.zip`` in
+        ``$CIFAR10_ROOT`` or ``datasets`` if there is one, else the public archive is downloaded
+        (about 110 MB) and removed after use.
+    path : path
+        Where the cache goes.
+    images_per_class : int, default 5000
+        How many images each of the ten classes must have; the first ones by number are taken.
+
+    Returns
+    -------
+    int
+        Number of images written.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the source is missing, truncated, has foreign files in ``train/FAKE``, an image of another
+        size or too few images of a class. No cache is written then.
+    DataUnavailableError
+        If there is no source and the archive cannot be downloaded.
+    """
+    if source is None:
+        source = next(
+            (f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None
+        )
+    if source is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return import_cifake(_download_cifake(Path(folder)), path, images_per_class)
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"There is no {source}: give CIFAKE's folder or zip.")
+    if source.is_dir():
+        members = {f.name: f.read_bytes for f in (source / "train" / "FAKE").glob("*") if f.is_file()}
+        chosen = _choose(source, members, images_per_class)
+        images = [
+            _decode(source, name, members[name]) for name in tqdm(chosen, desc="reading CIFAKE", unit="image")
+        ]
+    else:
+        try:
+            with zipfile.ZipFile(source) as archive:
+                # The archive may have a folder above "train".
+                names = {
+                    n.rpartition("/")[2]: n for n in archive.namelist()
+                    if re.search(r"(^|/)train/FAKE/[^/]+$", n)
+                }  # fmt: skip
+                chosen = _choose(source, names, images_per_class)
+                images = [
+                    _decode(source, name, lambda name=name: archive.read(names[name]))
+                    for name in tqdm(chosen, desc="reading CIFAKE", unit="image")
+                ]
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{source} is truncated or no zip archive ({error}). Get it again.") from error
+    labels = [_cifake_class(name) for name in chosen]
+    save_generated_images(np.stack(images), np.asarray(labels), path)
+    return len(images)
+
+
+def _cifake_class(name):
+    return int(CIFAKE_FILE_NAME.fullmatch(name)[2] or 1) - 1
+
+
+def _choose(source, names, images_per_class):
+    """Names of the first ``images_per_class`` files of each class, class after class."""
+    foreign = sorted(n for n in names if not CIFAKE_FILE_NAME.fullmatch(n))
+    if foreign:
+        raise ValueError(
+            f"{source} has {len(foreign)} files in train/FAKE that CIFAKE does not have, such as "
+            f"{foreign[0]!r}: expected names like '17.jpg' or '17 (4).jpg'."
+        )
+    chosen = []
+    for c, class_name in enumerate(CIFAR10_CLASSES):
+        of_class = sorted(
+            (n for n in names if _cifake_class(n) == c), key=lambda n: int(CIFAKE_FILE_NAME.fullmatch(n)[1])
+        )
+        if len(of_class) < images_per_class:
+            raise ValueError(
+                f"{source} has {len(of_class)} images of class {class_name} in train/FAKE, but "
+                f"{images_per_class} are asked for."
+            )
+        chosen += of_class[:images_per_class]
+    return chosen
+
+
+def _decode(source, name, read):
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{name} in {source} is damaged: {error}") from error
+    if pixels.shape != (32, 32, 3):
+        height, width = pixels.shape[:2]
+        raise ValueError(f"{name} in {source} has {width}x{height} pixels, but CIFAKE's images have 32x32.")
+    return pixels
+
+
+def _download_cifake(folder):
+    if not is_reachable(CIFAKE_URL):
+        raise DataUnavailableError(
+            f"There is no cifake.zip in {default_root()} or datasets, and {CIFAKE_URL} does not answer. "
+            "Download CIFAKE by hand, put it there as cifake.zip, and run again."
+        )
+    require_free_space(folder, gigabytes=0.3)
+    archive = folder / "cifake.zip"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)
+    try:
+        torch.hub.download_url_to_file(CIFAKE_URL, str(archive), progress=True)
+    except (OSError, urllib.error.URLError) as error:
+        raise DataUnavailableError(
+            f"The download of CIFAKE from {CIFAKE_URL} failed: {error}. Run again."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return archive
+
+
+# --- The sampler --------------------------------------------------------------------------------
+
+
+class StableDiffusionOverSampler(ImageOverSampler):
+    """Append cached Stable Diffusion images of the smaller classes.
+
+    The images are drawn without replacement. They were made from text alone, by a model that was
+    not trained on CIFAR-10.
+
+    Parameters
+    ----------
+    path : path, default ``datasets/stable_diffusion_dataset.npy``
+        The cache, see :func:`save_generated_images`. Its labels are the class numbers in ``y``.
+    sampling_strategy : str or dict, default 'auto'
+        As in imbalanced-learn. ``'auto'`` makes the reference study's data set: synthetic images for
+        the minority class only. :func:`source_balanced_strategy` gives every class some.
+    random_state : int, RandomState instance or None, default None
+        Which images are drawn.
+
+    Raises
+    ------
+    ValueError
+        In ``fit_resample``, if the cache has fewer images of a class than are asked for.
+    """
+
+    def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None):
+        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state)
+        self.path = path
+
+    def _fit_resample(self, X, y):
+        self._images, self._labels = load_generated_images(self.path)
+        try:
+            return super()._fit_resample(X, y)
+        finally:
+            del self._images, self._labels  # the sampler itself stays small
+
+    def _make_images(self, X, c, count, seed):
+        rows = np.flatnonzero(self._labels == c)
+        if len(rows) < count:
+            raise ValueError(f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for.")
+        return self._images[np.random.default_rng(seed).choice(rows, count, replace=False)]
+
+
+def source_balanced_strategy(y, share=0.4):
+    """A ``sampling_strategy`` that gives every class some synthetic images.
+
+    If only the minority class has synthetic images, "looks synthetic" predicts that class, and a
+    classifier learns this cue in place of the class. With some synthetic images in every class the
+    cue loses its worth.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+        Labels of the imbalanced training set.
+    share : float, default 0.4
+        Synthetic images of a class that is not short of any, as a share of the largest class's size:
+        2,000 of 5,000.
+
+    Returns
+    -------
+    dict
+        Class number -> number of images wanted in all. Each class gets what it lacks to the largest
+        class's size, or ``share`` of that size if this is more.
+    """
+    classes, sizes = np.unique(y, return_counts=True)
+    largest = int(sizes.max())
+    return {
+        int(c): int(size) + max(largest - int(size), round(share * largest))
+        for c, size in zip(classes, sizes, strict=True)
+    }

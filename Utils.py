@@ -1,0 +1,444 @@
+"""Metrics, plots, seeding, device choice and safe file writing: what every other module shares.
+
+Nothing here knows about CIFAR-10, a generator or a network. Accuracies, recalls and precisions are
+fractions between 0 and 1; only plots and tables turn them into percent.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import urllib.request
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from imblearn.metrics import geometric_mean_score
+from matplotlib.ticker import PercentFormatter
+from scipy.stats import binomtest
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
+
+# Okabe and Ito's colours stay apart for colour-blind readers and in greyscale print.
+COLOURS = {"real": "#0072B2", "synthetic": "#E69F00", "minority": "#D55E00", "total": "#999999"}
+
+
+# --- Randomness, device, hardware ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Run a block under ``torch.manual_seed(seed)`` and restore the caller's CPU generator after it.
+
+    For library code that offers no ``generator`` argument (weight initialisation, torchvision's
+    transforms). Code that takes a :class:`torch.Generator` should be given one instead.
+
+    Parameters
+    ----------
+    seed : int
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def derive_seed(*parts):
+    """Mix several non-negative integers into one 63-bit seed.
+
+    ``derive_seed(seed, epoch)`` gives streams that do not overlap, which ``seed + epoch`` would not:
+    seed 0 at epoch 1 and seed 1 at epoch 0 would be the same stream.
+    """
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def choose_device(name=None):
+    """Return a :class:`torch.device`: the one named, else CUDA, else Apple's MPS, else the CPU."""
+    if name is not None:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def describe_hardware(device):
+    """Name the hardware that a result was obtained on.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    dict with keys ``device``, ``name`` and ``cpu_threads``.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():
+            models = [li for li in cpuinfo.read_text().splitlines() if li.startswith("model name")]
+            name = models[0].partition(":")[2].strip() if models else name
+    return {"device": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
+
+
+# --- Files and downloads ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside ``path`` that takes its name only if the block succeeds.
+
+    A kill or an error at any moment therefore leaves either the old file or the new one, never half
+    of one. Missing parent folders are created. The temporary name ends like the final one, because
+    some writers (matplotlib, NumPy) choose a format by it or append it.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written to or the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(descriptor)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"Could not finish writing {path}: {error}. Nothing was left behind; free some disk "
+            "space or choose another folder, then run again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path, content):
+    """Write ``content`` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG at 120 dpi, atomically, and return the figure still open."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    return figure
+
+
+def is_reachable(url, seconds=20):
+    """Tell whether ``url`` answers within ``seconds``.
+
+    The attempt runs in a thread of its own because a name look-up can hang for longer than any
+    socket timeout.
+    """
+    answered = threading.Event()
+
+    def knock():
+        with contextlib.suppress(Exception):
+            request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+            with urllib.request.urlopen(request, timeout=seconds):
+                answered.set()
+
+    threading.Thread(target=knock, daemon=True).start()
+    return answered.wait(seconds)
+
+
+def require_free_space(folder, gigabytes):
+    """Raise OSError if fewer than ``gigabytes`` (10^9 bytes) are free where ``folder`` lies."""
+    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    if free < gigabytes:
+        raise OSError(f"{existing} has {free:.2f} GB free, but {gigabytes:.2f} GB are needed.")
+
+
+# --- Metrics ------------------------------------------------------------------------------------
+
+
+def classification_metrics(y_true, y_pred, class_names, minority_classes):
+    """Judge predictions, the minority classes first.
+
+    Total accuracy is the last thing to look at on imbalanced data: with one of ten classes missing,
+    a model that never predicts it still scores up to 90 %.
+
+    Parameters
+    ----------
+    y_true, y_pred : array of int, shape (n,)
+        Class numbers below ``len(class_names)``.
+    class_names : sequence of str
+    minority_classes : sequence of int
+        The classes that were made rare; their scores are averaged under ``minority``.
+
+    Returns
+    -------
+    dict
+        ``minority`` (recall, precision, f1), ``balanced_accuracy`` (mean recall), ``macro_f1``,
+        ``g_mean`` (geometric mean of the recalls, Kubat and Matwin 1997; 0 as soon as one class is
+        never found), ``accuracy``, ``majority_recall`` (mean recall of the other classes; None if
+        every class is a minority), ``per_class`` and ``confusion_matrix`` (rows: true class).
+        Precision and F1 of a class that is never predicted count as 0.
+    """
+    labels = np.arange(len(class_names))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        y_true, y_pred, labels=labels, zero_division=0
+    )
+    minority = np.asarray(minority_classes, dtype=int)
+    majority = np.setdiff1d(labels, minority)
+    return {
+        "minority": {
+            "classes": [class_names[c] for c in minority],
+            "recall": float(recall[minority].mean()),
+            "precision": float(precision[minority].mean()),
+            "f1": float(f1[minority].mean()),
+        },
+        "balanced_accuracy": float(balanced_accuracy_score(y_true, y_pred)),
+        "macro_f1": float(f1_score(y_true, y_pred, labels=labels, average="macro", zero_division=0)),
+        "g_mean": float(geometric_mean_score(y_true, y_pred, labels=labels, average="multiclass")),
+        "accuracy": float(accuracy_score(y_true, y_pred)),
+        "majority_recall": float(recall[majority].mean()) if majority.size else None,
+        "per_class": {
+            class_names[c]: {
+                "recall": float(recall[c]),
+                "precision": float(precision[c]),
+                "f1": float(f1[c]),
+                "support": int(support[c]),
+            }
+            for c in labels
+        },
+        "confusion_matrix": confusion_matrix(y_true, y_pred, labels=labels).tolist(),
+    }
+
+
+def mcnemar_test(y_true, first, second):
+    """Exact McNemar test: do two models err differently on the same images?
+
+    Only images that exactly one of the models gets right carry information; under the null
+    hypothesis each model wins half of them (McNemar 1947; recommended for comparing classifiers on
+    one test set by Dietterich 1998). It covers the choice of test images, not the choice of seed.
+
+    Parameters
+    ----------
+    y_true, first, second : array of int, shape (n,)
+        The true classes and the two models' predictions, row by row for the same images.
+
+    Returns
+    -------
+    dict with ``only_first_right``, ``only_second_right`` (counts) and ``p_value`` (two-sided).
+    """
+    y_true, first, second = map(np.asarray, (y_true, first, second))
+    if not y_true.shape == first.shape == second.shape:
+        raise ValueError(
+            f"The predictions must be for the same images: shapes {y_true.shape}, {first.shape}, "
+            f"{second.shape}."
+        )
+    only_first = int(np.sum((first == y_true) & (second != y_true)))
+    only_second = int(np.sum((second == y_true) & (first != y_true)))
+    discordant = only_first + only_second
+    p_value = binomtest(only_first, discordant).pvalue if discordant else 1.0
+    return {
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "p_value": float(p_value),
+    }
+
+
+# --- Plots: each returns a figure, none reads or writes a file ----------------------------------
+
+
+def plot_class_counts(counts_by_data_set, class_names, title):
+    """Bars of real and synthetic images per class, one panel per data set.
+
+    Parameters
+    ----------
+    counts_by_data_set : dict
+        Name of the data set -> pair of integer arrays of shape (n_classes,): real and synthetic.
+    class_names : sequence of str
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    n = len(counts_by_data_set)
+    figure, axes = plt.subplots(
+        1, n, figsize=(3.4 * n + 0.6, 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    positions = np.arange(len(class_names))
+    for ax, (name, (real, synthetic)) in zip(axes[0], counts_by_data_set.items(), strict=True):
+        ax.bar(positions, real, color=COLOURS["real"], label="real")
+        if np.any(synthetic):
+            ax.bar(positions, synthetic, bottom=real, color=COLOURS["synthetic"], label="synthetic")
+        ax.set_title(name, fontsize=11)
+        ax.set_xticks(positions, class_names, rotation=60, ha="right")
+        ax.legend(loc="lower right", framealpha=0.9)
+    axes[0, 0].set_ylabel("training images")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_image_rows(rows, title):
+    """A grid of images, one labelled row per source, for looking at real beside synthetic images.
+
+    Parameters
+    ----------
+    rows : dict
+        Label of the row -> uint8 array of shape (n, height, width, 3).
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(0.95 * columns + 2.2, 1.0 * len(rows) + 0.6), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        for ax, image in zip(row, images, strict=False):
+            ax.imshow(image, interpolation="nearest")
+        row[0].text(-0.15, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_learning_curves(histories, title, chance=None):
+    """Loss, accuracy and minority recall over training, one line per run.
+
+    Parameters
+    ----------
+    histories : list of list of dict
+        One list per run; each dict is one epoch with ``images_seen``, ``train_loss``, ``test_loss``,
+        ``train_accuracy``, ``test_accuracy`` and ``test_minority_recall``.
+    title : str
+    chance : float, optional
+        Recall by guessing, drawn as a dotted line.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for run, history in enumerate(histories):
+        thousands = [epoch["images_seen"] / 1000 for epoch in history]
+        for ax, key, colour, name in (
+            (left, "train_loss", COLOURS["total"], "training loss (as optimised)"),
+            (left, "test_loss", COLOURS["real"], "test cross-entropy"),
+            (right, "train_accuracy", COLOURS["total"], "training accuracy"),
+            (right, "test_accuracy", COLOURS["real"], "test accuracy"),
+            (right, "test_minority_recall", COLOURS["minority"], "test recall, minority class"),
+        ):
+            ax.plot(
+                thousands,
+                [epoch[key] for epoch in history],
+                color=colour,
+                marker=".",
+                label=name if run == 0 else None,
+            )
+    if chance is not None:
+        right.axhline(chance, color="black", linestyle=":", linewidth=1, label="guessing")
+    left.set_ylabel("loss (nats)")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("fraction right")
+    right.set_ylim(-0.02, 1.02)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for ax in (left, right):
+        ax.set_xlabel("training images shown (thousands)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_confusion_matrix(matrix, class_names, title):
+    """Confusion matrix with the share of each true class, in percent.
+
+    Parameters
+    ----------
+    matrix : array of shape (n_classes, n_classes)
+        Counts; rows are true classes. Several runs may have been added up.
+    class_names : sequence of str
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure, ax = plt.subplots(figsize=(7, 6.2), layout="constrained")
+    ConfusionMatrixDisplay(share, display_labels=class_names).plot(
+        ax=ax,
+        cmap="Blues",
+        values_format=".0f",
+        xticks_rotation=60,
+        im_kw={"vmin": 0, "vmax": 100},
+    )
+    ax.images[0].colorbar.set_label("share of the true class (%)")
+    ax.set_xlabel("predicted class")
+    ax.set_ylabel("true class")
+    ax.set_title(title)
+    return figure
+
+
+def plot_comparison(rows, title, reference_accuracy=None):
+    """Minority recall, balanced accuracy and accuracy of each arm, with every single run as a dot.
+
+    Parameters
+    ----------
+    rows : dict
+        Title of the arm -> dict of ``minority_recall``, ``balanced_accuracy`` and ``accuracy``, each
+        a list with one fraction per run. Drawn from top to bottom in the order given.
+    title : str
+    reference_accuracy : float, optional
+        Accuracy of a model that is perfect on the other classes and never names the minority.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    panels = (
+        ("minority_recall", "recall of the minority class", COLOURS["minority"]),
+        ("balanced_accuracy", "balanced accuracy", COLOURS["real"]),
+        ("accuracy", "accuracy", COLOURS["total"]),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(13, 0.42 * len(rows) + 1.5), sharey=True, layout="constrained")
+    positions = np.arange(len(rows))[::-1]
+    for ax, (key, label, colour) in zip(axes, panels, strict=True):
+        for position, runs in zip(positions, rows.values(), strict=True):
+            mean = float(np.mean(runs[key]))
+            ax.barh(position, mean, color=colour, alpha=0.75)
+            ax.plot(runs[key], [position] * len(runs[key]), "k.", markersize=5)
+            ax.text(max(max(runs[key]), mean) + 0.015, position, f"{100 * mean:.1f}", va="center")
+        ax.set_xlim(0, 1.12)
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_xlabel(label)
+        ax.grid(axis="x", alpha=0.3)
+    if reference_accuracy is not None:
+        axes[2].axvline(reference_accuracy, color="black", linestyle=":", linewidth=1)
+    axes[0].set_yticks(positions, list(rows))
+    figure.suptitle(title)
+    return figure
