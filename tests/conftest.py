@@ -1,0 +1,165 @@
+"""Fixtures that all tests share.
+
+Every test runs in an empty folder of its own, because the modules write below the working directory.
+The real data is looked for in ``$CIFAR10_ROOT`` (relative paths count from the repository's root), else in
+``datasets``. Where it should be (``CI=true`` or ``CIFAR10_ROOT`` set) its absence is a failure, not a skip.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, ImageDataSet, load_cifar10
+from StableDiffusionGeneration import save_generated_images
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA_ROOT = (REPOSITORY / (os.environ.get("CIFAR10_ROOT") or "datasets")).resolve()
+DATA_IS_EXPECTED = os.environ.get("CI") == "true" or bool(os.environ.get("CIFAR10_ROOT"))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Run the test in its own empty folder, and close the figures that it leaves open."""
+    if os.environ.get("CIFAR10_ROOT"):
+        monkeypatch.setenv("CIFAR10_ROOT", str(DATA_ROOT))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    plt.close("all")
+
+
+# --- The real data ------------------------------------------------------------------------------
+
+
+def _require(path):
+    if path.exists():
+        return path
+    if DATA_IS_EXPECTED:
+        pytest.fail(f"There is no {path}, but CI=true or CIFAR10_ROOT says that the data is here.")
+    pytest.skip(f"There is no {path}. Set CIFAR10_ROOT to the folder that contains it to run this test.")
+
+
+@pytest.fixture(scope="session")
+def cifar10_root():
+    """The folder that contains the real CIFAR-10."""
+    return _require(DATA_ROOT / "cifar-10-batches-py").parent
+
+
+@pytest.fixture(scope="session")
+def cifar10(cifar10_root):
+    """The real CIFAR-10. Nothing is ever downloaded for it. Shared by all tests: do not change it."""
+    return load_cifar10(cifar10_root)
+
+
+@pytest.fixture(scope="session")
+def cifake_zip():
+    """Path of the real CIFAKE archive."""
+    return _require(DATA_ROOT / "cifake.zip")
+
+
+# --- Small stand-ins ----------------------------------------------------------------------------
+
+
+def make_images(y, seed):
+    """Noisy 32x32 images whose mean colour tells their class: easy to learn, no two alike."""
+    rng = np.random.default_rng(seed)
+    colours = np.random.default_rng(0).permutation(np.linspace(40, 215, 30)).reshape(10, 3)
+    noise = rng.normal(0, 20, size=(len(y), 32, 32, 3))
+    return np.clip(colours[y][:, None, None, :] + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def tiny_data():
+    """A learnable data set under CIFAR-10's name: 30 training and 10 test images of each class."""
+    y_train = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 30))
+    y_test = np.random.default_rng(2).permutation(np.repeat(np.arange(10), 10))
+    return ImageDataSet(
+        "cifar10", CIFAR10_CLASSES, make_images(y_train, 3), y_train, make_images(y_test, 4), y_test
+    )
+
+
+@pytest.fixture
+def tiny_cache(own_folder):
+    """``datasets/stable_diffusion_dataset.npy`` in the working folder, 60 random images of each class."""
+    images = np.random.default_rng(5).integers(0, 256, size=(600, 32, 32, 3), dtype=np.uint8)
+    path = own_folder / "datasets" / "stable_diffusion_dataset.npy"
+    save_generated_images(images, np.tile(np.arange(10), 60), path)
+    return path
+
+
+# --- Servers on this machine --------------------------------------------------------------------
+
+
+class LocalServer:
+    """An HTTP server on this machine: answers with ``files[path]``, and counts what it was asked for."""
+
+    def __init__(self):
+        self.files = {}  # path such as "/a.zip" -> bytes
+        self.requests = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append(self.path)
+                content = outer.files.get(self.path)
+                self.send_response(404 if content is None else 200)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):  # is_reachable hangs up early
+                    self.wfile.write(content or b"")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def without_proxy(monkeypatch):
+    """Reach 127.0.0.1 directly, whatever proxy the machine uses."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server(without_proxy):
+    """A :class:`LocalServer`."""
+    server = LocalServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def closed_url(without_proxy):
+    """A URL whose port refuses connections: it is taken, but nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/file"
+
+
+@pytest.fixture
+def hanging_url(without_proxy):
+    """A URL whose server accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}/file"

@@ -1,0 +1,300 @@
+"""The samplers that need no training: augmentation and cached Stable Diffusion images."""
+
+import doctest
+import random
+import time
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from imblearn.over_sampling import RandomOverSampler
+from imblearn.over_sampling.base import BaseOverSampler
+from sklearn.base import clone
+from torchvision.transforms import v2
+
+import NonSyntheticGeneration
+from ImbalancedCIFAR10 import minority_split
+from NonSyntheticGeneration import AugmentationOverSampler
+from StableDiffusionGeneration import (
+    StableDiffusionOverSampler,
+    load_generated_images,
+    save_generated_images,
+    source_balanced_strategy,
+)
+
+SAMPLERS = {
+    "mild": partial(AugmentationOverSampler, preset="mild"),
+    "reference": partial(AugmentationOverSampler, preset="reference"),
+    "stable diffusion": StableDiffusionOverSampler,
+}
+SIZES = [12, 5, 3]  # images of each class in X, y
+
+
+@pytest.fixture(params=SAMPLERS)
+def make_sampler(request, tiny_cache):
+    """Each sampler in turn, with the cache that the Stable Diffusion one reads."""
+    return SAMPLERS[request.param]
+
+
+@pytest.fixture
+def X():
+    return np.random.default_rng(0).integers(0, 256, size=(20, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def y():
+    return np.random.default_rng(1).permutation(np.repeat([0, 1, 2], SIZES))
+
+
+# --- What all samplers promise ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [
+        ("auto", [12, 12, 12]),
+        ("not majority", [12, 12, 12]),
+        ("minority", [12, 5, 12]),
+        ({1: 9}, [12, 9, 3]),
+        ({0: 15, 1: 5, 2: 20}, [15, 5, 20]),
+        (lambda y: {2: 4}, [12, 5, 4]),
+    ],
+)
+def test_new_images_follow_the_given_ones_and_reach_the_sizes_asked_for(make_sampler, X, y, strategy, sizes):
+    X_before, y_before = X.copy(), y.copy()
+    X_res, y_res = make_sampler(sampling_strategy=strategy, random_state=0).fit_resample(X, y)
+    assert np.bincount(y_res).tolist() == sizes
+    assert X_res.shape == (sum(sizes), 32, 32, 3)
+    assert X_res.dtype == np.uint8
+    assert y_res.dtype == np.int64
+    assert np.array_equal(X_res[:20], X_before)
+    assert np.array_equal(y_res[:20], y_before)
+    assert np.all(np.diff(y_res[20:]) >= 0)
+    assert np.array_equal(X, X_before)  # the input itself is untouched
+    assert not np.shares_memory(X_res, X)
+
+
+def test_class_sizes_equal_those_of_imbalanced_learns_own_sampler(make_sampler, X, y):
+    _, y_res = make_sampler(random_state=0).fit_resample(X, y)
+    _, y_theirs = RandomOverSampler(random_state=0).fit_resample(X.reshape(len(X), -1), y)
+    assert Counter(y_res.tolist()) == Counter(y_theirs.tolist())
+
+
+def test_the_same_seed_gives_the_same_images_and_another_seed_others(make_sampler, X, y):
+    first, again, other = (make_sampler(random_state=seed).fit_resample(X, y)[0] for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not any(np.array_equal(a, b) for a, b in zip(first[20:], other[20:], strict=True))
+
+
+def test_a_sampler_can_be_used_twice(make_sampler, X, y):
+    sampler = make_sampler(random_state=0)
+    assert np.array_equal(sampler.fit_resample(X, y)[0], sampler.fit_resample(X, y)[0])
+
+
+def test_the_callers_random_numbers_are_unaffected(make_sampler, X, y):
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1:3], random.getstate()  # noqa: NPY002
+
+    before = state()
+    make_sampler(random_state=0).fit_resample(X, y)
+    after = state()
+    assert before[0] == after[0]
+    assert np.array_equal(before[1][0], after[1][0])
+    assert before[1][1] == after[1][1]
+    assert before[2] == after[2]
+
+
+def test_the_callers_random_numbers_have_no_influence(make_sampler, X, y):
+    torch.manual_seed(1)
+    first, _ = make_sampler(random_state=0).fit_resample(X, y)
+    torch.manual_seed(2)
+    second, _ = make_sampler(random_state=0).fit_resample(X, y)
+    assert np.array_equal(first, second)
+
+
+def test_the_images_of_a_class_do_not_depend_on_what_others_need(make_sampler, X, y):
+    alone, _ = make_sampler(sampling_strategy={2: 9}, random_state=0).fit_resample(X, y)
+    together, y_res = make_sampler(sampling_strategy={0: 14, 1: 30, 2: 9}, random_state=0).fit_resample(X, y)
+    assert np.array_equal(alone[20:], together[20:][y_res[20:] == 2])
+
+
+@pytest.mark.parametrize("sentinel", [0, 255])
+def test_removed_images_have_no_influence(make_sampler, tiny_data, sentinel):
+    split = minority_split(tiny_data.y_train, keep=4)
+    removed = np.setdiff1d(np.arange(300), split.kept_rows(tiny_data.y_train))
+    assert len(removed) == 26
+    poisoned = tiny_data.X_train.copy()
+    poisoned[removed] = sentinel
+    clean, _ = make_sampler(random_state=0).fit_resample(*split.cut(tiny_data.X_train, tiny_data.y_train))
+    result, _ = make_sampler(random_state=0).fit_resample(*split.cut(poisoned, tiny_data.y_train))
+    assert len(result) == 300
+    assert np.array_equal(result, clean)
+    assert not np.any(np.all(result == sentinel, axis=(1, 2, 3)))
+
+
+def test_samplers_are_imbalanced_learns(make_sampler, X, y):
+    sampler = make_sampler(sampling_strategy={2: 7}, random_state=3)
+    assert isinstance(sampler, BaseOverSampler)
+    copy = clone(sampler)
+    assert copy is not sampler
+    assert copy.get_params() == sampler.get_params()
+    assert {"sampling_strategy": {2: 7}, "random_state": 3}.items() <= sampler.get_params().items()
+    assert np.array_equal(copy.fit_resample(X, y)[0], sampler.fit_resample(X, y)[0])
+    assert len(sampler.set_params(sampling_strategy={2: 4}).fit_resample(X, y)[0]) == 21
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda X, y: (X / 255, y), TypeError, "uint8"),
+        (lambda X, y: (X.astype(np.int64), y), TypeError, "uint8"),
+        (lambda X, y: (X.reshape(20, -1), y), ValueError, "shape"),
+        (lambda X, y: (X[0], y), ValueError, "shape"),
+        (lambda X, y: (X[..., :1], y), ValueError, "shape"),
+        (lambda X, y: (X.transpose(0, 3, 1, 2), y), ValueError, "shape"),
+        (lambda X, y: (X, y[:-1]), ValueError, "y must"),
+        (lambda X, y: (X, y[:, None]), ValueError, "y must"),
+        (lambda X, y: (X, y.astype(float)), TypeError, "integers"),
+        (lambda X, y: (X, y + 0.5), ValueError, "continuous"),
+        (lambda X, y: (X, y.astype(str)), TypeError, "integers"),
+        (lambda X, y: (X[:0], y[:0]), ValueError, "shape"),
+    ],
+)
+def test_other_arrays_are_refused(make_sampler, X, y, change, error, message):
+    with pytest.raises(error, match=message):
+        make_sampler().fit_resample(*change(X, y))
+
+
+@pytest.mark.parametrize("strategy", [{0: 11}, {7: 5}, {2: -1}, "most", 2.0, 0.9])
+def test_impossible_strategies_are_refused(make_sampler, X, y, strategy):
+    with pytest.raises(ValueError):
+        make_sampler(sampling_strategy=strategy).fit_resample(X, y)
+
+
+# --- Augmentation -------------------------------------------------------------------------------
+
+
+def test_an_unknown_preset_is_refused_with_the_valid_ones(X, y):
+    with pytest.raises(ValueError, match=r"'wild'.*mild, reference"):
+        AugmentationOverSampler(preset="wild").fit_resample(X, y)
+
+
+@pytest.mark.parametrize("preset", ["mild", "reference"])
+def test_augmented_images_differ_from_the_given_ones_and_from_each_other(X, y, preset):
+    X_res, _ = AugmentationOverSampler(preset=preset, sampling_strategy={2: 53}, random_state=0).fit_resample(
+        X, y
+    )
+    assert len({image.tobytes() for image in X_res}) == len(X_res) == 70
+
+
+def test_augmented_images_are_made_from_images_of_their_own_class():
+    X = np.full((13, 32, 32, 3), 20, dtype=np.uint8)
+    y = np.array([0] * 8 + [1] * 3 + [2] * 2)
+    X[np.arange(13), ..., y] = 180  # class 0 is red, 1 green, 2 blue; 'mild' leaves the hue alone
+    X_res, y_res = AugmentationOverSampler(random_state=0).fit_resample(X, y)
+    assert np.array_equal(X_res.mean(axis=(1, 2)).argmax(axis=1), y_res)
+    assert len(y_res) == 24
+
+
+def test_every_image_is_a_source_equally_often_give_or_take_one(monkeypatch):
+    monkeypatch.setitem(NonSyntheticGeneration.PRESETS, "identity", (v2.Identity(),))
+    X = np.zeros((25, 32, 32, 3), dtype=np.uint8)
+    X += np.arange(25, dtype=np.uint8)[:, None, None, None]  # an image's value is its row number
+    y = np.array([0] * 20 + [1] * 5)
+    X_res, _ = AugmentationOverSampler(
+        preset="identity", sampling_strategy={1: 5 + 18}, random_state=0
+    ).fit_resample(X, y)
+    sources = Counter(X_res[25:, 0, 0, 0].tolist())
+    assert sorted(sources) == [20, 21, 22, 23, 24]
+    assert sorted(sources.values()) == [3, 3, 4, 4, 4]
+    assert X_res[25:30, 0, 0, 0].tolist() != [20, 21, 22, 23, 24]  # in random order
+
+
+@pytest.mark.parametrize("preset", ["mild", "reference"])
+def test_a_class_with_a_single_image_can_be_augmented(X, preset):
+    y = np.array([0] * 19 + [1])
+    X_res, y_res = AugmentationOverSampler(preset=preset, random_state=0).fit_resample(X, y)
+    assert np.bincount(y_res).tolist() == [19, 19]
+    assert len({image.tobytes() for image in X_res[19:]}) == 19
+
+
+def test_images_of_another_size_keep_it(X, y):
+    small = np.ascontiguousarray(X[:, :16, :16])
+    for preset in NonSyntheticGeneration.PRESETS:
+        X_res, _ = AugmentationOverSampler(preset=preset, random_state=0).fit_resample(small, y)
+        assert X_res.shape == (36, 16, 16, 3)
+
+
+@pytest.mark.parametrize("preset", ["mild", "reference"])
+def test_a_fifth_of_the_4950_images_of_the_reference_split_take_less_than_3_seconds(X, preset):
+    y = np.array([0] * 10 + [1] * 10)
+    sampler = AugmentationOverSampler(preset=preset, sampling_strategy={1: 10 + 990}, random_state=0)
+    start = time.process_time()
+    X_res, _ = sampler.fit_resample(X, y)
+    assert time.process_time() - start < 3
+    assert len(X_res) == 20 + 990
+
+
+def test_the_docstring_example_is_true():
+    results = doctest.testmod(NonSyntheticGeneration)
+    assert results.attempted >= 5
+    assert results.failed == 0
+
+
+# --- Stable Diffusion ---------------------------------------------------------------------------
+
+
+def test_cached_images_are_drawn_from_their_class_without_replacement(tiny_cache, X, y):
+    images, labels = load_generated_images(tiny_cache)
+    X_res, y_res = StableDiffusionOverSampler(
+        sampling_strategy={1: 5 + 60, 2: 3 + 20}, random_state=0
+    ).fit_resample(X, y)
+    for c, count in ((1, 60), (2, 20)):
+        cached = {image.tobytes() for image in images[labels == c]}
+        drawn = [image.tobytes() for image in X_res[20:][y_res[20:] == c]]
+        assert len(set(drawn)) == len(drawn) == count
+        assert set(drawn) <= cached
+
+
+def test_a_cache_with_too_few_images_of_a_class_is_refused(tiny_cache, X, y):
+    with pytest.raises(ValueError, match="60 images of class 2, but 61"):
+        StableDiffusionOverSampler(sampling_strategy={2: 3 + 61}).fit_resample(X, y)
+
+
+def test_a_class_that_the_cache_lacks_is_refused(tiny_cache, X, y):
+    with pytest.raises(ValueError, match="0 images of class 11"):
+        StableDiffusionOverSampler().fit_resample(X, y + 10)  # classes 10, 11 and 12
+
+
+def test_a_missing_cache_is_named(X, y):
+    with pytest.raises(FileNotFoundError, match=r"elsewhere\.npy.*import_cifake"):
+        StableDiffusionOverSampler(path="elsewhere.npy").fit_resample(X, y)
+
+
+def test_the_cache_may_lie_elsewhere(tmp_path, X, y):
+    path = tmp_path / "other.npy"
+    save_generated_images(np.full((30, 32, 32, 3), 7, dtype=np.uint8), np.repeat([0, 1, 2], 10), path)
+    X_res, _ = StableDiffusionOverSampler(path=path).fit_resample(X, y)
+    assert np.all(X_res[20:] == 7)
+
+
+def test_the_sampler_does_not_hold_on_to_the_cache(tiny_cache, X, y):
+    sampler = StableDiffusionOverSampler(random_state=0)
+    sampler.fit_resample(X, y)
+    with pytest.raises(ValueError):
+        sampler.set_params(sampling_strategy={2: 1000}).fit_resample(X, y)
+    assert not any(isinstance(value, np.ndarray) for value in vars(sampler).values())
+
+
+def test_source_balanced_strategy_gives_every_class_some_synthetic_images():
+    y = np.repeat(np.arange(4), [5000, 50, 4000, 2000])
+    # What is missing to 5,000, or 40 % of 5,000 = 2,000 if this is more.
+    assert source_balanced_strategy(y) == {0: 7000, 1: 5000, 2: 6000, 3: 5000}
+    assert source_balanced_strategy(y, share=0) == {0: 5000, 1: 5000, 2: 5000, 3: 5000}
+
+
+def test_source_balanced_strategy_is_understood_by_the_sampler(tiny_cache, X, y):
+    _, y_res = StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy(y)).fit_resample(X, y)
+    assert np.bincount(y_res).tolist() == [17, 12, 12]  # 0.4 x 12 = 4.8, so 5 for class 0
