@@ -114,7 +114,10 @@ def create_classifier(num_classes, width, mean_std, seed):
 
 
 def channel_statistics(X):
-    """Mean and standard deviation of each channel of uint8 images (n, height, width, 3), as lists."""
+    """Mean and standard deviation of each channel of uint8 images (n, height, width, 3), as lists.
+
+    The deviation is at least 1, so that images of one colour can be normalised.
+    """
     # Through the histogram of the 256 values: exact, and needs no float copy of the images.
     values = np.arange(256)
     mean, std = [], []
@@ -156,9 +159,13 @@ def _load_torch_file(path, keys):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise ValueError(f"{path} is damaged or no file of this project: {error}") from error
+        raise ValueError(
+            f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
+        ) from error
     if not isinstance(content, dict) or not keys <= content.keys():
-        raise ValueError(f"{path} is no file of this project: it lacks {', '.join(sorted(keys))}.")
+        raise ValueError(
+            f"{path} is no file of this project: it lacks {', '.join(sorted(keys))}. Remove it and run again."
+        )
     return content
 
 
@@ -322,7 +329,7 @@ def train_classifier(
     -------
     list of dict
         One per epoch (the last may be a part of one): ``epoch``, ``step``, ``images_seen``,
-        ``learning_rate``, ``train_loss`` and ``train_accuracy`` (on augmented images while
+        ``learning_rate`` (of the next step), ``train_loss`` and ``train_accuracy`` (on augmented images while
         training), ``seconds``, and with ``test_data`` also ``test_loss``, ``test_accuracy``,
         ``test_minority_recall`` and ``seconds_of_test``.
 
@@ -333,7 +340,8 @@ def train_classifier(
     ValueError
         If the checkpoint is damaged or belongs to another run.
     """
-    X, y = check_images(X, y)
+    X, y = map(np.ascontiguousarray, check_images(X, y))
+    seed = int(seed)  # a NumPy integer would not come back from the checkpoint
     if recipe.steps < 1 or recipe.batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1: got {recipe}.")
     if y.min() < 0 or y.max() >= model.num_classes:
@@ -360,13 +368,14 @@ def train_classifier(
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps + 1,
-        pct_start=recipe.warmup, cycle_momentum=False,
+        pct_start=max(recipe.warmup, 2 / (recipe.steps + 1)),  # a rise takes at least a step
+        cycle_momentum=False,
     )  # fmt: skip
 
     run = {  # what a checkpoint must agree with
         **asdict(recipe), "seed": seed, "width": model.width, "num_classes": model.num_classes,
         "logit_adjusted": logit_adjusted, "rows": len(X),
-        "checksum": zlib.crc32(np.ascontiguousarray(X), zlib.crc32(y)),
+        "checksum": zlib.crc32(X, zlib.crc32(y)),
         "checksum_of_groups": zlib.crc32(np.ascontiguousarray(groups, dtype=np.int64)) if logit_adjusted else 0,
     }  # fmt: skip
     history = []
@@ -507,7 +516,7 @@ def evaluate_classifier(model, X, y, *, average_flips=False, batch_size=1000, de
     -------
     Evaluation
     """
-    X, y = check_images(X, y)
+    X, y = map(np.ascontiguousarray, check_images(X, y))
     device = choose_device(device)
     model.to(device=device, memory_format=torch.channels_last)
     return _evaluate(model, _to_device(X, device), y, average_flips, batch_size)

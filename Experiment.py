@@ -138,11 +138,17 @@ class Arm:
     story: bool = False
 
 
-def _on_flat_pixels(sampler):
-    """Run an imbalanced-learn sampler, which wants one row of features an image."""
+def _on_flat_pixels(sampler, dtype=np.uint8):
+    """Run an imbalanced-learn sampler, which wants one row of features an image.
+
+    A sampler that computes with pixels needs ``dtype`` float32: differences of uint8 wrap around.
+    """
 
     def resample(X, y, seed):
-        X_res, y_res = sampler(y, seed).fit_resample(X.reshape(len(X), -1), y)
+        flat = X.reshape(len(X), -1).astype(dtype, copy=False)
+        X_res, y_res = sampler(y, seed).fit_resample(flat, y)
+        if dtype != np.uint8:
+            X_res = np.rint(X_res, out=X_res).astype(np.uint8)
         return X_res.reshape(-1, *X.shape[1:]), y_res
 
     return resample
@@ -166,7 +172,7 @@ ARMS = {
         "Random oversampling", "random_oversampling", "resnet_random_oversampling",
         _on_flat_pixels(lambda y, seed: RandomOverSampler(random_state=seed)),
     ),
-    "smote": Arm("SMOTE", "smote", "resnet_smote", _on_flat_pixels(_smote)),
+    "smote": Arm("SMOTE", "smote", "resnet_smote", _on_flat_pixels(_smote, np.float32)),
     "non-synthetic-reference": Arm(
         "Non-synthetic, reference's augmentation", "nsd_reference", "resnet_non_synthetic_reference",
         lambda X, y, seed: AugmentationOverSampler(preset="reference", random_state=seed).fit_resample(X, y),
@@ -402,11 +408,13 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
     """
     arm = find_arm(arm_name)
     profile_name, settings = resolve_profile(profile)
-    device = choose_device(device)
+    device, seed = choose_device(device), int(seed)
     split = split_from_name(split_name or default_split(data), data.y_train, data.class_names)
     place = (profile_name, data.name, split.name)
     path = result_path(*place, arm_name, seed)
     if path.exists():
+        if not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
+            save_arm_plots(arm_name, *place)  # killed after the result was written
         return json.loads(path.read_text(encoding="utf-8"))
 
     started = time.perf_counter()
@@ -496,9 +504,12 @@ def run_arms(arm_names, data, split_names=(None,), seeds=(0,), profile="auto", d
     dict
         ``(arm, split, seed)`` -> result of :func:`run_arm`, or the reason (str) why it was skipped.
     """
-    outcomes = {}
+    # A typing error in the last name should not surface after an hour.
     for arm_name in arm_names:
-        find_arm(arm_name)  # a typing error in the last name should not surface after an hour
+        find_arm(arm_name)
+    for split_name in split_names:
+        split_from_name(split_name or default_split(data), data.y_train, data.class_names)
+    outcomes = {}
     for seed in seeds:
         for split_name in split_names:
             for arm_name in arm_names:
@@ -521,6 +532,14 @@ def caption(results):
     return f"{banner}{first['split']}, profile {first['profile']}, {many}"
 
 
+def _plot_paths(arm_name, profile_name, data_name, split_name):
+    """Where the confusion matrix and the learning curves of an arm go, in this order."""
+    return [
+        output_path("images", profile_name, data_name, split_name, f"{kind}_{ARMS[arm_name].image_tag}.png")
+        for kind in ("cm", "test")
+    ]
+
+
 def save_arm_plots(arm_name, profile_name, data_name, split_name):
     """Draw ``cm_<tag>.png`` and ``test_<tag>.png`` from all finished seeds of an arm.
 
@@ -534,19 +553,19 @@ def save_arm_plots(arm_name, profile_name, data_name, split_name):
         return []
     arm = ARMS[arm_name]
     title = f"{arm.title}\n{caption(results)}"
-    figures = {
-        f"cm_{arm.image_tag}.png": plot_confusion_matrix(
+    figures = [
+        plot_confusion_matrix(
             np.sum([r["metrics"]["confusion_matrix"] for r in results], axis=0),
-            results[0]["class_names"], title,
+            results[0]["class_names"],
+            title,
         ),
-        f"test_{arm.image_tag}.png": plot_learning_curves(
+        plot_learning_curves(
             [r["history"] for r in results], title, chance=1 / len(results[0]["class_names"])
         ),
-    }  # fmt: skip
-    paths = []
-    for file_name, figure in figures.items():
-        paths.append(output_path("images", profile_name, data_name, split_name, file_name))
-        save_figure(figure, paths[-1])
+    ]
+    paths = _plot_paths(arm_name, profile_name, data_name, split_name)
+    for path, figure in zip(paths, figures, strict=True):
+        save_figure(figure, path)
         plt.close(figure)
     return paths
 
@@ -585,6 +604,11 @@ def main(arguments=None):
     for name in options.arm:
         arm_names += {"story": STORY, "all": tuple(ARMS)}.get(name, (name,))
     try:
+        # What was typed is checked before any data is loaded or downloaded.
+        resolve_profile(options.profile)
+        choose_device(options.device)
+        for name in arm_names:
+            find_arm(name)
         outcomes = run_arms(
             arm_names, load_data(), options.split, options.seed, options.profile, options.device
         )

@@ -326,7 +326,8 @@ def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw
     sizes = np.bincount(y, minlength=len(class_names))
     powers = np.arange(len(class_names)) / (len(class_names) - 1)
     wanted = (sizes.max() * (1 / imbalance_factor) ** powers + 1e-9).astype(int)
-    counts = {c: int(count) for c, count in enumerate(wanted)}
+    counts = {c: int(min(count, sizes[c])) for c, count in enumerate(wanted)}
+    _check_none_empty(counts, class_names, imbalance_factor)
     minority = tuple(c for c, count in counts.items() if count <= sizes.max() / 10)
     name = f"long-tailed-{imbalance_factor:g}" + _draw_suffix(draw)
     return Split(name, counts, minority or (len(class_names) - 1,), draw)
@@ -351,7 +352,8 @@ def step_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
     _check_factor("imbalance_factor", imbalance_factor)
     sizes = np.bincount(y, minlength=len(class_names))
     minority = tuple(range((len(class_names) + 1) // 2, len(class_names)))
-    counts = {c: int(sizes.max() / imbalance_factor + 1e-9) for c in minority}
+    counts = {c: int(min(sizes.max() / imbalance_factor + 1e-9, sizes[c])) for c in minority}
+    _check_none_empty(counts, class_names, imbalance_factor)
     return Split(f"step-{imbalance_factor:g}" + _draw_suffix(draw), counts, minority, draw)
 
 
@@ -393,6 +395,15 @@ def _check_factor(name, value):
     if not value >= 1:
         raise ValueError(f"{name} is images of the largest class per image of the smallest, so at least "
                          f"1: got {value}.")  # fmt: skip
+
+
+def _check_none_empty(counts, class_names, imbalance_factor):
+    empty = [class_names[c] for c, count in counts.items() if count < 1]
+    if empty:
+        raise ValueError(
+            f"An imbalance factor of {imbalance_factor:g} leaves no image of class {', '.join(empty)}: "
+            "choose a smaller one."
+        )
 
 
 def _draw_suffix(draw):

@@ -10,25 +10,37 @@ from torchvision.transforms import InterpolationMode, v2
 from ImageOverSampler import ImageOverSampler
 from Utils import seeded
 
-PRESETS = {
-    # What moves a 32x32 photograph about without leaving its class. Chosen before any result was seen:
-    # crops and rotations stay small because at 32x32 the object fills the frame; hue stays almost put
-    # because coat colour is a cue; nothing is solarised or turned upside down, as no test image is.
-    # No flip either: the training loop flips every image already, and not every data set allows it.
-    "mild": (
-        v2.RandomResizedCrop(32, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
+
+def mild_augmentation(size):
+    """What moves a small photograph about without leaving its class, for images of ``size`` (h, w).
+
+    Chosen before any result was seen: crops and rotations stay small because at 32x32 the object fills
+    the frame; hue stays put because coat colour is a cue; nothing is solarised or turned upside down,
+    as no test image is. No flip either: the training loop flips every image already, and not every
+    data set allows it.
+    """
+    return (
+        v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
         v2.RandomRotation(10, interpolation=InterpolationMode.BILINEAR),
         v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-    ),
-    # The reference study's: strong colour and geometry made for large photographs. Solarising inverts
-    # the brighter half of the values; corners that rotation and perspective uncover are black.
-    "reference": (
+    )
+
+
+def reference_augmentation(size):
+    """The reference study's: strong colour and geometry, made for large photographs.
+
+    Solarising inverts the brighter half of the values; corners that rotation and perspective uncover
+    are black. It keeps any ``size``.
+    """
+    return (
         v2.ColorJitter(brightness=0.5, hue=0.3),
         v2.RandomPerspective(distortion_scale=0.2, p=1.0),
         v2.RandomRotation((0, 180)),
         v2.RandomSolarize(threshold=128, p=0.5),
-    ),
-}
+    )
+
+
+PRESETS = {"mild": mild_augmentation, "reference": reference_augmentation}
 
 
 class AugmentationOverSampler(ImageOverSampler):
@@ -65,7 +77,7 @@ class AugmentationOverSampler(ImageOverSampler):
     def _make_images(self, X, c, count, seed):
         if self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}. Choose one of {', '.join(PRESETS)}.")
-        augment = v2.Compose(PRESETS[self.preset])
+        augment = v2.Compose(PRESETS[self.preset](X.shape[1:3]))
         rng = np.random.default_rng(seed)
         sources = np.concatenate([rng.permutation(len(X)) for _ in range(-(-count // len(X)))])[:count]
         # Image by image, because torchvision draws one set of parameters per call; as PIL images,

@@ -17,8 +17,10 @@ import io
 import re
 import socket
 import tempfile
+import tokenize
 import urllib.error
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ImageOverSampler import ImageOverSampler
+from ImageOverSampler import ImageOverSampler, check_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
 from Utils import atomic_path, is_reachable, require_free_space
 
@@ -51,7 +53,15 @@ def save_generated_images(images, labels, path=CACHE):
     images : ndarray of uint8, shape (n, 32, 32, 3)
     labels : ndarray of int, shape (n,)
     path : path
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays of another dtype or shape: nothing is converted silently.
     """
+    images, labels = check_images(images, labels)
+    if images.shape[1:] != RECORD["image"].shape:
+        raise ValueError(f"The cache holds images of 32x32 pixels, but these have the shape {images.shape}.")
     records = np.empty(len(images), dtype=RECORD)
     records["image"], records["label"] = images, labels
     with atomic_path(path) as temporary:
@@ -79,14 +89,14 @@ def load_generated_images(path=CACHE):
         )
     try:
         records = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, tokenize.TokenError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is truncated, damaged, or no plain NumPy array ({error}). Remove it and make it again."
         ) from error
     if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
         found = getattr(records, "dtype", type(records).__name__)
         raise ValueError(f"{path} must hold one record of {RECORD} an image, but it holds {found}.")
-    return np.ascontiguousarray(records["image"]), np.ascontiguousarray(records["label"])
+    return records["image"].copy(), records["label"].copy()
 
 
 # --- CIFAKE -------------------------------------------------------------------------------------
@@ -151,8 +161,10 @@ def import_cifake(source=None, path=CACHE, images_per_class=5000):
                     _decode(source, name, lambda name=name: archive.read(names[name]))
                     for name in tqdm(chosen, desc="reading CIFAKE", unit="image")
                 ]
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{source} is truncated or no zip archive ({error}). Get it again.") from error
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+            raise ValueError(
+                f"{source} is truncated, damaged or no zip archive ({error}). Get it again."
+            ) from error
     labels = [_cifake_class(name) for name in chosen]
     save_generated_images(np.stack(images), np.asarray(labels), path)
     return len(images)

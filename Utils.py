@@ -56,15 +56,28 @@ def derive_seed(*parts):
     """Mix several non-negative integers into one 63-bit seed.
 
     ``derive_seed(seed, epoch)`` gives streams that do not overlap, which ``seed + epoch`` would not:
-    seed 0 at epoch 1 and seed 1 at epoch 0 would be the same stream.
+    seed 0 at epoch 1 and seed 1 at epoch 0 would be the same stream. Trailing zeros count for nothing
+    and parts from 2^32 on are split in two, so compare only calls with equally many, smaller parts.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def choose_device(name=None):
-    """Return a :class:`torch.device`: the one named, else CUDA, else Apple's MPS, else the CPU."""
+    """Return a :class:`torch.device`: the one named, else CUDA, else Apple's MPS, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the device named does not exist on this machine.
+    """
     if name is not None:
-        return torch.device(name)
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"This machine has no device {str(name)!r} for PyTorch: {reason}") from error
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -153,16 +166,19 @@ def is_reachable(url, seconds=20):
     The attempt runs in a thread of its own because a name look-up can hang for longer than any
     socket timeout.
     """
-    answered = threading.Event()
+    answers = []
+    finished = threading.Event()
 
     def knock():
         with contextlib.suppress(Exception):
             request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
             with urllib.request.urlopen(request, timeout=seconds):
-                answered.set()
+                answers.append(True)
+        finished.set()
 
     threading.Thread(target=knock, daemon=True).start()
-    return answered.wait(seconds)
+    finished.wait(seconds)
+    return bool(answers)
 
 
 def require_free_space(folder, gigabytes):

@@ -235,7 +235,6 @@ def test_samplers_follow_the_seed(arm_name, tiny_data, tiny_cache):
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.xfail(strict=True, reason="imbalanced-learn's SMOTE subtracts uint8 pixels, which wrap around")
 def test_smote_images_lie_between_the_real_images_of_their_class(tiny_data):
     training_set = make_training_set("smote", tiny_data, split_from_name(SPLIT, tiny_data.y_train))
     cats = training_set.X[training_set.y == CAT]
@@ -306,7 +305,6 @@ def test_an_arm_killed_before_its_result_was_written_has_none_and_can_be_run_aga
     assert len(files("images")) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="run_arm returns a finished result without looking for its plots")
 def test_an_arm_killed_before_its_plots_were_drawn_gets_them_in_the_next_run(tiny_data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "save_arm_plots", interrupt)
@@ -330,7 +328,6 @@ def test_seeds_repeat_in_another_folder_and_differ_from_each_other(tiny_data, mo
     assert outcome_of(smoke("non-synthetic", tiny_data)) == outcome_of(first)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="json refuses NumPy's integers, after the training")
 def test_a_numpy_seed_is_as_good_as_a_plain_one(tiny_data):
     assert smoke("imbalanced", tiny_data, seed=np.int64(1))["seed"] == 1
 
@@ -480,7 +477,6 @@ def test_a_wrong_last_arm_is_refused_before_anything_runs(tiny_data):
     assert files() == set()
 
 
-@pytest.mark.xfail(strict=True, reason="run_arms looks only at the arms' names beforehand")
 def test_a_wrong_last_split_is_refused_before_anything_runs(tiny_data):
     with pytest.raises(ValueError, match="Unknown class 'lion'"):
         run_arms(["imbalanced"], tiny_data, [SPLIT, "lion-5"], profile="smoke")
@@ -558,7 +554,6 @@ def test_a_wrong_name_ends_with_one_line_that_lists_the_right_ones(
     assert message in line
 
 
-@pytest.mark.xfail(strict=True, reason="main loads (or downloads) the data before it looks at the names")
 @pytest.mark.parametrize("arguments", [["--arm", "stabel"], ["--profile", "fast"]])
 def test_wrong_names_are_found_before_the_data_is_loaded(arguments, monkeypatch):
     monkeypatch.setattr(Experiment, "load_data", lambda: pytest.fail("the data was loaded"))
@@ -566,7 +561,6 @@ def test_wrong_names_are_found_before_the_data_is_loaded(arguments, monkeypatch)
         Experiment.main(arguments)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="main does not catch torch's RuntimeError")
 def test_an_unknown_device_is_one_line_without_a_traceback(digits, monkeypatch):
     monkeypatch.setattr(Experiment, "load_data", lambda: digits)
     with pytest.raises(SystemExit):

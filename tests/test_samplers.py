@@ -199,7 +199,7 @@ def test_augmented_images_are_made_from_images_of_their_own_class():
 
 
 def test_every_image_is_a_source_equally_often_give_or_take_one(monkeypatch):
-    monkeypatch.setitem(NonSyntheticGeneration.PRESETS, "identity", (v2.Identity(),))
+    monkeypatch.setitem(NonSyntheticGeneration.PRESETS, "identity", lambda size: (v2.Identity(),))
     X = np.zeros((25, 32, 32, 3), dtype=np.uint8)
     X += np.arange(25, dtype=np.uint8)[:, None, None, None]  # an image's value is its row number
     y = np.array([0] * 20 + [1] * 5)
