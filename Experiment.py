@@ -41,6 +41,7 @@ from StableDiffusionGeneration import (
     source_balanced_strategy,
 )
 from Utils import (
+    atomic_path,
     choose_device,
     classification_metrics,
     derive_seed,
@@ -346,6 +347,23 @@ def output_path(kind, profile_name, data_name, split_name, file_name):
     return Path(kind, profile_name, split_folder(data_name, split_name), prefix + file_name)
 
 
+def _labels_path(profile_name, data_name, split_name):
+    return result_path(profile_name, data_name, split_name, "", 0).with_name("test-labels.txt")
+
+
+def save_test_labels(profile_name, data, split_name):
+    """Keep the true classes once beside the predictions, so that results can be judged without data."""
+    path = _labels_path(profile_name, data.name, split_name)
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(" ".join(map(str, data.y_test)) + "\n", encoding="utf-8")
+
+
+def load_test_labels(profile_name, data_name, split_name):
+    """True classes of the test set, int array of shape (n,), in the order of ``test_predictions``."""
+    return np.array(_labels_path(profile_name, data_name, split_name).read_text().split(), dtype=int)
+
+
 def load_results(profile_name, data_name, split_name):
     """Read every finished result of a profile and split.
 
@@ -491,6 +509,7 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
         "test_predictions": " ".join(map(str, plain.predictions)),
     }  # fmt: skip
     save_classifier(model, weights)
+    save_test_labels(profile_name, data, split.name)
     save_json(path, result)  # last: its presence says that the arm is finished
     save_arm_plots(arm_name, profile_name, data.name, split.name)
     return result
@@ -540,34 +559,34 @@ def _plot_paths(arm_name, profile_name, data_name, split_name):
     ]
 
 
-def save_arm_plots(arm_name, profile_name, data_name, split_name):
-    """Draw ``cm_<tag>.png`` and ``test_<tag>.png`` from all finished seeds of an arm.
+def arm_figures(results):
+    """Confusion matrix (added up over seeds) and learning curves (one line a seed) of one arm.
+
+    Parameters
+    ----------
+    results : list of dict
+        The arm's results, as :func:`load_results` gives them.
 
     Returns
     -------
-    list of Path
-        Empty if there is no result.
+    list of two matplotlib.figure.Figure
     """
-    results = load_results(profile_name, data_name, split_name).get(arm_name)
-    if not results:
-        return []
-    arm = ARMS[arm_name]
-    title = f"{arm.title}\n{caption(results)}"
-    figures = [
-        plot_confusion_matrix(
-            np.sum([r["metrics"]["confusion_matrix"] for r in results], axis=0),
-            results[0]["class_names"],
-            title,
-        ),
-        plot_learning_curves(
-            [r["history"] for r in results], title, chance=1 / len(results[0]["class_names"])
-        ),
+    first = results[0]
+    title = f"{ARMS[first['arm']].title}\n{caption(results)}"
+    matrix = np.sum([r["metrics"]["confusion_matrix"] for r in results], axis=0)
+    return [
+        plot_confusion_matrix(matrix, first["class_names"], title),
+        plot_learning_curves([r["history"] for r in results], title, chance=1 / len(first["class_names"])),
     ]
+
+
+def save_arm_plots(arm_name, profile_name, data_name, split_name):
+    """Draw ``cm_<tag>.png`` and ``test_<tag>.png`` of an arm from all its finished seeds."""
+    results = load_results(profile_name, data_name, split_name)[arm_name]
     paths = _plot_paths(arm_name, profile_name, data_name, split_name)
-    for path, figure in zip(paths, figures, strict=True):
+    for path, figure in zip(paths, arm_figures(results), strict=True):
         save_figure(figure, path)
         plt.close(figure)
-    return paths
 
 
 # --- Command line -------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ def import_cifake(source=None, path=CACHE, images_per_class=5000):
         members = {f.name: f.read_bytes for f in (source / "train" / "FAKE").glob("*") if f.is_file()}
         chosen = _choose(source, members, images_per_class)
         images = [
-            _decode(source, name, members[name]) for name in tqdm(chosen, desc="reading CIFAKE", unit="image")
+            _decode(source, name, members[name])
+            for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
         ]
     else:
         try:
@@ -159,7 +160,7 @@ def import_cifake(source=None, path=CACHE, images_per_class=5000):
                 chosen = _choose(source, names, images_per_class)
                 images = [
                     _decode(source, name, lambda name=name: archive.read(names[name]))
-                    for name in tqdm(chosen, desc="reading CIFAKE", unit="image")
+                    for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
                 ]
         except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
             raise ValueError(

@@ -1,0 +1,43 @@
+# The two commands of the README are `make main` and `make test`; `make help` lists the rest.
+
+PYTHON ?= python3.11
+PROFILE ?= auto
+ENVIRONMENT := .venv/installed
+RUN := .venv/bin/python
+
+.PHONY: main test data evidence report lint clean help
+
+main: $(ENVIRONMENT)  ## run the study: notebooks in order, plots in images/, numbers in results/
+	$(RUN) RunNotebooks.py --profile $(PROFILE)
+
+test: $(ENVIRONMENT)  ## check the modules, the notebook and that the README shows what results/ says
+	$(RUN) -m pytest
+	$(RUN) Report.py --check
+
+data: $(ENVIRONMENT)  ## fetch CIFAR-10 and CIFAKE without running anything
+	$(RUN) -c "import Experiment as e; data = e.load_data(); print(data); print(e.prepare_stable_diffusion_images(data))"
+
+evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or full, then the report
+	$(RUN) Experiment.py --arm all --profile $(PROFILE)
+	$(RUN) Report.py
+
+report: $(ENVIRONMENT)  ## redraw images/ and the README's table from results/
+	$(RUN) Report.py
+
+lint: $(ENVIRONMENT)  ## style and simple faults
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:  ## remove the environment and what smoke and quick runs wrote; evidence and data stay
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf results/smoke results/quick images/smoke images/quick models/smoke models/quick models/checkpoints
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@echo "  PROFILE=smoke|quick|cpu|full|auto (default) chooses how much 'make main' computes."
+
+# Touched only after everything is installed, so that an interrupted installation is repeated.
+$(ENVIRONMENT): requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@

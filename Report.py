@@ -1,0 +1,315 @@
+"""Tables and plots made from ``results/``, and the part of the README that shows them.
+
+python Report.py           redraw images/ and write the README's results
+python Report.py --check   fail if the README does not show what results/ says
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import binomtest
+
+from Experiment import (
+    ARMS,
+    PROFILES,
+    REFERENCE_SPLIT,
+    STORY,
+    ArmUnavailableError,
+    caption,
+    load_results,
+    load_test_labels,
+    make_training_set,
+    output_path,
+    save_arm_plots,
+)
+from Utils import atomic_path, mcnemar_test, plot_comparison, plot_image_rows, save_figure
+
+README = Path("README.md")
+BEGIN, END = "<!-- results:begin (written by Report.py) -->", "<!-- results:end -->"
+
+# The questions that the study asks of pairs of arms: does the second do better than the first?
+PAIRS = (
+    ("imbalanced", "non-synthetic"),
+    ("imbalanced", "stable"),
+    ("stable", "stable-source-balanced"),
+    ("stable", "logit-adjusted"),
+    ("logit-adjusted", "stable-source-balanced-adjusted"),
+)
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def _percent(values):
+    values = 100 * np.asarray(values, dtype=float)
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"
+
+
+def results_table(results):
+    """Markdown table of all arms, the minority class first.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results, as :func:`Experiment.load_results` gives them.
+
+    Returns
+    -------
+    str
+        All scores in percent; mean and sample standard deviation over seeds if there are several.
+    """
+    head = (
+        "arm", "images added", "minority recall", "minority precision", "balanced accuracy",
+        "macro F1", "accuracy", "accuracy, best epoch on test", "accuracy, averaged flips", "seeds",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, runs in results.items():
+        metrics = [run["metrics"] for run in runs]
+        flips = [run["metrics_with_averaged_flips"] for run in runs]
+        cells = (
+            ARMS[name].title,
+            f"{sum(runs[0]['training_images']['synthetic']):,}",
+            f"**{_percent([m['minority']['recall'] for m in metrics])}**",
+            _percent([m["minority"]["precision"] for m in metrics]),
+            _percent([m["balanced_accuracy"] for m in metrics]),
+            _percent([m["macro_f1"] for m in metrics]),
+            _percent([m["accuracy"] for m in metrics]),
+            _percent([run["best_epoch_on_test"]["test_accuracy"] for run in runs]),
+            _percent([f["accuracy"] for f in flips]) if all(flips) else "",
+            str(len(runs)),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired_table(results):
+    """Markdown table of exact McNemar tests between arms, on the minority's test images and on all.
+
+    The first seed of each arm is compared, image by image.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results.
+
+    Returns
+    -------
+    str
+    """
+    lines = [
+        "| compared arms | minority images that only the first / only the second finds | p | "
+        "all images that only the first / only the second gets right | p |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for first, second in PAIRS:
+        if first not in results or second not in results:
+            continue
+        run = results[first][0]
+        y_true = load_test_labels(run["profile"], run["data"], run["split"])
+        predicted_first, predicted_second = (
+            np.array(results[name][0]["test_predictions"].split(), dtype=int) for name in (first, second)
+        )
+        rare = [run["class_names"].index(c) for c in run["minority_classes"]]
+        minority = np.isin(y_true, rare)
+        cells = [f"{ARMS[first].title} / {ARMS[second].title}"]
+        for rows in (minority, np.ones_like(minority)):
+            test = mcnemar_test(y_true[rows], predicted_first[rows], predicted_second[rows])
+            p = test["p_value"]
+            cells.append(f"{test['only_first_right']:,} / {test['only_second_right']:,}")
+            cells.append("< 0.0001" if p < 1e-4 else f"{p:.4f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def conditions(results):
+    """One sentence: under which conditions the results were obtained."""
+    runs = [run for arm in results.values() for run in arm]
+    first = runs[0]
+    configuration, hardware = first["configuration"], first["hardware"]
+    seeds = sorted({run["seed"] for run in runs})
+    minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
+    minority = ", ".join(first["minority_classes"])
+    support = sum(first["metrics"]["per_class"][c]["support"] for c in first["minority_classes"])
+    recall = binomtest(support // 2, support).proportion_ci(method="wilson")
+    return (
+        f"Split `{first['split']}` of {'CIFAR-10' if first['data'] == 'cifar10' else first['data']} "
+        f"(minority: {minority}), profile `{first['profile']}`: ResNet-18 of width "
+        f"{configuration['width']} ({configuration['parameters']:,} parameters), "
+        f"{configuration['steps']:,} steps of {configuration['batch_size']} images in every arm, last "
+        f"weights, no test-time augmentation unless the column says so; seed"
+        f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
+        f"{first['versions']['torch']} on {hardware['device'].upper()} ({hardware['name']}, "
+        f"{hardware['cpu_threads']} threads), median {minutes:.0f} minutes of training an arm on a machine "
+        f"that did other work meanwhile. All scores are percentages. With {support:,} test images of the "
+        f"minority, a recall near a half is uncertain by {100 * (recall.high - recall.low) / 2:.0f} points "
+        "(95 %) from the choice of test images alone; the choice of seed comes on top."
+    )
+
+
+# --- What the notebook says in words ------------------------------------------------------------
+
+
+def title(subject, data, split):
+    """A plot's title: the subject, the split, and a warning if the data is not CIFAR-10."""
+    where = "" if data.name == "cifar10" else f"{data.name.upper()}, NOT CIFAR-10 - "
+    return f"{where}{subject}: {split.name}"
+
+
+def banner(data, split, profile_name):
+    """Markdown that opens the notebook: data, split and profile."""
+    rare = ", ".join(data.class_names[c] for c in split.minority_classes)
+    kept = ", ".join(
+        f"{split.counts[c]:,} of {int((data.y_train == c).sum()):,}" for c in split.minority_classes
+    )
+    text = (
+        f"Data: **{data.name}**, {len(data.y_train):,} training and {len(data.y_test):,} test images. Split "
+        f"**{split.name}**: of class {rare}, {kept} training images stay. Profile **{profile_name}**: "
+        f"{PROFILES[profile_name].purpose}."
+    )
+    if data.name != "cifar10":
+        text = (
+            "> **This is not CIFAR-10.** CIFAR-10 was neither found nor could it be downloaded, so the study "
+            "runs on scikit-learn's bundled digits. Set `CIFAR10_ROOT` or connect to the internet for the "
+            "real one. What is said about cats and photographs below does not apply.\n\n" + text
+        )
+    return text
+
+
+def skipped(outcomes):
+    """Markdown list of the arms that :func:`Experiment.run_arms` skipped, with the reasons."""
+    reasons = [
+        f"- **{ARMS[arm].title}** was skipped: {outcome}."
+        for (arm, _, _), outcome in outcomes.items()
+        if isinstance(outcome, str)
+    ]
+    return "\n".join(reasons) or "Every arm of the story ran."
+
+
+def story_of(results, *names):
+    """Those of ``names`` that have results."""
+    return [name for name in names if name in results]
+
+
+# --- Pictures -----------------------------------------------------------------------------------
+
+
+def comparison_figure(results):
+    """Bars of all arms: recall of the minority class, balanced accuracy, accuracy."""
+    rows = {
+        ARMS[name].title: {
+            "minority_recall": [run["metrics"]["minority"]["recall"] for run in runs],
+            "balanced_accuracy": [run["metrics"]["balanced_accuracy"] for run in runs],
+            "accuracy": [run["metrics"]["accuracy"] for run in runs],
+        }
+        for name, runs in results.items()
+    }
+    everything = [run for runs in results.values() for run in runs]
+    distinct = {run["seed"]: run for run in everything}
+    return plot_comparison(rows, caption(list(distinct.values())))
+
+
+def class_counts(data, split):
+    """Real and synthetic images per class of the sets that the story compares.
+
+    Returns
+    -------
+    dict
+        Name -> pair of int arrays of shape (n_classes,), for :func:`Utils.plot_class_counts`.
+    """
+    names = {
+        "imbalanced": "imbalanced",
+        "non-synthetic": "one class filled up",
+        "stable-source-balanced": "every class gets some",
+    }
+    counts = {}
+    for name, label in names.items():
+        try:
+            counts[label] = make_training_set(name, data, split).counts(len(data.class_names))
+        except ArmUnavailableError:
+            continue
+    return counts
+
+
+def sample_figure(data, split, columns=10):
+    """Real images of the minority class beside what each method of the story adds to it.
+
+    Methods that are not to be had are left out.
+    """
+    c = split.minority_classes[0]
+    X, y = split.cut(data.X_train, data.y_train)
+    rows = {"real (all that is left)": X[y == c][:columns]}
+    for name in ARMS:
+        if ARMS[name].resample is None or (name not in STORY and name != "non-synthetic-reference"):
+            continue
+        try:
+            training_set = make_training_set(name, data, split)
+        except ArmUnavailableError:
+            continue
+        synthetic = training_set.X[training_set.real_rows :]
+        of_class = training_set.y[training_set.real_rows :] == c
+        rows[ARMS[name].title.split(", logit")[0]] = synthetic[of_class][:columns]
+    subject = f"{data.class_names[c]}, real images and what each method adds"
+    return plot_image_rows(rows, title(subject, data, split))
+
+
+# --- README -------------------------------------------------------------------------------------
+
+
+def evidence():
+    """Results of each evidence profile on the reference split: profile name -> results."""
+    found = {
+        name: load_results(name, "cifar10", REFERENCE_SPLIT) for name in PROFILES if PROFILES[name].evidence
+    }
+    return {name: results for name, results in found.items() if results}
+
+
+def readme_section():
+    """The text between the README's two markers, made from ``results/``."""
+    parts = []
+    for results in evidence().values():
+        parts += [conditions(results), results_table(results), "Paired tests (exact McNemar, first seed):",
+                  paired_table(results)]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def readme_with(section, text):
+    """``text`` with everything between the two markers replaced by ``section``.
+
+    Raises
+    ------
+    ValueError
+        If the markers are not there.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README} must contain the lines {BEGIN!r} and {END!r} once each.")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Make the README's results and the plots from results/.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if the README is not current"
+    )
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    current = readme_with(readme_section(), text)
+    if options.check:
+        if current != text:
+            parser.exit(1, "README.md does not show what results/ says. Run 'make report' and commit.\n")
+        print("README.md shows what results/ says.")
+        return
+    for profile_name, results in evidence().items():
+        place = (profile_name, "cifar10", REFERENCE_SPLIT)
+        for name in results:
+            save_arm_plots(name, *place)
+        plt.close(save_figure(comparison_figure(results), output_path("images", *place, "comparison.png")))
+    with atomic_path(README) as temporary:
+        temporary.write_text(current, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

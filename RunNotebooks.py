@@ -1,0 +1,82 @@
+"""Execute the study's notebooks in order: what `make main` calls.
+
+    python RunNotebooks.py --profile auto
+
+The executed copies go to ``results/<profile>/``; the notebooks themselves stay without output.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import papermill
+
+from Experiment import PROFILES, resolve_profile
+from ImbalancedCIFAR10 import load_data
+from Utils import atomic_path
+
+NOTEBOOKS = ("Main.ipynb",)
+MOST_BYTES = 1_000_000  # an executed notebook stays small enough to be read on the web
+
+
+def run_notebook(name, profile_name, data_name):
+    """Execute one notebook and return the path of the executed copy.
+
+    Parameters
+    ----------
+    name : str
+        Path of the notebook; it takes the papermill parameter ``profile``.
+    profile_name : str
+    data_name : str
+        Stands in the copy's file name unless it is ``"cifar10"``.
+
+    Raises
+    ------
+    papermill.PapermillExecutionError
+        If a cell fails. The copy as far as it came is kept as ``failed-<name>``.
+    RuntimeError
+        If the executed notebook is larger than 1 MB.
+    """
+    prefix = "" if data_name == "cifar10" else f"{data_name}_"
+    output = Path("results", profile_name, prefix + Path(name).name)
+    with atomic_path(output) as temporary:
+        try:
+            papermill.execute_notebook(
+                name, str(temporary), parameters={"profile": profile_name}, progress_bar=False,
+                # Cell output goes to the terminal as it comes: progress bars stay bars there, and
+                # in the copy a cell's many small pieces become one.
+                stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
+            )  # fmt: skip
+        except papermill.PapermillExecutionError:
+            temporary.replace(output.with_name(f"failed-{output.name}"))
+            raise
+        if temporary.stat().st_size > MOST_BYTES:
+            raise RuntimeError(
+                f"{output} would have {temporary.stat().st_size:,} bytes, more than {MOST_BYTES:,}."
+            )
+    return output
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Execute the notebooks of the study in order.")
+    parser.add_argument("--profile", default="auto", help=f"auto (default), {', '.join(PROFILES)}")
+    options = parser.parse_args(arguments)
+    try:
+        profile_name, profile = resolve_profile(options.profile)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            data = load_data()
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if data.name != "cifar10":
+        line = "*" * 100
+        print(f"{line}\n{caught[-1].message}\n{line}", flush=True)
+    print(f"Profile {profile_name}: {profile.purpose}.", flush=True)
+    for name in NOTEBOOKS:
+        print(f"Executing {name} ...", flush=True)
+        print(f"Executed copy: {run_notebook(name, profile_name, data.name)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
