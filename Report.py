@@ -15,7 +15,6 @@ from Experiment import (
     ARMS,
     PROFILES,
     REFERENCE_SPLIT,
-    STORY,
     ArmUnavailableError,
     caption,
     load_results,
@@ -234,23 +233,21 @@ def class_counts(data, split):
 
 
 def sample_figure(data, split, columns=10):
-    """Real images of the minority class beside what each method of the story adds to it.
+    """Real images of the minority class beside what the methods add to it.
 
     Methods that are not to be had are left out.
     """
     c = split.minority_classes[0]
     X, y = split.cut(data.X_train, data.y_train)
     rows = {"real (all that is left)": X[y == c][:columns]}
-    for name in ARMS:
-        if ARMS[name].resample is None or (name not in STORY and name != "non-synthetic-reference"):
-            continue
+    for name in ("non-synthetic-reference", "non-synthetic", "stable"):
         try:
             training_set = make_training_set(name, data, split)
         except ArmUnavailableError:
             continue
         synthetic = training_set.X[training_set.real_rows :]
         of_class = training_set.y[training_set.real_rows :] == c
-        rows[ARMS[name].title.split(", logit")[0]] = synthetic[of_class][:columns]
+        rows[ARMS[name].title] = synthetic[of_class][:columns]
     subject = f"{data.class_names[c]}, real images and what each method adds"
     return plot_image_rows(rows, title(subject, data, split))
 

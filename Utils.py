@@ -307,7 +307,8 @@ def plot_class_counts(counts_by_data_set, class_names, title):
             ax.bar(positions, synthetic, bottom=real, color=COLOURS["synthetic"], label="synthetic")
         ax.set_title(name, fontsize=11)
         ax.set_xticks(positions, class_names, rotation=60, ha="right")
-        ax.legend(loc="lower right", framealpha=0.9)
+    axes[0, -1].legend(loc="upper center", ncols=2)
+    axes[0, 0].set_ylim(top=1.25 * axes[0, 0].get_ylim()[1])
     axes[0, 0].set_ylabel("training images")
     figure.suptitle(title)
     return figure
