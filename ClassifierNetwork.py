@@ -249,7 +249,7 @@ def class_log_priors(y, num_classes, groups=None):
     counts = np.zeros((groups.max() + 1, num_classes))
     np.add.at(counts, (groups, y), 1)
     with np.errstate(divide="ignore"):
-        return np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+        return np.log(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -440,6 +440,11 @@ def train_classifier(
                 }  # fmt: skip
                 with atomic_path(checkpoint) as temporary:
                     torch.save(content, temporary)
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise FloatingPointError(
+            f"The last step of {description} left weights that are not finite. Lower the learning rate, "
+            f"now {recipe.learning_rate}."
+        )
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     model.eval()

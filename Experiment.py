@@ -364,6 +364,13 @@ def load_test_labels(profile_name, data_name, split_name):
     return np.array(_labels_path(profile_name, data_name, split_name).read_text().split(), dtype=int)
 
 
+def _read_result(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run the arm again.") from error
+
+
 def load_results(profile_name, data_name, split_name):
     """Read every finished result of a profile and split.
 
@@ -376,7 +383,7 @@ def load_results(profile_name, data_name, split_name):
     for arm_name in ARMS:
         folder = result_path(profile_name, data_name, split_name, arm_name, 0).parent
         paths = sorted(folder.glob(f"{arm_name}-seed*.json"))
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        found = [_read_result(path) for path in paths]
         if found:
             results[arm_name] = sorted(found, key=lambda result: result["seed"])
     return results
@@ -433,7 +440,7 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
     if path.exists():
         if not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
             save_arm_plots(arm_name, *place)  # killed after the result was written
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read_result(path)
 
     started = time.perf_counter()
     training_set = make_training_set(arm_name, data, split, seed)

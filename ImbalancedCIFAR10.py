@@ -14,6 +14,7 @@ neural networks (step imbalance). Cui et al. (2019), Class-balanced loss based o
 samples (long-tailed CIFAR).
 """
 
+import http.client
 import os
 import re
 import socket
@@ -129,7 +130,7 @@ def _download_cifar10(root):
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as temporary:
             CIFAR10(temporary, download=True)
             (Path(temporary) / CIFAR10.base_folder).rename(root / CIFAR10.base_folder)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
         raise DataUnavailableError(
             f"The download of CIFAR-10 from {CIFAR10.url} failed: {error}. Run again, or put a copy "
             f"of {CIFAR10.base_folder} into {root.absolute()}."

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import nbformat
 import papermill
 
 from Experiment import PROFILES, resolve_profile
@@ -42,7 +43,7 @@ def run_notebook(name, profile_name, data_name):
     output = Path("results", profile_name, prefix + Path(name).name)
     with atomic_path(output) as temporary:
         try:
-            papermill.execute_notebook(
+            notebook = papermill.execute_notebook(
                 name, str(temporary), parameters={"profile": profile_name}, progress_bar=False,
                 # Cell output goes to the terminal as it comes: progress bars stay bars there, and
                 # in the copy a cell's many small pieces become one.
@@ -51,6 +52,9 @@ def run_notebook(name, profile_name, data_name):
         except papermill.PapermillExecutionError:
             temporary.replace(output.with_name(f"failed-{output.name}"))
             raise
+        # papermill notes where it wrote; the place on this machine is nobody else's business.
+        notebook.metadata.papermill["output_path"] = str(output)
+        nbformat.write(notebook, temporary)
         if temporary.stat().st_size > MOST_BYTES:
             raise RuntimeError(
                 f"{output} would have {temporary.stat().st_size:,} bytes, more than {MOST_BYTES:,}."

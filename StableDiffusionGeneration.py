@@ -13,12 +13,12 @@ Rombach et al. (2022), High-resolution image synthesis with latent diffusion mod
 IEEE Access (MIT licence): images of the ten CIFAR-10 classes made with Stable Diffusion v1.4.
 """
 
+import http.client
 import io
 import re
 import socket
 import tempfile
 import tokenize
-import urllib.error
 import zipfile
 import zlib
 from pathlib import Path
@@ -132,13 +132,19 @@ def import_cifake(source=None, path=CACHE, images_per_class=5000):
     DataUnavailableError
         If there is no source and the archive cannot be downloaded.
     """
+    if images_per_class < 1:
+        raise ValueError(f"images_per_class must be at least 1: got {images_per_class}.")
     if source is None:
         source = next(
             (f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None
         )
     if source is None:
         with tempfile.TemporaryDirectory() as folder:
-            return import_cifake(_download_cifake(Path(folder)), path, images_per_class)
+            archive = _download_cifake(Path(folder))
+            try:
+                return import_cifake(archive, path, images_per_class)
+            except ValueError as error:
+                raise DataUnavailableError(f"What {CIFAKE_URL} sent is not CIFAKE: {error}") from error
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"There is no {source}: give CIFAKE's folder or zip.")
@@ -221,7 +227,7 @@ def _download_cifake(folder):
     socket.setdefaulttimeout(60)
     try:
         torch.hub.download_url_to_file(CIFAKE_URL, str(archive), progress=True)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataUnavailableError(
             f"The download of CIFAKE from {CIFAKE_URL} failed: {error}. Run again."
         ) from error

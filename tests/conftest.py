@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, ImageDataSet, load_cifar10
 from StableDiffusionGeneration import save_generated_images
@@ -29,6 +30,15 @@ from StableDiffusionGeneration import save_generated_images
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_ROOT = (REPOSITORY / (os.environ.get("CIFAR10_ROOT") or "datasets")).resolve()
 DATA_IS_EXPECTED = os.environ.get("CI") == "true" or bool(os.environ.get("CIFAR10_ROOT"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads make such small networks slower, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -29,15 +29,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2, 2 and 1 steps
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads make such small networks slower, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def float32(monkeypatch):
     """Compute in float32, so that numbers can be compared closely."""
@@ -721,3 +712,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch):
         save_classifier(small_model(seed=1), "model.pt")
     assert [path.name for path in Path().iterdir()] == ["model.pt"]
     assert equal_weights(load_classifier("model.pt"), small_model(seed=0))
+
+
+def test_weights_that_the_last_step_broke_are_no_result():
+    with pytest.raises(FloatingPointError, match="last step"):
+        train(small_model(), Recipe(steps=1, batch_size=20, learning_rate=float("inf")))
+
+
+def test_a_source_without_rows_has_no_priors():
+    assert class_log_priors(np.array([0, 1]), 2, np.array([1, 1]))[0].tolist() == [-np.inf, -np.inf]

@@ -37,15 +37,6 @@ SPLIT = "cat-5"  # of the 30 images of each class in tiny_data
 REBALANCING_ARMS = [name for name, arm in ARMS.items() if not arm.whole_training_set]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads make such small networks slower, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits():
     return load_digits_as_images()
@@ -603,3 +594,11 @@ def test_the_story_needs_neither_smote_nor_the_ceiling():
     assert STORY == (
         "imbalanced", "non-synthetic", "stable", "logit-adjusted", "stable-source-balanced-adjusted",
     )  # fmt: skip
+
+
+def test_a_damaged_result_is_named(tiny_data):
+    path = result_path("smoke", "cifar10", "cat-3", "imbalanced", 0)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"arm": "imbal')
+    with pytest.raises(ValueError, match=r"imbalanced-seed0\.json is no valid JSON .*Remove it"):
+        run_arm("imbalanced", tiny_data, "cat-3", 0, "smoke", "cpu")
