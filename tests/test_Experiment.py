@@ -103,7 +103,9 @@ def test_an_arm_leaves_its_result_weights_and_two_plots(arm_name, tiny_data, tin
         f"results/smoke/cat-5/{arm_name}-seed0.json",
     )
     plots = {f"images/smoke/cat-5/{kind}_{arm.image_tag}.png" for kind in ("cm", "test")}
-    assert files() == {weights, json_path, "datasets/stable_diffusion_dataset.npy"} | plots
+    labels = "results/smoke/cat-5/test-labels.txt"
+    assert files() == {weights, json_path, labels, "datasets/stable_diffusion_dataset.npy"} | plots
+    assert Experiment.load_test_labels("smoke", "cifar10", "cat-5").tolist() == tiny_data.y_test.tolist()
     assert all(Path(plot).read_bytes().startswith(b"\x89PNG\r\n") for plot in plots)
 
     text = Path(json_path).read_text(encoding="utf-8")
@@ -288,7 +290,7 @@ def test_an_arm_killed_before_its_result_was_written_has_none_and_can_be_run_aga
         with pytest.raises(KeyboardInterrupt):
             smoke("imbalanced", tiny_data)
     assert load_results("smoke", "cifar10", SPLIT) == {}
-    assert not files("results") and not files("images")
+    assert not [name for name in files("results") if name.endswith(".json")] and not files("images")
     assert Path("models/smoke/cat-5/resnet_imbalanced.pt").exists(), "a result must never lack its weights"
 
     result = smoke("imbalanced", tiny_data)
@@ -356,6 +358,7 @@ def test_digits_results_say_so_everywhere_and_skip_stable_diffusion(digits):
     assert caption([result]) == "DIGITS, NOT CIFAR-10 - 8-0.01, profile smoke, 1 seed (0)"
     assert files() == {
         "results/smoke/digits-8-0.01/logit-adjusted-seed0.json",
+        "results/smoke/digits-8-0.01/test-labels.txt",
         "models/smoke/digits-8-0.01/digits_resnet_logit_adjusted.pt",
         "images/smoke/digits-8-0.01/digits_cm_logit_adjusted.png",
         "images/smoke/digits-8-0.01/digits_test_logit_adjusted.png",
