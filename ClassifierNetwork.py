@@ -15,15 +15,20 @@ via logit adjustment. Smith and Topin (2018), Super-convergence (the one-cycle s
 """
 
 import contextlib
+import copy
+import math
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ImageOverSampler import check_images
@@ -190,12 +195,23 @@ class AugmentedBatches:
         Pixels by which crops may move, filled by reflection.
     flip : bool, default True
         Whether to mirror half of the images left to right.
+    share : pair of int, default (0, 1)
+        ``(process, processes)``: of each batch, yield the part that this process computes. The parts of
+        all processes are the batch that one process alone would see.
     """
 
-    def __init__(self, X, batch_size, device, seed, *, padding=4, flip=True):
+    def __init__(self, X, batch_size, device, seed, *, padding=4, flip=True, share=(0, 1)):
         self.n, self.height, self.width = X.shape[:3]
         self.batch_size = min(batch_size, self.n)
         self.device, self.seed, self.padding, self.flip = device, seed, padding, flip
+        process, processes = share
+        if self.batch_size % processes:
+            raise ValueError(
+                f"{processes} processes cannot share batches of {self.batch_size} images equally. "
+                "Start a number of processes that divides the batch."
+            )
+        self.part = self.batch_size // processes
+        self.first = process * self.part
         pad = (padding, padding)
         padded = torch.from_numpy(np.pad(X, ((0, 0), pad, pad, (0, 0)), mode="reflect")).to(device)
         # A view of all crops, shape (n, offsets, offsets, 3, height, width): indexing it gathers and
@@ -206,7 +222,7 @@ class AugmentedBatches:
         return self.n // self.batch_size
 
     def epoch(self, number):
-        """Yield ``(images, rows)``: uint8 (batch, 3, height, width) and int64 (batch,) on the device."""
+        """Yield ``(images, rows)``: uint8 (part, 3, height, width) and int64 (part,) on the device."""
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
 
         def draw(high):
@@ -215,8 +231,8 @@ class AugmentedBatches:
         order = torch.randperm(self.n, generator=generator, device=self.device)
         top, left = draw(2 * self.padding + 1), draw(2 * self.padding + 1)
         mirrored = draw(2).bool() if self.flip else None
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for start in range(self.first, len(self) * self.batch_size, self.batch_size):
+            rows = order[start : start + self.part]
             images = self.crops[rows, top[rows], left[rows]]
             if self.flip:
                 images = torch.where(mirrored[rows].view(-1, 1, 1, 1), images.flip(-1), images)
@@ -259,42 +275,171 @@ def class_log_priors(y, num_classes, groups=None):
 class Recipe:
     """How to train. The budget is in steps, so that arms with more images get no more compute.
 
-    The values are the field's usual ones for CIFAR-10 and a ResNet (He et al. 2016, Goyal et al.
-    2017, Smith and Topin 2018); none was chosen by a test result.
+    ``benchmarks/README.md`` holds the ablations behind the defaults. They were made on the balanced
+    data set; no arm of the study was looked at.
 
     Attributes
     ----------
     steps : int
         Optimiser steps in all.
     batch_size : int
-    learning_rate : float
-        The peak of the one-cycle schedule.
+        Images per step, over all processes together.
+    micro_batch_size : int
+        Images that pass through the network at once and share batch-norm statistics (ghost batch
+        normalisation, Hoffer et al. 2017). The gradients of a batch's micro-batches are averaged. So
+        memory does not grow with the batch, and several processes compute what one would.
+    optimizer : {'muon', 'sgd'}
+        Muon (Jordan et al. 2024) for the kernels of the residual blocks and SGD for the rest, or SGD for
+        everything.
+    learning_rate, momentum, weight_decay : float
+        SGD's: the peak of the one-cycle schedule, Nesterov's momentum, and the decay, not on norms and
+        biases.
+    muon_learning_rate, muon_momentum, muon_weight_decay : float
+        Muon's: the peak of the same schedule; the decay is decoupled (times the learning rate).
     warmup : float
-        Share of the steps until the peak.
-    momentum : float
-        Nesterov's.
-    weight_decay : float
-        Not on norms and biases.
-    label_smoothing : float, default 0
+        Share of the steps until the peak; from there the rates fall in a straight line.
+    scales : tuple of float
+        Side of the images, relative to the full one, in each equal part of the run: small images first
+        cost less (progressive resizing, Howard 2018).
+    label_smoothing : float
         None in the study: it contradicts the logit adjustment (see :func:`train_classifier`), and
         used in the other arms alone it would be a second difference between them.
+    padding : int
+        Pixels by which random crops move.
     flip : bool
         Whether images are mirrored at random.
     """
 
     steps: int
     batch_size: int = 128
+    micro_batch_size: int = 128
+    optimizer: str = "muon"
     learning_rate: float = 0.1
-    warmup: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    muon_learning_rate: float = 0.03
+    muon_momentum: float = 0.9
+    muon_weight_decay: float = 0.03
+    warmup: float = 0.1
+    scales: tuple = (0.5, 0.625, 0.75, 0.875, 1.0)
     label_smoothing: float = 0.0
+    padding: int = 2
     flip: bool = True
+
+    def scale_at(self, step):
+        """Relative side of the images in step ``step``, counted from 0."""
+        return self.scales[min(step * len(self.scales) // self.steps, len(self.scales) - 1)]
+
+
+class KernelMuon(torch.optim.Muon):
+    """Muon for convolution kernels: each is one matrix with a row per output channel.
+
+    PyTorch's Muon takes matrices only. It is given views of the kernels, so that its updates arrive there.
+    The order of a matrix's columns does not matter to Muon.
+
+    Parameters
+    ----------
+    kernels : list of Parameter of shape (out, in, height, width)
+        Must stay where they are in memory while training.
+    **options
+        :class:`torch.optim.Muon`'s.
+
+    References
+    ----------
+    Jordan et al. (2024), Muon: an optimizer for hidden layers in neural networks.
+    """
+
+    def __init__(self, kernels, **options):
+        self.kernels = list(kernels)
+        super().__init__([nn.Parameter(self._as_matrix(k.detach())) for k in self.kernels], **options)
+
+    @staticmethod
+    def _as_matrix(kernel):
+        # A kernel lies in memory in channels_last or in the usual order; for each, one of these is a view.
+        if kernel.is_contiguous():
+            return kernel.view(len(kernel), -1)
+        return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
+
+    def step(self):
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
+            gradient = kernel.grad if kernel.is_contiguous() else kernel.grad.permute(0, 2, 3, 1)
+            matrix.grad = gradient.reshape(matrix.shape)
+        super().step()
+
+
+def _create_optimizers(model, recipe):
+    kernels = []
+    if recipe.optimizer == "muon":
+        kernels = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Conv2d)]
+    taken = set(map(id, kernels))
+    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in taken]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizers = [
+        torch.optim.SGD(
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}],
+            lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+        )
+    ]  # fmt: skip
+    if kernels:
+        optimizers.append(
+            KernelMuon(
+                kernels, lr=recipe.muon_learning_rate, momentum=recipe.muon_momentum,
+                weight_decay=recipe.muon_weight_decay,
+            )
+        )  # fmt: skip
+    return optimizers
+
+
+def _forward_and_backward(model, images, targets, recipe, step, log_prior=None, share=1.0):
+    """Add the gradient of ``share`` times the mean loss; return that loss and the logits."""
+    scale = recipe.scale_at(step)
+    if scale != 1:
+        size = [max(1, round(scale * side)) for side in images.shape[2:]]
+        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    with _autocast(images.device):
+        logits = model(images)
+    logits = logits.float()
+    adjusted = logits if log_prior is None else logits + log_prior
+    loss = share * F.cross_entropy(adjusted, targets, label_smoothing=recipe.label_smoothing)
+    loss.backward()
+    return loss.detach(), logits.detach()
+
+
+def count_training_flops(model, recipe, image_size=(32, 32)):
+    """Floating-point operations of a whole training run: forward, backward and optimiser.
+
+    Counted by :class:`torch.utils.flop_counter.FlopCounterMode` (matrix products and convolutions, two
+    operations per multiplication and addition), one step for each size of the images, without computing.
+
+    Parameters
+    ----------
+    model : ResNet18
+    recipe : Recipe
+    image_size : pair of int
+        Height and width.
+
+    Returns
+    -------
+    int
+    """
+    model = copy.deepcopy(model).to(device="meta", memory_format=torch.channels_last).train()
+    optimizers = _create_optimizers(model, recipe)
+    images = torch.empty((recipe.batch_size, 3, *image_size), device="meta")
+    targets = torch.empty(recipe.batch_size, dtype=torch.int64, device="meta")
+    steps_at = Counter(map(recipe.scale_at, range(recipe.steps)))
+    flops = 0
+    for scale, steps in steps_at.items():
+        with FlopCounterMode(display=False) as counter:  # micro-batches would add up to the same
+            _forward_and_backward(model, images, targets, replace(recipe, scales=(scale,)), step=0)
+            for optimizer in optimizers:
+                optimizer.step()
+        flops += steps * counter.get_total_flops()
+    return flops
 
 
 def train_classifier(
-    model, X, y, recipe, *, seed, groups=None, logit_adjusted=False, test_data=None,
-    minority_classes=(), checkpoint=None, device=None, description="training",
+    model, X, y, recipe, *, seed, groups=None, logit_adjusted=False, test_data=None, looks=None,
+    minority_classes=(), checkpoint=None, device=None, data_parallel=False, description="training",
 ):  # fmt: skip
     """Train ``model`` in place for a fixed number of steps; the last weights are the result.
 
@@ -315,13 +460,20 @@ def train_classifier(
         Not together with label smoothing, which would give a rare class more probability than its
         prior on every image, and so undo the adjustment.
     test_data : pair (X_test, y_test), optional
-        Watched after each epoch and written to the history. It decides nothing.
+        Watched at the end of some epochs and written to the history. It decides nothing.
+    looks : int, optional
+        At how many epochs, evenly spread with the last one among them. Default: all.
     minority_classes : sequence of int
         Their mean recall on ``test_data`` goes into the history.
     checkpoint : path, optional
         Written after each epoch; a run killed at any moment continues from it to the same weights.
-        Removed at the end.
+        Removed at the end. Processes that train together must see the same file.
     device : str or torch.device, optional
+    data_parallel : bool, default False
+        Whether all processes of torch.distributed's group, which must exist, train this one network
+        together: each computes its part of every batch, gradients are averaged, and all hold the same
+        weights. The loss is that of one process, up to rounding, if ``batch_size`` is a multiple of
+        ``micro_batch_size`` times the number of processes.
     description : str
         Shown before the progress bar.
 
@@ -329,9 +481,9 @@ def train_classifier(
     -------
     list of dict
         One per epoch (the last may be a part of one): ``epoch``, ``step``, ``images_seen``,
-        ``learning_rate`` (of the next step), ``train_loss`` and ``train_accuracy`` (on augmented images while
-        training), ``seconds``, and with ``test_data`` also ``test_loss``, ``test_accuracy``,
-        ``test_minority_recall`` and ``seconds_of_test``.
+        ``learning_rate`` (SGD's, of the next step), ``train_loss`` and ``train_accuracy`` (on augmented
+        images while training), ``seconds``, and where the test data were looked at also ``test_loss``,
+        ``test_accuracy``, ``test_minority_recall`` and ``seconds_of_test``.
 
     Raises
     ------
@@ -342,8 +494,10 @@ def train_classifier(
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
     seed = int(seed)  # a NumPy integer would not come back from the checkpoint
-    if recipe.steps < 1 or recipe.batch_size < 1:
-        raise ValueError(f"steps and batch_size must be at least 1: got {recipe}.")
+    if min(recipe.steps, recipe.batch_size, recipe.micro_batch_size) < 1:
+        raise ValueError(f"steps, batch_size and micro_batch_size must be at least 1: got {recipe}.")
+    if recipe.optimizer not in ("muon", "sgd"):
+        raise ValueError(f"Unknown optimizer {recipe.optimizer!r}: choose 'muon' or 'sgd'.")
     if y.min() < 0 or y.max() >= model.num_classes:
         raise ValueError(
             f"Labels run from {y.min()} to {y.max()}, but the network has classes 0 to {model.num_classes - 1}."
@@ -351,8 +505,12 @@ def train_classifier(
     if logit_adjusted and recipe.label_smoothing:
         raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")
     device = choose_device(device)
+    process, processes = (dist.get_rank(), dist.get_world_size()) if data_parallel else (0, 1)
     model.to(device=device, memory_format=torch.channels_last)
-    batches = AugmentedBatches(X, recipe.batch_size, device, seed, flip=recipe.flip)
+    batches = AugmentedBatches(
+        X, recipe.batch_size, device, seed,
+        padding=recipe.padding, flip=recipe.flip, share=(process, processes),
+    )  # fmt: skip
     targets = torch.from_numpy(y).to(device)
     log_prior_of_row = None
     if logit_adjusted:
@@ -360,32 +518,39 @@ def train_classifier(
         log_priors = torch.from_numpy(class_log_priors(y, model.num_classes, groups)).to(device)
         log_prior_of_row = log_priors[torch.from_numpy(groups).to(device)]
 
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}],
-        lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-    )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps + 1,
-        pct_start=max(recipe.warmup, 2 / (recipe.steps + 1)),  # a rise takes at least a step
-        cycle_momentum=False,
-    )  # fmt: skip
+    optimizers = _create_optimizers(model, recipe)
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=optimizer.defaults["lr"], total_steps=recipe.steps + 1,
+            pct_start=max(recipe.warmup, 2 / (recipe.steps + 1)),  # a rise takes at least a step
+            cycle_momentum=False, anneal_strategy="linear",
+        ) for optimizer in optimizers
+    ]  # fmt: skip
 
     run = {  # what a checkpoint must agree with
         **asdict(recipe), "seed": seed, "width": model.width, "num_classes": model.num_classes,
-        "logit_adjusted": logit_adjusted, "rows": len(X),
+        "logit_adjusted": logit_adjusted, "rows": len(X), "processes": processes,
         "checksum": zlib.crc32(X, zlib.crc32(y)),
         "checksum_of_groups": zlib.crc32(np.ascontiguousarray(groups, dtype=np.int64)) if logit_adjusted else 0,
     }  # fmt: skip
     history = []
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _resume(checkpoint, run, model, optimizer, scheduler)
+        history = _resume(checkpoint, run, model, optimizers, schedulers)
     step = history[-1]["step"] if history else 0
     watched = None if test_data is None else (_to_device(test_data[0], device), test_data[1])
+    epochs = math.ceil(recipe.steps / len(batches))
+    looks = epochs if looks is None else min(looks, epochs)
+    epochs_to_look = {math.ceil(look * epochs / looks) for look in range(1, looks + 1)}
 
     with (
-        tqdm(total=recipe.steps, initial=step, desc=description, unit="step", mininterval=2) as bar,
+        tqdm(
+            total=recipe.steps,
+            initial=step,
+            desc=description,
+            unit="step",
+            mininterval=2,
+            disable=process > 0,
+        ) as bar,
         _deterministic_convolutions(),
     ):
         while step < recipe.steps:
@@ -394,66 +559,84 @@ def train_classifier(
             model.train()
             loss_sum = torch.zeros((), device=device)
             right = torch.zeros((), device=device, dtype=torch.int64)
-            seen = 0
+            steps_before = step
             for images, rows in batches.epoch(epoch):
-                with _autocast(device):
-                    logits = model(images)
-                logits, target = logits.float(), targets[rows]
-                adjusted = logits if log_prior_of_row is None else logits + log_prior_of_row[rows]
-                loss = F.cross_entropy(adjusted, target, label_smoothing=recipe.label_smoothing)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                # Summed on the device: reading a value each step would make a GPU wait.
-                loss_sum += loss.detach() * len(rows)
-                right += (logits.detach().argmax(1) == target).sum()
-                seen += len(rows)
+                model.zero_grad()
+                micro_batches = zip(
+                    images.split(recipe.micro_batch_size), rows.split(recipe.micro_batch_size), strict=True
+                )
+                for micro_images, micro_rows in micro_batches:
+                    loss, logits = _forward_and_backward(
+                        model, micro_images, targets[micro_rows], recipe, step,
+                        None if log_prior_of_row is None else log_prior_of_row[micro_rows],
+                        share=len(micro_rows) / len(rows),
+                    )  # fmt: skip
+                    # Summed on the device: reading a value each step would make a GPU wait.
+                    loss_sum += loss
+                    right += (logits.argmax(1) == targets[micro_rows]).sum()
+                if data_parallel:
+                    _average([p.grad for p in model.parameters() if p.grad is not None])
+                for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                    optimizer.step()
+                    scheduler.step()
                 step += 1
                 bar.update()
                 if step == recipe.steps:
                     break
+            if data_parallel:
+                _average([b for b in model.buffers() if b.is_floating_point()])
+                dist.all_reduce(right)
+                _average([loss_sum])
             record = {
                 "epoch": epoch,
                 "step": step,
                 "images_seen": step * batches.batch_size,
-                "learning_rate": scheduler.get_last_lr()[0],
-                "train_loss": loss_sum.item() / seen,
-                "train_accuracy": right.item() / seen,
+                "learning_rate": schedulers[0].get_last_lr()[0],
+                "train_loss": loss_sum.item() / (step - steps_before),
+                "train_accuracy": right.item() / ((step - steps_before) * batches.batch_size),
             }
             record["seconds"] = time.perf_counter() - started
             if not np.isfinite(record["train_loss"]):
                 raise FloatingPointError(
                     f"The loss of {description} became {record['train_loss']} in epoch {epoch} (up to "
-                    f"step {step}). Lower the learning rate, now {recipe.learning_rate}."
+                    f"step {step}). Lower the learning rates: {recipe}."
                 )
-            if watched is not None:
+            if watched is not None and epoch in epochs_to_look:
                 record |= _watch(model, *watched, minority_classes)
                 bar.set_postfix(
                     test=f"{record['test_accuracy']:.1%}", rare=f"{record['test_minority_recall']:.1%}"
                 )
             history.append(record)
-            if checkpoint is not None and step < recipe.steps:
+            if checkpoint is not None and step < recipe.steps and process == 0:
                 content = {
                     "run": run, "history": history, "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                 }  # fmt: skip
                 with atomic_path(checkpoint) as temporary:
                     torch.save(content, temporary)
     if not all(weights.isfinite().all() for weights in model.state_dict().values()):
         raise FloatingPointError(
-            f"The last step of {description} left weights that are not finite. Lower the learning rate, "
-            f"now {recipe.learning_rate}."
+            f"The last step of {description} left weights that are not finite. Lower the learning rates: {recipe}."
         )
-    if checkpoint is not None:
+    if checkpoint is not None and process == 0:
         Path(checkpoint).unlink(missing_ok=True)
     model.eval()
     return history
 
 
-def _resume(checkpoint, run, model, optimizer, scheduler):
-    """Load a checkpoint into the three objects and return its history."""
-    content = _load_torch_file(checkpoint, {"run", "history", "model", "optimizer", "scheduler"})
+def _average(tensors):
+    """Replace each tensor by its mean over all processes, in one message."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    for tensor, mean in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
+
+
+def _resume(checkpoint, run, model, optimizers, schedulers):
+    """Load a checkpoint into the objects and return its history."""
+    content = _load_torch_file(checkpoint, {"run", "history", "model", "optimizers", "schedulers"})
     differing = {k: (content["run"].get(k), v) for k, v in run.items() if content["run"].get(k) != v}
     if differing:
         details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
@@ -461,8 +644,9 @@ def _resume(checkpoint, run, model, optimizer, scheduler):
             f"The checkpoint {checkpoint} belongs to another run ({details}). Remove it to start anew."
         )
     model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
+    for kind, objects in (("optimizers", optimizers), ("schedulers", schedulers)):
+        for thing, state in zip(objects, content[kind], strict=True):
+            thing.load_state_dict(state)
     return content["history"]
 
 
@@ -503,8 +687,11 @@ class Evaluation:
     logits: np.ndarray
 
 
-def evaluate_classifier(model, X, y, *, average_flips=False, batch_size=1000, device=None):
+def evaluate_classifier(model, X, y, *, batch_size=1000, device=None):
     """Loss and predictions on images.
+
+    For test-time augmentation, average the logits of several calls, such as those on ``X`` and on its
+    mirror images ``X[:, :, ::-1]``.
 
     Parameters
     ----------
@@ -512,8 +699,6 @@ def evaluate_classifier(model, X, y, *, average_flips=False, batch_size=1000, de
         Its training or evaluation mode is left as it was.
     X : ndarray of uint8, shape (n, height, width, 3)
     y : ndarray of int, shape (n,)
-    average_flips : bool, default False
-        Average the logits of each image and its mirror image (test-time augmentation).
     batch_size : int
     device : str or torch.device, optional
 
@@ -524,20 +709,17 @@ def evaluate_classifier(model, X, y, *, average_flips=False, batch_size=1000, de
     X, y = map(np.ascontiguousarray, check_images(X, y))
     device = choose_device(device)
     model.to(device=device, memory_format=torch.channels_last)
-    return _evaluate(model, _to_device(X, device), y, average_flips, batch_size)
+    return _evaluate(model, _to_device(X, device), y, batch_size)
 
 
 @torch.inference_mode()
-def _evaluate(model, images, y, average_flips, batch_size=1000):
+def _evaluate(model, images, y, batch_size=1000):
     was_training = model.training
     model.eval()
     parts = []
     for batch in images.split(batch_size):
         with _autocast(images.device):
-            logits = model(batch).float()
-            if average_flips:
-                logits = (logits + model(batch.flip(-1)).float()) / 2
-        parts.append(logits)
+            parts.append(model(batch).float())
     model.train(was_training)
     logits = torch.cat(parts).cpu()
     loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
@@ -545,9 +727,9 @@ def _evaluate(model, images, y, average_flips, batch_size=1000):
 
 
 def _watch(model, images, y, minority_classes):
-    """One epoch's look at the test set, for the history."""
+    """One look at the test set, for the history."""
     started = time.perf_counter()
-    evaluation = _evaluate(model, images, y, average_flips=False)
+    evaluation = _evaluate(model, images, y)
     right = evaluation.predictions == y
     return {
         "test_loss": evaluation.loss,

@@ -1,6 +1,7 @@
 """One arm of the study: a method x a split x a seed, under a profile. Also a command line.
 
     python Experiment.py --arm imbalanced stable --split cat-50 --seed 0 --profile cpu
+    accelerate launch Experiment.py --arm all --seed 0 1 2      # spread over all GPUs
     python Experiment.py --help
 
 An arm cuts the split, rebalances it, trains the classifier for the profile's number of steps, judges
@@ -9,6 +10,7 @@ weights and plots. An arm whose result is there is not run again; a killed one c
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -21,11 +23,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 
 from ClassifierNetwork import (
     Recipe,
     channel_statistics,
+    count_training_flops,
     create_classifier,
     evaluate_classifier,
     save_classifier,
@@ -68,7 +73,7 @@ class Profile:
     width : int
         Of the ResNet-18: 64 is standard, 42 the reference study's.
     steps : int
-        Optimiser steps of 128 images; cut to ``most_passes`` over the imbalanced set where that is small.
+        Optimiser steps; cut to ``MOST_PASSES`` over the imbalanced set where that is small.
     evidence : bool
         Whether its results are meant to be committed and quoted. Others write their plots and weights
         into folders of their own, which git ignores.
@@ -393,7 +398,7 @@ def load_results(profile_name, data_name, split_name):
 
 
 @cache
-def _code_version():
+def code_version():
     """The commit that runs, ``-dirty`` if files differ from it; None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -403,7 +408,25 @@ def _code_version():
     return answer.stdout.strip() or None
 
 
-def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None):
+def profile_recipe(settings, rows, data):
+    """The :class:`ClassifierNetwork.Recipe` of a profile for a training set of so many real ``rows``."""
+    passes = max(1, rows // Recipe.batch_size)
+    return Recipe(
+        steps=min(settings.steps, MOST_PASSES * passes), flip=data.mirrored_images_keep_their_class,
+    )  # fmt: skip
+
+
+def number_of_looks(recipe, test_images):
+    """How often a run looks at the test set: so seldom that it costs about 2 % of the run.
+
+    Judging an image costs about a quarter of training on it. Three looks are the fewest that make a curve.
+    """
+    return max(3, int(0.02 * 4 * recipe.steps * recipe.batch_size / test_images))
+
+
+def run_arm(
+    arm_name, data, split_name=None, seed=0, profile="auto", device=None, processes=None
+):  # fmt: skip
     """Run one arm, or return its result if it is finished.
 
     Parameters
@@ -418,6 +441,8 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
         belongs to the split (``cat-50@1`` is another choice), so that arms and seeds share them.
     profile : str
     device : str or torch.device, optional
+    processes : accelerate.PartialState, optional
+        If given, all its processes train this one network together, and the main one writes.
 
     Returns
     -------
@@ -437,19 +462,20 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
     split = split_from_name(split_name or default_split(data), data.y_train, data.class_names)
     place = (profile_name, data.name, split.name)
     path = result_path(*place, arm_name, seed)
-    if path.exists():
-        if not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
+    data_parallel = processes is not None
+    main_process = not data_parallel or processes.is_main_process
+    finished = [path.exists()]
+    if data_parallel:
+        broadcast_object_list(finished)  # all or none must go on
+    if finished[0]:
+        if main_process and not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
             save_arm_plots(arm_name, *place)  # killed after the result was written
         return _read_result(path)
 
     started = time.perf_counter()
     training_set = make_training_set(arm_name, data, split, seed)
     seconds_of_resampling = time.perf_counter() - started
-    passes = len(split.kept_rows(data.y_train)) // Recipe.batch_size
-    recipe = Recipe(
-        steps=max(1, min(settings.steps, MOST_PASSES * passes)),
-        flip=data.mirrored_images_keep_their_class,
-    )
+    recipe = profile_recipe(settings, len(split.kept_rows(data.y_train)), data)
 
     weights_name = arm.weights_name + (f"-seed{seed}" if seed else "")
     weights = output_path("models", *place, f"{weights_name}.pt")
@@ -458,7 +484,8 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
     history = train_classifier(
         model, training_set.X, training_set.y, recipe, seed=seed, groups=training_set.groups,
         logit_adjusted=arm.logit_adjusted, test_data=(data.X_test, data.y_test),
-        minority_classes=split.minority_classes, checkpoint=checkpoint, device=device,
+        looks=number_of_looks(recipe, len(data.y_test)), minority_classes=split.minority_classes,
+        checkpoint=checkpoint, device=device, data_parallel=data_parallel,
         description=f"{arm_name}, {split_folder(*place[1:])}, seed {seed}",
     )  # fmt: skip
 
@@ -471,14 +498,12 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
 
     flips = None
     if data.mirrored_images_keep_their_class:
-        flips = judge(
-            evaluate_classifier(
-                model, data.X_test, data.y_test, average_flips=True, device=device
-            ).predictions
-        )
+        mirrored = evaluate_classifier(model, data.X_test[:, :, ::-1], data.y_test, device=device)
+        flips = judge((plain.logits + mirrored.logits).argmax(axis=1))
         # Whole numbers that follow from the rest of the result would only make the file longer.
         del flips["confusion_matrix"], flips["per_class"]
-    best = max(history, key=lambda epoch: epoch["test_accuracy"])
+    seen = [epoch for epoch in history if "test_accuracy" in epoch]
+    best = max(seen, key=lambda epoch: epoch["test_accuracy"])
     real, synthetic = training_set.counts(len(data.class_names))
     result = {
         "arm": arm_name,
@@ -490,60 +515,82 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
         "class_names": list(data.class_names),
         "metrics": judge(plain.predictions) | {"loss": plain.loss},
         "metrics_with_averaged_flips": flips,
-        "best_epoch_on_test": {  # what the reference reports; it chooses nothing here
-            key: best[key] for key in ("epoch", "test_accuracy", "test_minority_recall")
+        "best_look_at_test": {  # the reference reports its best epoch; here it chooses nothing
+            "looks": len(seen), **{key: best[key] for key in ("epoch", "test_accuracy", "test_minority_recall")}
         },
         "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
         "configuration": asdict(recipe) | {
             "width": settings.width,
             "parameters": sum(p.numel() for p in model.parameters()),
             "logit_adjusted": arm.logit_adjusted,
+            "processes": processes.num_processes if data_parallel else 1,
             "bfloat16": uses_bfloat16(device),
         },
+        "training_pflops": count_training_flops(model, recipe, data.X_test.shape[1:3]) / 1e15,
         "seconds": {
             "resampling": seconds_of_resampling,
             "training": sum(epoch["seconds"] for epoch in history),
-            "watching_the_test_set": sum(epoch["seconds_of_test"] for epoch in history),
+            "watching_the_test_set": sum(epoch["seconds_of_test"] for epoch in seen),
             "final_evaluation": seconds_of_evaluation,
         },
         "hardware": describe_hardware(device),
         "versions": {
             name: version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn", "imbalanced-learn")
-        } | {"python": sys.version.split()[0], "commit": _code_version()},
+        } | {"python": sys.version.split()[0], "commit": code_version()},
         "history": history,
         # One class number an image in the test set's order: whoever wants another metric or a
         # paired test can compute it without training anything.
         "test_predictions": " ".join(map(str, plain.predictions)),
     }  # fmt: skip
-    save_classifier(model, weights)
-    save_test_labels(profile_name, data, split.name)
-    save_json(path, result)  # last: its presence says that the arm is finished
-    save_arm_plots(arm_name, profile_name, data.name, split.name)
+    if main_process:
+        save_classifier(model, weights)
+        save_test_labels(profile_name, data, split.name)
+        save_json(path, result)  # last: its presence says that the arm is finished
+        save_arm_plots(arm_name, profile_name, data.name, split.name)
     return result
 
 
-def run_arms(arm_names, data, split_names=(None,), seeds=(0,), profile="auto", device=None):
+def run_arms(
+    arm_names, data, split_names=(None,), seeds=(0,), profile="auto", device=None,
+    processes=None, data_parallel=False,
+):  # fmt: skip
     """Run several arms one after another, skipping what is finished or not to be had.
+
+    Parameters
+    ----------
+    arm_names, data, split_names, seeds, profile, device
+        See :func:`run_arm`; every combination is run.
+    processes : accelerate.PartialState, optional
+        Spread the runs over these processes: each takes its part of the list.
+    data_parallel : bool, default False
+        Instead, all processes train each run together.
 
     Returns
     -------
     dict
-        ``(arm, split, seed)`` -> result of :func:`run_arm`, or the reason (str) why it was skipped.
+        ``(arm, split, seed)`` -> result of :func:`run_arm`, or the reason (str) why it was skipped; of
+        the runs that this process took part in.
     """
     # A typing error in the last name should not surface after an hour.
     for arm_name in arm_names:
         find_arm(arm_name)
     for split_name in split_names:
         split_from_name(split_name or default_split(data), data.y_train, data.class_names)
+    runs = [
+        (arm_name, split_name or default_split(data), seed)
+        for seed in seeds for split_name in split_names for arm_name in arm_names
+    ]  # fmt: skip
+    together = processes if data_parallel else None
+    if processes is not None and not data_parallel:
+        runs = runs[processes.process_index :: processes.num_processes]
     outcomes = {}
-    for seed in seeds:
-        for split_name in split_names:
-            for arm_name in arm_names:
-                key = (arm_name, split_name or default_split(data), seed)
-                try:
-                    outcomes[key] = run_arm(arm_name, data, split_name, seed, profile, device)
-                except ArmUnavailableError as error:
-                    outcomes[key] = str(error)
+    for arm_name, split_name, seed in runs:
+        try:
+            outcomes[arm_name, split_name, seed] = run_arm(
+                arm_name, data, split_name, seed, profile, device, together
+            )
+        except ArmUnavailableError as error:
+            outcomes[arm_name, split_name, seed] = str(error)
     return outcomes
 
 
@@ -625,6 +672,11 @@ def main(arguments=None):
         help="smoke, quick, cpu, full, or auto (default): full with CUDA, else quick",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
+    parser.add_argument(
+        "--data-parallel", action="store_true",
+        help="under torchrun or accelerate launch: all processes train each run together; "
+        "without it, each process takes its part of the list of runs",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     arm_names = []
     for name in options.arm:
@@ -635,8 +687,22 @@ def main(arguments=None):
         choose_device(options.device)
         for name in arm_names:
             find_arm(name)
+        # One process, unless torchrun or accelerate launch started several.
+        processes = PartialState(cpu=options.device == "cpu")
+        with processes.main_process_first():  # the others find what the first one has downloaded
+            data = load_data()
+            if any(ARMS[name].needs_stable_diffusion for name in arm_names):
+                with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
+                    prepare_stable_diffusion_images(data)
         outcomes = run_arms(
-            arm_names, load_data(), options.split, options.seed, options.profile, options.device
+            arm_names,
+            data,
+            options.split,
+            options.seed,
+            options.profile,
+            options.device,
+            processes if processes.use_distributed else None,
+            options.data_parallel,
         )
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

@@ -62,7 +62,7 @@ def results_table(results):
     """
     head = (
         "arm", "images added", "minority recall", "minority precision", "balanced accuracy",
-        "macro F1", "accuracy", "accuracy, best epoch on test", "accuracy, averaged flips", "seeds",
+        "macro F1", "accuracy", "accuracy, best look at test", "accuracy, averaged flips", "seeds",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, runs in results.items():
@@ -76,7 +76,7 @@ def results_table(results):
             _percent([m["balanced_accuracy"] for m in metrics]),
             _percent([m["macro_f1"] for m in metrics]),
             _percent([m["accuracy"] for m in metrics]),
-            _percent([run["best_epoch_on_test"]["test_accuracy"] for run in runs]),
+            _percent([run["best_look_at_test"]["test_accuracy"] for run in runs]),
             _percent([f["accuracy"] for f in flips]) if all(flips) else "",
             str(len(runs)),
         )

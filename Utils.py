@@ -347,8 +347,9 @@ def plot_learning_curves(histories, title, chance=None):
     Parameters
     ----------
     histories : list of list of dict
-        One list per run; each dict is one epoch with ``images_seen``, ``train_loss``, ``test_loss``,
-        ``train_accuracy``, ``test_accuracy`` and ``test_minority_recall``.
+        One list per run; each dict is one epoch with ``images_seen``, ``train_loss``,
+        ``train_accuracy``, ``test_loss``, ``test_accuracy`` and ``test_minority_recall``; the last three only where the
+        test set was looked at.
     title : str
     chance : float, optional
         Recall by guessing, drawn as a dotted line.
@@ -359,7 +360,6 @@ def plot_learning_curves(histories, title, chance=None):
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for run, history in enumerate(histories):
-        thousands = [epoch["images_seen"] / 1000 for epoch in history]
         for ax, key, colour, name in (
             (left, "train_loss", COLOURS["total"], "training loss (as optimised)"),
             (left, "test_loss", COLOURS["real"], "test cross-entropy"),
@@ -367,9 +367,9 @@ def plot_learning_curves(histories, title, chance=None):
             (right, "test_accuracy", COLOURS["real"], "test accuracy"),
             (right, "test_minority_recall", COLOURS["minority"], "test recall, minority class"),
         ):
+            points = [(epoch["images_seen"] / 1000, epoch[key]) for epoch in history if key in epoch]
             ax.plot(
-                thousands,
-                [epoch[key] for epoch in history],
+                *zip(*points, strict=True),
                 color=colour,
                 marker=".",
                 label=name if run == 0 else None,

@@ -11,7 +11,7 @@ import torch
 
 import ClassifierNetwork
 import Experiment
-from ClassifierNetwork import evaluate_classifier, load_classifier
+from ClassifierNetwork import Evaluation, Recipe, evaluate_classifier, load_classifier
 from Experiment import (
     ARMS,
     MOST_PASSES,
@@ -22,6 +22,7 @@ from Experiment import (
     default_split,
     load_results,
     make_training_set,
+    number_of_looks,
     output_path,
     resolve_profile,
     result_path,
@@ -117,9 +118,10 @@ def test_an_arm_leaves_its_result_weights_and_two_plots(arm_name, tiny_data, tin
     assert {"torch", "numpy", "imbalanced-learn", "python", "commit"} <= result["versions"].keys()
     assert result["hardware"].keys() == {"device", "name", "cpu_threads"}
     assert all(seconds >= 0 for seconds in result["seconds"].values())
-    assert result["best_epoch_on_test"]["test_accuracy"] == max(
-        epoch["test_accuracy"] for epoch in result["history"]
-    )
+    looked_at = [epoch["test_accuracy"] for epoch in result["history"] if "test_accuracy" in epoch]
+    assert result["best_look_at_test"]["test_accuracy"] == max(looked_at)
+    assert result["best_look_at_test"]["looks"] == len(looked_at)
+    assert 0 < result["training_pflops"] < 1e-3
 
     configuration = result["configuration"]
     assert (configuration["steps"], configuration["width"]) == (6, 4), "every arm gets the same compute"
@@ -148,9 +150,13 @@ def test_an_arm_leaves_its_result_weights_and_two_plots(arm_name, tiny_data, tin
 
 
 def test_both_ways_of_judging_are_kept_apart(tiny_data, monkeypatch):
-    def evaluate(model, X, y, *, average_flips=False, **options):
-        evaluation = evaluate_classifier(model, X, y, average_flips=average_flips, **options)
-        return dataclasses.replace(evaluation, predictions=y if average_flips else (y + 1) % 10)
+    right = np.eye(10)[tiny_data.y_test]
+
+    def evaluate(model, X, y, **options):
+        # Slightly wrong on the images as they are, and surely right on their mirror images.
+        mirrored = np.array_equal(X, tiny_data.X_test[:, :, ::-1])
+        logits = 9 * right if mirrored else np.roll(right, 1, axis=1)
+        return Evaluation(0.5, logits.argmax(axis=1), logits)
 
     monkeypatch.setattr(Experiment, "evaluate_classifier", evaluate)
     result = smoke("imbalanced", tiny_data)
@@ -502,6 +508,79 @@ def test_without_stable_diffusion_images_the_other_arms_still_run(tiny_data, mon
     outcomes = run_arms(["stable", "imbalanced"], tiny_data, [SPLIT], profile="smoke")
     assert outcomes["stable", SPLIT, 0] == "no Stable Diffusion images could be had: no network"
     assert outcomes["imbalanced", SPLIT, 0]["arm"] == "imbalanced"
+
+
+# --- Many runs ----------------------------------------------------------------------------------
+
+
+class Processes:
+    """What run_arms asks of accelerate's PartialState."""
+
+    def __init__(self, process_index, num_processes):
+        self.process_index, self.num_processes = process_index, num_processes
+
+
+def test_runs_are_spread_over_the_processes_and_none_is_forgotten_or_run_twice(tiny_data, monkeypatch):
+    monkeypatch.setattr(Experiment, "run_arm", lambda *arguments: "not run here")
+    runs = [
+        key
+        for index in range(3)
+        for key in run_arms(STORY, tiny_data, [SPLIT, "cat-3"], [0, 1], processes=Processes(index, 3))
+    ]
+    assert len(runs) == len(set(runs)) == len(STORY) * 2 * 2
+    assert set(runs) == set(run_arms(STORY, tiny_data, [SPLIT, "cat-3"], [0, 1]))
+
+
+def test_in_data_parallel_every_process_takes_part_in_every_run(tiny_data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Experiment, "run_arm", lambda *arguments: seen.append(arguments[-1]) or "not run")
+    processes = Processes(1, 2)
+    assert len(run_arms(STORY, tiny_data, [SPLIT], processes=processes, data_parallel=True)) == len(STORY)
+    assert seen == [processes] * len(STORY)
+
+
+def launch(*arguments):
+    """Run Experiment.py on the digits in two processes."""
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    Path("program.py").write_text(
+        "import Experiment, ImbalancedCIFAR10\n"
+        "Experiment.load_data = ImbalancedCIFAR10.load_digits_as_images\n"
+        "Experiment.main()\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    return subprocess.run(
+        [*command, "program.py", "--profile", "smoke", *arguments],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_two_processes_share_a_list_of_runs():
+    answer = launch("--arm", "imbalanced", "logit-adjusted", "--seed", "0", "1")
+    assert answer.returncode == 0, answer.stderr
+    assert sorted(path for path in files("results") if path.endswith(".json")) == [
+        f"results/smoke/digits-8-0.01/{arm}-seed{seed}.json"
+        for arm in ("imbalanced", "logit-adjusted") for seed in (0, 1)
+    ]  # fmt: skip
+    assert len(answer.stdout.splitlines()) == 4
+
+
+def test_two_processes_train_one_run_together_and_one_writes_it(digits, move_to_another_folder):
+    answer = launch("--arm", "imbalanced", "--data-parallel")
+    assert answer.returncode == 0, answer.stderr
+    [together] = load_results("smoke", "digits", "8-0.01")["imbalanced"]
+    move_to_another_folder()
+    alone = run_arm("imbalanced", digits, profile="smoke", device="cpu")
+    assert [epoch["step"] for epoch in together["history"]] == [epoch["step"] for epoch in alone["history"]]
+    assert together["configuration"]["processes"] == 2 and alone["configuration"]["processes"] == 1
+
+
+def test_looking_at_the_test_set_costs_about_two_percent_but_makes_a_curve():
+    # An image judged costs about a quarter of one trained on.
+    for steps, looks in [(6, 3), (1000, 3), (5000, 5), (40_000, 40)]:
+        assert number_of_looks(Recipe(steps=steps, batch_size=128), 10_000) == looks
 
 
 # --- Command line -------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""Training speed side by side: the reference study's loop against ours, same network, same machine.
+
+    python benchmarks/classifier.py
+
+The reference's loop is rebuilt from its description: float32, the usual memory layout, a DataLoader with
+two workers that augments PIL images one by one, batches of 128, SGD. Each loop runs in a process of its own, in
+turns, so that memory can be told apart and a change of the machine's speed meets both. Writes
+``results/benchmarks/classifier.json``.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ClassifierNetwork import Recipe, channel_statistics, create_classifier, train_classifier
+from Experiment import code_version
+from ImbalancedCIFAR10 import default_root, load_cifar10
+from Utils import choose_device, describe_hardware, save_json
+
+PATH = Path("results", "benchmarks", "classifier.json")
+WIDTH = 42  # the reference's
+BATCH = 128
+
+
+def reference_loop(steps, warmup):
+    """Images per second of the reference's loop after some steps of warm-up."""
+    device = choose_device()
+    root = default_root()
+    data = CIFAR10(root, train=True)
+    mean, std = np.array(channel_statistics(data.data)) / 255
+    data.transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    loader = DataLoader(data, BATCH, shuffle=True, num_workers=2, drop_last=True)
+    # The same network; it normalises by itself, so here by nothing.
+    model = create_classifier(10, WIDTH, ((0.0,) * 3, (1.0,) * 3), seed=0).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps + warmup)
+    for step, (images, labels) in enumerate(loader):
+        if step == warmup:
+            started = time.perf_counter()
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        loss.item()  # it shows the running loss
+        if step + 1 == steps + warmup:
+            break
+    return steps * BATCH / (time.perf_counter() - started)
+
+
+def our_loop(steps, warmup):
+    """Images per second of :func:`ClassifierNetwork.train_classifier` after some steps of warm-up."""
+    data = load_cifar10()
+    model = create_classifier(10, WIDTH, channel_statistics(data.X_train), seed=0)
+    seconds = {}
+    for count in (warmup, warmup + steps):  # one epoch each; their difference leaves the start out
+        recipe = Recipe(steps=count * BATCH // Recipe.batch_size)
+        history = train_classifier(model, data.X_train, data.y_train, recipe, seed=0)
+        seconds[recipe.steps] = history[0]["seconds"]
+    few, many = seconds
+    return (many - few) * Recipe.batch_size / (seconds[many] - seconds[few])
+
+
+LOOPS = {"reference": reference_loop, "ours": our_loop}
+
+
+def measure(name, steps, warmup):
+    """Run one loop in this process; images per second and peak memory in GiB."""
+    speed = LOOPS[name](steps, warmup)
+    if choose_device().type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        # In KiB on Linux, in bytes on macOS. Loader workers are processes of their own.
+        unit = 1 if sys.platform == "darwin" else 1024
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        peak = unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 2 * children)
+    return {"images_per_second": speed, "peak_memory_gib": peak / 2**30}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Speed of the reference's training loop and of ours.")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each loop (default: 3)")
+    parser.add_argument("--steps", type=int, default=80, help="timed batches of 128 a run (default: 80)")
+    parser.add_argument("--warmup", type=int, default=20, help="batches before them (default: 20)")
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # what the child processes run
+    options = parser.parse_args()
+    if options.loop:
+        print(json.dumps(measure(options.loop, options.steps, options.warmup)))
+        return
+    runs = {name: [] for name in LOOPS}
+    for _ in tqdm(range(options.rounds), unit="round"):
+        for name, outcomes in runs.items():
+            command = [sys.executable, __file__, "--loop", name, "--steps", str(options.steps),
+                       "--warmup", str(options.warmup)]  # fmt: skip
+            child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            outcomes.append(json.loads(child.stdout.splitlines()[-1]))
+    median = {
+        name: {key: float(np.median([run[key] for run in outcomes])) for key in outcomes[0]}
+        for name, outcomes in runs.items()
+    }
+    ratios = [
+        ours["images_per_second"] / theirs["images_per_second"]
+        for ours, theirs in zip(runs["ours"], runs["reference"], strict=True)
+    ]
+    result = {
+        "width": WIDTH, "median": median, "ratio_of_speeds": float(np.median(ratios)), "ratio_of_each_round": ratios,
+        "runs": runs, "hardware": describe_hardware(choose_device()), "torch": torch.__version__,
+        "commit": code_version(),
+    }  # fmt: skip
+    save_json(PATH, result)
+    for name, values in median.items():
+        print(f"{name:10}{values['images_per_second']:8.0f} images/s{values['peak_memory_gib']:8.2f} GiB")
+    print(f"ours / reference: {result['ratio_of_speeds']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Where a training step's time goes, by torch.profiler.
+
+    python benchmarks/profile_training.py --width 16
+
+Prints the share of each part of a step and the costliest operators, and what an evaluation costs, and writes ``results/benchmarks/profile-width<w>.json``. On CUDA the shares are those of the GPU's
+time, else of the CPU's.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ClassifierNetwork
+from ClassifierNetwork import (
+    AugmentedBatches,
+    Recipe,
+    channel_statistics,
+    create_classifier,
+    evaluate_classifier,
+    train_classifier,
+)
+from Experiment import code_version
+from ImbalancedCIFAR10 import load_cifar10
+from Utils import choose_device, describe_hardware, save_json
+
+PARTS = {
+    "data path": "batches",
+    "forward and backward": "forward and backward",
+    "SGD": "Optimizer.step#SGD.step",
+    "Muon": "Optimizer.step#KernelMuon.step",
+}
+
+
+def label_parts():
+    """Give the parts that PyTorch does not name a name in the profile."""
+    epoch, forward_and_backward = AugmentedBatches.epoch, ClassifierNetwork._forward_and_backward
+
+    def labelled_epoch(self, number):
+        batches = epoch(self, number)
+        while True:
+            with record_function("batches"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def labelled_forward_and_backward(*arguments, **options):
+        with record_function("forward and backward"):
+            return forward_and_backward(*arguments, **options)
+
+    AugmentedBatches.epoch = labelled_epoch
+    ClassifierNetwork._forward_and_backward = labelled_forward_and_backward
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Where the time of a training step goes.")
+    parser.add_argument("--width", type=int, default=16, help="of the ResNet-18 (default: 16)")
+    parser.add_argument("--steps", type=int, default=20, help="profiled steps (default: 20)")
+    options = parser.parse_args()
+    device, data = choose_device(), load_cifar10()
+    cuda = device.type == "cuda"
+    label_parts()
+
+    def train(steps):
+        model = create_classifier(10, options.width, channel_statistics(data.X_train), seed=0)
+        history = train_classifier(model, data.X_train, data.y_train, Recipe(steps=steps), seed=0)
+        return model, history[0]["seconds"]
+
+    train(3)  # the first steps choose algorithms and fill caches
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as profiler:
+        model, seconds = train(options.steps)
+    events = profiler.key_averages()
+    time_of = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in events}
+    shares = {part: time_of.get(key, 0) / 1e6 / seconds for part, key in PARTS.items()}
+    shares["everything else"] = 1 - sum(shares.values())
+
+    evaluate_classifier(model, data.X_test[:1000], data.y_test[:1000])
+    started = time.perf_counter()
+    evaluate_classifier(model, data.X_test, data.y_test)
+    seconds_of_evaluation = time.perf_counter() - started
+    images_per_second = options.steps * Recipe.batch_size / seconds
+    result = {
+        "width": options.width, "steps": options.steps, "images_per_second": images_per_second, "shares": shares,
+        "seconds_to_evaluate_the_test_set": seconds_of_evaluation,
+        "training_images_at_the_cost_of_evaluating_one": (
+            seconds_of_evaluation / len(data.y_test) * images_per_second
+        ),
+        "hardware": describe_hardware(device), "torch": torch.__version__, "commit": code_version(),
+    }  # fmt: skip
+    save_json(Path("results", "benchmarks", f"profile-width{options.width}.json"), result)
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    print(events.table(sort_by=order, row_limit=12, max_name_column_width=40))
+    for part, share in shares.items():
+        print(f"{part:22}{share:7.1%}")
+    print(f"evaluating 10,000 images: {seconds_of_evaluation:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
