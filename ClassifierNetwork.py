@@ -271,6 +271,9 @@ def class_log_priors(y, num_classes, groups=None):
 # --- Training -----------------------------------------------------------------------------------
 
 
+SMALLEST_SIDE = 16  # pixels; the last stage then still has 2x2 places
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train. The budget is in steps, so that arms with more images get no more compute.
@@ -300,7 +303,7 @@ class Recipe:
         Share of the steps until the peak; from there the rates fall in a straight line.
     scales : tuple of float
         Side of the images, relative to the full one, in each equal part of the run: small images first
-        cost less (progressive resizing, Howard 2018).
+        cost less (progressive resizing, Howard 2018). No side shrinks below 16 pixels.
     label_smoothing : float
         None in the study: it contradicts the logit adjustment (see :func:`train_classifier`), and
         used in the other arms alone it would be a second difference between them.
@@ -392,9 +395,9 @@ def _create_optimizers(model, recipe):
 
 def _forward_and_backward(model, images, targets, recipe, step, log_prior=None, share=1.0):
     """Add the gradient of ``share`` times the mean loss; return that loss and the logits."""
-    scale = recipe.scale_at(step)
-    if scale != 1:
-        size = [max(1, round(scale * side)) for side in images.shape[2:]]
+    sides = tuple(images.shape[2:])
+    size = tuple(min(side, max(SMALLEST_SIDE, round(recipe.scale_at(step) * side))) for side in sides)
+    if size != sides:
         images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
     with _autocast(images.device):
         logits = model(images)

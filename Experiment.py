@@ -597,12 +597,16 @@ def run_arms(
 # --- Plots of one arm ---------------------------------------------------------------------------
 
 
+def warning(data_name):
+    """What every title must begin with if the data is not CIFAR-10; else nothing."""
+    return "" if data_name == "cifar10" else f"{data_name.upper()}, NOT CIFAR-10 - "
+
+
 def caption(results):
     """What a plot has to say about the runs behind it: data, split, profile, seeds."""
     first, seeds = results[0], [result["seed"] for result in results]
-    banner = "" if first["data"] == "cifar10" else f"{first['data'].upper()}, NOT CIFAR-10 - "
     many = f"{len(seeds)} seeds" if len(seeds) > 1 else f"1 seed ({seeds[0]})"
-    return f"{banner}{first['split']}, profile {first['profile']}, {many}"
+    return f"{warning(first['data'])}{first['split']}, profile {first['profile']}, {many}"
 
 
 def _plot_paths(arm_name, profile_name, data_name, split_name):

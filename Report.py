@@ -22,6 +22,7 @@ from Experiment import (
     make_training_set,
     output_path,
     save_arm_plots,
+    warning,
 )
 from Utils import atomic_path, mcnemar_test, plot_comparison, plot_image_rows, save_figure
 
@@ -41,10 +42,11 @@ PAIRS = (
 # --- Tables -------------------------------------------------------------------------------------
 
 
-def _percent(values):
-    values = 100 * np.asarray(values, dtype=float)
-    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread}"
+def percent(fractions, digits=1):
+    """``94.0 ± 0.1``: mean and, if there are several, sample standard deviation, in percent."""
+    values = 100 * np.asarray(fractions, dtype=float)
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
 
 
 def results_table(results):
@@ -71,13 +73,13 @@ def results_table(results):
         cells = (
             ARMS[name].title,
             f"{sum(runs[0]['training_images']['synthetic']):,}",
-            f"**{_percent([m['minority']['recall'] for m in metrics])}**",
-            _percent([m["minority"]["precision"] for m in metrics]),
-            _percent([m["balanced_accuracy"] for m in metrics]),
-            _percent([m["macro_f1"] for m in metrics]),
-            _percent([m["accuracy"] for m in metrics]),
-            _percent([run["best_look_at_test"]["test_accuracy"] for run in runs]),
-            _percent([f["accuracy"] for f in flips]) if all(flips) else "",
+            f"**{percent([m['minority']['recall'] for m in metrics])}**",
+            percent([m["minority"]["precision"] for m in metrics]),
+            percent([m["balanced_accuracy"] for m in metrics]),
+            percent([m["macro_f1"] for m in metrics]),
+            percent([m["accuracy"] for m in metrics]),
+            percent([run["best_look_at_test"]["test_accuracy"] for run in runs]),
+            percent([f["accuracy"] for f in flips]) if all(flips) else "",
             str(len(runs)),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -137,8 +139,8 @@ def conditions(results):
         f"Split `{first['split']}` of {'CIFAR-10' if first['data'] == 'cifar10' else first['data']} "
         f"(minority: {minority}), profile `{first['profile']}`: ResNet-18 of width "
         f"{configuration['width']} ({configuration['parameters']:,} parameters), "
-        f"{configuration['steps']:,} steps of {configuration['batch_size']} images in every arm, last "
-        f"weights, no test-time augmentation unless the column says so; seed"
+        f"{configuration['steps']:,} steps of {configuration['batch_size']} images "
+        f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation unless the column says so; seed"
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
         f"{first['versions']['torch']} on {hardware['device'].upper()} ({hardware['name']}, "
         f"{hardware['cpu_threads']} threads), median {minutes:.0f} minutes of training an arm on a machine "
@@ -153,8 +155,7 @@ def conditions(results):
 
 def title(subject, data, split):
     """A plot's title: the subject, the split, and a warning if the data is not CIFAR-10."""
-    where = "" if data.name == "cifar10" else f"{data.name.upper()}, NOT CIFAR-10 - "
-    return f"{where}{subject}: {split.name}"
+    return f"{warning(data.name)}{subject}: {split.name}"
 
 
 def banner(data, split, profile_name):

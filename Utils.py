@@ -358,7 +358,7 @@ def plot_learning_curves(histories, title, chance=None):
     -------
     matplotlib.figure.Figure
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for run, history in enumerate(histories):
         for ax, key, colour, name in (
             (left, "train_loss", COLOURS["total"], "training loss (as optimised)"),
@@ -384,7 +384,8 @@ def plot_learning_curves(histories, title, chance=None):
     for ax in (left, right):
         ax.set_xlabel("training images shown (thousands)")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=9)
+        # Below the axes: inside it would hide the curves of one arm or another.
+        ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     figure.suptitle(title)
     return figure
 

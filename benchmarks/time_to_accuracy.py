@@ -36,6 +36,7 @@ from ClassifierNetwork import (
 )
 from Experiment import code_version
 from ImbalancedCIFAR10 import load_cifar10
+from Report import percent
 from Utils import choose_device, describe_hardware, save_json
 
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")
@@ -249,19 +250,12 @@ def table(series):
         cells = [
             first["what"], str(first["width"]), f"{first['passes']:g}", f"{first['pflops']:.3f}",
             f"{np.median([run['seconds'] for run in runs]):,.0f}",
-            mean_and_spread([run["accuracy"] for run in runs]),
-            mean_and_spread([run["accuracy_with_averaged_flips"] for run in runs]),
+            percent([run["accuracy"] for run in runs], 2),
+            percent([run["accuracy_with_averaged_flips"] for run in runs], 2),
             str(len(runs)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def mean_and_spread(fractions):
-    """In percent: ``94.02 ± 0.11``, the standard deviation over seeds, without it for one seed."""
-    percent = 100 * np.array(fractions)
-    spread = f" ± {percent.std(ddof=1):.2f}" if len(percent) > 1 else ""
-    return f"{percent.mean():.2f}{spread}"
 
 
 def main(arguments=None):

@@ -522,24 +522,32 @@ def test_images_that_pass_together_share_their_statistics():
     assert losses[20] == losses[128] and losses[10] != losses[20]
 
 
-def test_images_grow_in_equal_parts_of_the_run(monkeypatch):
-    sides = []
-    features = ResNet18.features
-    monkeypatch.setattr(
-        ResNet18, "features", lambda self, x: sides.append(tuple(x.shape[2:])) or features(self, x)
-    )
-    train(small_model(), Recipe(steps=6, batch_size=20, scales=(0.5, 0.75, 1.0)))
-    assert sides == [(8, 8)] * 2 + [(12, 12)] * 2 + [(16, 16)] * 2
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [(32, [16, 16, 24, 24, 32, 32]), (20, [16, 16, 16, 16, 20, 20]), (12, [12] * 6)],
+    ids=["half, three quarters, all", "not below 16", "smaller ones stay"],
+)
+def test_images_grow_in_equal_parts_of_the_run(side, expected, monkeypatch):
+    sides, features = [], ResNet18.features
+
+    def spy(self, x):
+        assert x.shape[2] == x.shape[3]
+        sides.append(x.shape[2])
+        return features(self, x)
+
+    monkeypatch.setattr(ResNet18, "features", spy)
+    recipe = Recipe(steps=6, batch_size=20, scales=(0.5, 0.75, 1.0))
+    train_classifier(small_model(), noise(20, side), y, recipe, seed=0)
+    assert sides == expected
 
 
 def test_shrunk_images_keep_their_colours(float32):
-    model = create_classifier(3, 4, ((0.0,) * 3, (1.0,) * 3), seed=0)
-    grey = torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)
-    seen = []
+    seen, model = [], small_model()
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    grey = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8)
     recipe = Recipe(steps=1, scales=(0.5,))
     ClassifierNetwork._forward_and_backward(model, grey, torch.tensor([0, 1]), recipe, 0)
-    assert seen[0].shape == (2, 3, 8, 8) and torch.allclose(seen[0], torch.tensor(200.0))
+    assert seen[0].shape == (2, 3, 16, 16) and torch.allclose(seen[0], torch.tensor(200.0))
 
 
 def test_an_epoch_reads_no_value_from_the_device_in_each_step():
@@ -580,7 +588,7 @@ def test_flops_are_those_of_convolutions_and_matrix_products():
 def test_small_images_and_muon_show_in_the_flops():
     model = small_model()
     costs = {
-        name: count_training_flops(model, Recipe(steps=10, **options))
+        name: count_training_flops(model, Recipe(steps=10, **options), image_size=(32, 32))
         for name, options in {
             "sgd": {"optimizer": "sgd", "scales": (1.0,)}, "muon": {"scales": (1.0,)},
             "half": {"optimizer": "sgd", "scales": (0.5, 1.0)},
