@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 
+from CIFAKE import import_cifake
 from ClassifierNetwork import (
     Recipe,
     channel_statistics,
@@ -34,12 +35,7 @@ from ClassifierNetwork import (
 )
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
-from StableDiffusionGeneration import (
-    CACHE,
-    StableDiffusionOverSampler,
-    import_cifake,
-    source_balanced_strategy,
-)
+from StableDiffusionGeneration import CACHE, StableDiffusionOverSampler, source_balanced_strategy
 from Utils import (
     atomic_path,
     choose_device,
