@@ -10,6 +10,8 @@ al. (2023), Is synthetic data from generative models ready for image recognition
 images by CLIP's zero-shot answer.)
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -107,7 +109,7 @@ def find_near_duplicates(images, threshold=0.95):
 
 
 def _unit_vectors(x):
-    flat = x.reshape(len(x), -1)
+    flat = x.reshape(len(x), math.prod(x.shape[1:]))
     flat = flat - flat.mean(axis=1, keepdims=True)
     # The last component makes two images of one even colour alike, whose correlation is undefined.
     flat = np.concatenate([flat, np.ones((len(x), 1), dtype=np.float32)], axis=1)

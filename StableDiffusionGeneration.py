@@ -23,6 +23,7 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from CandidateImages import (
 from DiffusionPipelines import PRESETS, SIZE, is_on_this_machine
 from Downsampling import METHODS, image_statistics, match_statistics
 from ImageOverSampler import ImageOverSampler, check_images
-from ImageSelection import find_near_duplicates
+from ImageSelection import CLIP_MODEL, find_near_duplicates
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import GRAMMARS, find_grammar
 from Utils import atomic_path, choose_device, require_free_space, save_json
@@ -149,6 +150,15 @@ def load_metadata(path=CACHE):
         (str(label), str(zlib.crc32(image.tobytes()))) for image, label in zip(images, labels, strict=True)
     ]
     return [known.get(key, dict.fromkeys(METADATA, "")) for key in keys]
+
+
+def describe_cache(path=CACHE):
+    """One line on where the images of a cache come from, such as ``50,000 images imported``."""
+    makers = Counter(
+        f"by the preset {row['preset']} of {row['model']}" if row["model"] else "imported"
+        for row in load_metadata(path)
+    )
+    return ", ".join(f"{count:,} images {maker}" for maker, count in makers.items())
 
 
 # --- Generation ---------------------------------------------------------------------------------
@@ -389,12 +399,13 @@ def preset_at_hand():
     Returns
     -------
     str or None
+        None also if only the reference's setting could be drawn: a night's work is started by hand.
     """
     if choose_device().type == "cpu":
         return None
-    for name in ("turbo", "fast", "reference"):
-        preset = PRESETS[name]
-        if all(is_on_this_machine(model) for model in (preset.model, preset.tiny_decoder) if model):
+    for name in ("turbo", "fast"):
+        models = (PRESETS[name].model, PRESETS[name].tiny_decoder, CLIP_MODEL)
+        if all(is_on_this_machine(model) for model in models):
             return name
     return None
 
