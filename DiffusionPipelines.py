@@ -148,7 +148,9 @@ def load_pretrained(load, model, gigabytes, **options):
         If there is too little space for a download.
     """
     from huggingface_hub import constants
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of reading files; downloads still show theirs
     model = str(model)
     # diffusers, transformers, safetensors and the hub each raise their own kinds of errors.
     if Path(model).is_dir():

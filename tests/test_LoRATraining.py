@@ -18,7 +18,7 @@ from LoRATraining import STATE, WEIGHTS, LoRARecipe, main, train_lora
 
 @pytest.fixture
 def recipe(models):
-    return LoRARecipe(models["stable"], rank=2, steps=6, batch_size=4, learning_rate=1e-2, size=64)
+    return LoRARecipe(models["stable"], rank=2, steps=4, batch_size=4, learning_rate=1e-2, size=64)
 
 
 @pytest.fixture
@@ -48,9 +48,11 @@ def in_float32(monkeypatch):
 
 
 def test_the_loss_falls(X, recipe, in_float32):
-    history = train(X, replace(recipe, steps=60, rank=8))
-    assert len(history) == 60 and np.isfinite(history).all()
-    assert np.mean(history[-20:]) < 0.8 * np.mean(history[:20])
+    # Every step has its own noise, the same in both runs: what differs is what was learned.
+    trained = train(X, replace(recipe, steps=40, rank=8))
+    untrained = train(X, replace(recipe, steps=40, rank=8, learning_rate=0), "untrained")
+    assert len(trained) == 40 and trained[0] == untrained[0]
+    assert np.mean(trained[-10:]) < 0.9 * np.mean(untrained[-10:])
 
 
 def test_the_pipelines_own_function_reads_the_adapter_and_it_changes_the_images(models, X, recipe):
@@ -64,10 +66,7 @@ def test_the_pipelines_own_function_reads_the_adapter_and_it_changes_the_images(
     before, loaded, ours = (np.asarray(images[0]).astype(int) for images in (before, loaded, ours))
     assert np.abs(loaded - ours).max() <= 1  # merged into the weights it is the same adapter
     assert np.abs(loaded - before).max() > 5
-    assert {tuple(name.split(".")[-2:]) for name in weights()} == {
-        ("lora_A", "weight"),
-        ("lora_B", "weight"),
-    } or all("lora" in name for name in weights())
+    assert all("lora" in name for name in weights())
 
 
 def test_only_the_adapter_is_trained(X, recipe):
@@ -86,19 +85,19 @@ def test_after_a_kill_training_goes_on_to_the_same_adapter(X, recipe, monkeypatc
     steps = iter(range(100))
     backward = LoRATraining._backward
 
-    def killed_in_step_five(*arguments):
-        if next(steps) == 4:
+    def killed_in_step_four(*arguments):
+        if next(steps) == 3:
             raise Killed
         return backward(*arguments)
 
-    monkeypatch.setattr(LoRATraining, "_backward", killed_in_step_five)
+    monkeypatch.setattr(LoRATraining, "_backward", killed_in_step_four)
     with pytest.raises(Killed):
-        train(X, recipe, save_every=3)
+        train(X, recipe, save_every=2)
     assert [f.name for f in Path("adapter").iterdir()] == [STATE]
     trained = []
     monkeypatch.setattr(LoRATraining, "_backward", lambda *a: trained.append(1) or backward(*a))
-    assert train(X, recipe, save_every=3) == history
-    assert len(trained) == 3  # the first three steps were kept
+    assert train(X, recipe, save_every=2) == history
+    assert len(trained) == 2  # the first two steps were kept
     assert same(weights(), weights("whole"))
     trained.clear()
     assert train(X, recipe) == history and not trained  # finished
@@ -187,14 +186,14 @@ def test_a_full_disk_is_noticed_before_the_training(X, recipe, monkeypatch):
         train(X, recipe)
 
 
-def test_another_adapter_makes_another_job_of_the_same_settings(X, recipe):
+def test_another_adapter_makes_another_job_of_the_same_settings():
     settings = GenerationSettings("fast", "model", lora="adapter")
-    names = []
-    for seed in (0, 1):
-        shutil.rmtree("adapter", ignore_errors=True)
-        train(X, recipe, seed=seed)
-        names.append(name_job(describe_job(settings, "cat", 3)))
-    assert names[0] != names[1]
+    Path("adapter").mkdir()
+    names = set()
+    for content in (b"first", b"second", b"first"):
+        Path("adapter", WEIGHTS).write_bytes(content)
+        names.add(name_job(describe_job(settings, "cat", 3)))
+    assert len(names) == 2
 
 
 def test_the_command_line_trains_on_the_kept_images_alone(models, tiny_data, monkeypatch, capsys):
