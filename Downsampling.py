@@ -7,7 +7,7 @@
 References
 ----------
 Parmar, Zhang and Zhu (2022), On aliased resizing and surprising subtleties in GAN evaluation (reduce with
-antialiasing, or the result depends on the library). Pitie and Kokaram (2007), The linear
+antialiasing, or the result depends on the library). Pitié and Kokaram (2007), The linear
 Monge-Kantorovitch linear colour mapping for example-based colour transfer.
 """
 

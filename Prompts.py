@@ -165,7 +165,7 @@ PROMPTS = {
     },
 }  # fmt: skip
 
-# The reference study's sentence. Its word lists were not published with it; these fill the same places.
+# The reference study's sentence; the words that fill its places are ours.
 REFERENCE_PROMPTS = {
     "cat": {
         "template": "A {breed} cat {action} {preposition} the {furniture}",

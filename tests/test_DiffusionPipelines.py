@@ -244,6 +244,16 @@ def test_a_pipeline_is_loaded_in_the_type_asked_for(models, dtype):
     assert images[0].size == (64, 64)
 
 
+def test_half_precision_files_are_preferred_on_a_gpu_and_not_needed(models, tmp_path):
+    """float16 is what CUDA gets; that nothing is drawn with it here is because CPUs don't multiply in it."""
+    whole = load_pipeline("reference", models["stable"], device="cpu", dtype=torch.float16)
+    assert whole.unet.dtype == torch.float16
+    whole.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half").rglob("diffusion_pytorch_model.safetensors"))
+    half = load_pipeline("reference", str(tmp_path / "half"), device="cpu", dtype=torch.float16)
+    assert torch.equal(half.unet.conv_in.weight, whole.unet.conv_in.weight)
+
+
 @pytest.fixture
 def broken(models, tmp_path):
     """A copy of the model's folder, to break something in."""
@@ -299,6 +309,24 @@ def test_without_network_and_cache_one_error_says_what_to_do(empty_hub_cache, cl
     ):
         assert part in str(caught.value)
     assert not is_on_this_machine("stabilityai/sd-turbo")
+
+
+def test_what_the_hubs_cache_has_is_loaded_without_a_network(
+    models, empty_hub_cache, closed_url, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed_url)
+    snapshot = (
+        empty_hub_cache / "models--somebody--tiny" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    )
+    shutil.copytree(models["stable"], snapshot)
+    (empty_hub_cache / "models--somebody--tiny" / "refs").mkdir()
+    (empty_hub_cache / "models--somebody--tiny" / "refs" / "main").write_text(snapshot.name)
+    assert is_on_this_machine("somebody/tiny")
+    pipeline = load("reference", "somebody/tiny")
+    assert torch.equal(pipeline.unet.conv_in.weight, load("reference", models["stable"]).unet.conv_in.weight)
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelUnavailableError, match="somebody/tiny is not complete in the cache"):
+        load("reference", "somebody/tiny")
 
 
 def test_a_full_disk_is_noticed_before_the_download(empty_hub_cache, monkeypatch):

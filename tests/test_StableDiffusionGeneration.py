@@ -19,7 +19,9 @@ import torch
 from conftest import REPOSITORY
 
 import CandidateImages
+import Experiment
 import Prompts
+import Report
 import StableDiffusionGeneration
 from CandidateImages import (
     MOST_DRAWS,
@@ -30,7 +32,7 @@ from CandidateImages import (
     write_shard,
 )
 from DiffusionPipelines import Painter
-from ImbalancedCIFAR10 import minority_split
+from ImbalancedCIFAR10 import DataUnavailableError, minority_split
 from StableDiffusionGeneration import (
     CACHE,
     METADATA,
@@ -409,6 +411,106 @@ def test_a_full_disk_is_noticed_before_anything_is_loaded(loaded, monkeypatch):
     with pytest.raises(OSError, match=r"0\.00 GB free, but 0\.05 GB are needed"):
         generate(loaded, 3)
     assert not Path("datasets").exists()
+
+
+def test_a_disk_that_fills_up_costs_only_the_shard_that_does_not_fit(loaded, small_shards, monkeypatch):
+    savez, written = np.savez, []
+
+    def fail_on_the_second(*arguments, **options):
+        written.append(1)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        savez(*arguments, **options)
+
+    monkeypatch.setattr(np, "savez", fail_on_the_second)
+    with pytest.raises(
+        OSError, match=r"Could not finish writing .*000004-000007\.npz: .*No space left.*run again"
+    ):
+        generate(loaded, 10)
+    assert [f.name for f in shards_of().glob("*.npz")] == ["000000-000003.npz"]
+    assert not list(shards_of().glob(".*"))
+    generate(loaded, 10)
+    assert len(load_generated_images()[0]) == 10
+
+
+# --- What the study uses ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_cifake(monkeypatch):
+    def refuse():
+        raise DataUnavailableError("no CIFAKE here.")
+
+    monkeypatch.setattr(Experiment, "import_cifake", refuse)
+
+
+def test_a_cache_comes_first_and_is_described(tiny_data, tiny_cache, no_cifake):
+    source = Experiment.prepare_stable_diffusion_images(tiny_data)
+    assert source == f"the cache {CACHE}: 600 images imported"
+    assert Report.stable_diffusion_source(tiny_data, None) == f"Stable Diffusion images: {source}."
+
+
+def test_cifake_comes_second(tiny_data, monkeypatch):
+    monkeypatch.setattr(Experiment, "import_cifake", lambda: 50_000)
+    assert (
+        Experiment.prepare_stable_diffusion_images(tiny_data)
+        == f"CIFAKE, 50,000 images imported into {CACHE}"
+    )
+
+
+def test_generation_comes_third_and_makes_what_the_arms_need(loaded, tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
+    monkeypatch.setattr(Experiment, "CandidateMaker", lambda settings: make_maker(loaded, clip_model="none"))
+    split = minority_split(tiny_data.y_train, keep=4)
+    source = Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    # 26 cats that were removed, and 0.4 times 30 of each other class.
+    assert source == f"the preset turbo, 134 images generated into {CACHE}"
+    assert np.bincount(load_generated_images()[1]).tolist() == [12, 12, 12, 26, 12, 12, 12, 12, 12, 12]
+    assert len(load_metadata()) == 134 and all(row["model"] for row in load_metadata())
+    assert sorted(f.suffix for f in Path("datasets").iterdir() if f.is_file()) == [".csv", ".npy"]
+    for arm in ("stable", "stable-source-balanced"):
+        Experiment.make_training_set(arm, tiny_data, split)
+
+
+def test_a_generation_that_fails_skips_the_arms_and_leaves_no_cache(tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
+
+    def fail(*arguments, **options):
+        raise SelectionError("Only 0 of 12 candidates pass")
+
+    monkeypatch.setattr(Experiment, "generate_images", fail)
+    split = minority_split(tiny_data.y_train, keep=4)
+    with pytest.raises(Experiment.ArmUnavailableError, match="generating .* failed: Only 0 of 12"):
+        Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    assert not CACHE.exists()
+    said = Report.stable_diffusion_source(tiny_data, split)
+    assert said.startswith("**No Stable Diffusion images:**") and "Only 0 of 12" in said
+
+
+def test_without_any_source_both_reasons_are_given(tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: None)
+    with pytest.raises(
+        Experiment.ArmUnavailableError, match=r"no CIFAKE here\. Nor can they be generated here"
+    ):
+        Experiment.prepare_stable_diffusion_images(tiny_data)
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "expected"),
+    [
+        ("cpu", ("sd-turbo", "taesd", "clip", "v1-4"), None),
+        ("cuda", ("sd-turbo", "taesd", "clip", "v1-4"), "turbo"),
+        ("cuda", ("taesd", "clip", "v1-4"), "fast"),
+        ("cuda", ("sd-turbo", "v1-4", "taesd"), None),
+        ("cuda", (), None),
+    ],
+)
+def test_generation_needs_a_gpu_and_every_model_of_a_preset(monkeypatch, device, here, expected):
+    monkeypatch.setattr(StableDiffusionGeneration, "choose_device", lambda: torch.device(device))
+    monkeypatch.setattr(
+        StableDiffusionGeneration, "is_on_this_machine", lambda model: any(part in model for part in here)
+    )
+    assert StableDiffusionGeneration.preset_at_hand() == expected
 
 
 # --- What is refused ----------------------------------------------------------------------------
