@@ -276,7 +276,9 @@ def prepare_stable_diffusion_images(data, split=None):
     try:
         for c, count in counts.items():
             # Into a file of its own, so that the cache appears when it is complete, and not before.
-            generate_images(data.class_names[c], count, maker.settings, path=UNFINISHED_CACHE, maker=maker)
+            generate_images(
+                data.class_names[c], count, maker.settings, path=UNFINISHED_CACHE, maker=maker, replace=True
+            )
     except (OSError, SelectionError, MemoryError) as error:
         raise ArmUnavailableError(f"generating Stable Diffusion images failed: {error}") from error
     for suffix in (".csv", CACHE.suffix):
