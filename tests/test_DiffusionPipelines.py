@@ -118,6 +118,27 @@ def test_guidance_in_the_whole_interval_is_the_pipelines_own_guidance(painter, m
         assert np.array_equal(pixels(images), pixels(own))
 
 
+@pytest.mark.parametrize("preset", ["fast"], indirect=True)
+def test_limited_guidance_is_guidance_without_effect_outside_the_interval(painter, unet_batches):
+    images, _ = painter.draw(PROMPTS, range(4))
+    guided = [batch == 8 for batch in unet_batches]
+    unet_batches.clear()
+
+    def without_effect(module, arguments, output):
+        """Outside the interval both halves of the doubled batch answer alike, so guidance changes nothing."""
+        step = len(unet_batches) - 1
+        return output if guided[step] else (torch.cat([output[0][4:]] * 2),)
+
+    hook = painter._text_to_image.unet.register_forward_hook(without_effect)
+    expected = painter._text_to_image(
+        PROMPTS, height=64, width=64, num_inference_steps=15, guidance_scale=7.5,
+        generator=[torch.Generator().manual_seed(i) for i in range(4)],
+    ).images  # fmt: skip
+    hook.remove()
+    assert unet_batches == [8] * 15  # this way it saves nothing
+    assert np.abs(pixels(images) - pixels(expected)).max() <= 1
+
+
 def test_an_image_depends_on_its_own_prompt_and_seed_alone(painter):
     together, flagged = painter.draw(PROMPTS, [5, 6, 7, 8])
     painter.batch_size = 1

@@ -592,8 +592,10 @@ def environment():
 def test_two_processes_make_what_one_makes(models):
     count = ("--count", "150")
     main(command_line(models, *count, "--output", "one.npy", "--shards", "one"))
+    # accelerate starts one process for --cpu whatever is asked for. With --multi_gpu it starts two, as on a
+    # machine with two GPUs; that they compute on the CPU is what our own --device says.
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(REPOSITORY / "StableDiffusionGeneration.py"),
         *command_line(models, *count, "--output", "two.npy", "--shards", "two"),
@@ -601,6 +603,7 @@ def test_two_processes_make_what_one_makes(models):
     answer = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert answer.stdout.count("150 images of cat from 150 candidates") == 1  # one process speaks
+    assert "86/86" in answer.stderr  # the first process drew shards 0 and 2: 64 + 22 images
     assert Path("two.npy").read_bytes() == Path("one.npy").read_bytes()
     assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()
     names = {f.name for f in Path("two").rglob("*")}
