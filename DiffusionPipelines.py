@@ -20,6 +20,7 @@ import contextlib
 import gc
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,10 +154,17 @@ def load_pretrained(load, model, gigabytes, **options):
 
     logging.disable_progress_bar()  # of reading files; downloads still show theirs
     model = str(model)
+
+    def attempt(**more):
+        with warnings.catch_warnings():
+            # diffusers passes the hub an argument that the hub no longer knows, and the user can't help it
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            return load(model, **options, **more)
+
     # diffusers, transformers, safetensors and the hub each raise their own kinds of errors.
     if Path(model).is_dir():
         try:
-            return load(model, local_files_only=True, **options)
+            return attempt(local_files_only=True)
         except Exception as error:
             raise ModelUnavailableError(
                 f"The model folder {model} is incomplete or damaged: {_first_line(error)} Get it again, "
@@ -165,7 +173,7 @@ def load_pretrained(load, model, gigabytes, **options):
     if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
         raise ModelUnavailableError(f"There is no model folder {model}.")
     try:
-        return load(model, local_files_only=True, **options)
+        return attempt(local_files_only=True)
     except Exception as error:
         absence = error
     if constants.is_offline_mode() or not is_reachable(constants.ENDPOINT):
@@ -177,7 +185,7 @@ def load_pretrained(load, model, gigabytes, **options):
         ) from absence
     require_free_space(constants.HF_HUB_CACHE, gigabytes)
     try:
-        return load(model, **options)
+        return attempt()
     except Exception as error:
         raise ModelUnavailableError(
             f"The model {model} could not be loaded from {constants.ENDPOINT}: {_first_line(error)} Check "

@@ -612,7 +612,7 @@ def test_two_processes_make_what_one_makes(models):
 
 
 def test_after_a_kill_the_result_is_the_same_byte_for_byte(models):
-    arguments = command_line(models, "--count", "384", "--batch-size", "8")
+    arguments = command_line(models, "--count", "256", "--batch-size", "8")
     script = str(REPOSITORY / "StableDiffusionGeneration.py")
     process = subprocess.Popen(
         [sys.executable, script, *arguments],
@@ -621,7 +621,7 @@ def test_after_a_kill_the_result_is_the_same_byte_for_byte(models):
         stderr=subprocess.STDOUT,
     )
     try:
-        while process.poll() is None and len(list(Path("datasets").rglob("0*.npz"))) < 2:
+        while process.poll() is None and len(list(Path("datasets").rglob("0*.npz"))) < 1:
             time.sleep(0.02)
         assert process.poll() is None, process.stdout.read().decode()[-3000:]
         os.kill(process.pid, signal.SIGKILL)
@@ -629,11 +629,11 @@ def test_after_a_kill_the_result_is_the_same_byte_for_byte(models):
         process.kill()
         process.communicate()
     finished = {f: f.stat().st_mtime_ns for f in Path("datasets").rglob("0*.npz")}
-    assert 2 <= len(finished) < 6
+    assert 1 <= len(finished) < 4
     assert not CACHE.exists()
     main(arguments)
     assert all(f.stat().st_mtime_ns == then for f, then in finished.items())  # none was drawn again
     main([*arguments, "--output", "whole.npy", "--shards", "whole"])
     assert CACHE.read_bytes() == Path("whole.npy").read_bytes()
     assert CACHE.with_suffix(".csv").read_bytes() == Path("whole.csv").read_bytes()
-    assert len(load_generated_images()[0]) == 384
+    assert len(load_generated_images()[0]) == 256
