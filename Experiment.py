@@ -27,6 +27,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 
+from CandidateImages import CandidateMaker, GenerationSettings
+from CIFAKE import import_cifake
 from ClassifierNetwork import (
     Recipe,
     channel_statistics,
@@ -41,8 +43,11 @@ from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
 from StableDiffusionGeneration import (
     CACHE,
+    SelectionError,
     StableDiffusionOverSampler,
-    import_cifake,
+    describe_cache,
+    generate_images,
+    preset_at_hand,
     source_balanced_strategy,
 )
 from Utils import (
@@ -214,6 +219,9 @@ ARMS = {
 STORY = tuple(name for name, arm in ARMS.items() if arm.story)
 
 
+UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
+
+
 class ArmUnavailableError(RuntimeError):
     """The arm cannot run on this data set; the message says why."""
 
@@ -225,12 +233,18 @@ def find_arm(name):
     return ARMS[name]
 
 
-def prepare_stable_diffusion_images(data):
-    """See to it that the cache of Stable Diffusion images is there, and say which one it is.
+def prepare_stable_diffusion_images(data, split=None):
+    """See to it that the cache of Stable Diffusion images is there, and say where they come from.
+
+    In this order: the cache, if there is one; CIFAKE, from this machine or downloaded; generation, if
+    there is a GPU and the weights of a preset are on this machine. Generation draws from text alone and
+    looks at no image.
 
     Parameters
     ----------
     data : ImageDataSet
+    split : Split, optional
+        Says how many images of each class are needed, for generation. Default: that of the story.
 
     Returns
     -------
@@ -247,12 +261,34 @@ def prepare_stable_diffusion_images(data):
             f"there are no Stable Diffusion images of {data.name}: the cache and CIFAKE hold CIFAR-10's classes"
         )
     if CACHE.exists():
-        return f"the cache {CACHE}"
+        return f"the cache {CACHE}: {describe_cache()}"
     try:
         count = import_cifake()
     except OSError as error:
-        raise ArmUnavailableError(f"no Stable Diffusion images could be had: {error}") from error
-    return f"CIFAKE, {count:,} images imported into {CACHE}"
+        reason = error
+    else:
+        return f"CIFAKE, {count:,} images imported into {CACHE}"
+    preset = preset_at_hand()
+    if preset is None:
+        raise ArmUnavailableError(
+            f"no Stable Diffusion images could be had: {str(reason).rstrip('.')}. Nor can they be generated "
+            "here, which takes a GPU and a model's weights: see StableDiffusionGeneration.py"
+        ) from reason
+    split = split or split_from_name(default_split(data), data.y_train, data.class_names)
+    y = data.y_train[split.kept_rows(data.y_train)]
+    counts = {c: wanted - int(np.sum(y == c)) for c, wanted in source_balanced_strategy(y).items()}
+    maker = CandidateMaker(GenerationSettings(preset))
+    try:
+        for c, count in counts.items():
+            # Into a file of its own, so that the cache appears when it is complete, and not before.
+            generate_images(
+                data.class_names[c], count, maker.settings, path=UNFINISHED_CACHE, maker=maker, replace=True
+            )
+    except (OSError, SelectionError, MemoryError) as error:
+        raise ArmUnavailableError(f"generating Stable Diffusion images failed: {error}") from error
+    for suffix in (".csv", CACHE.suffix):
+        UNFINISHED_CACHE.with_suffix(suffix).rename(CACHE.with_suffix(suffix))
+    return f"the preset {preset}, {sum(counts.values()):,} images generated into {CACHE}"
 
 
 @dataclass(frozen=True)
@@ -309,7 +345,7 @@ def make_training_set(arm_name, data, split, seed=0):
     if arm.whole_training_set:
         return TrainingSet(data.X_train, data.y_train, len(data.y_train))
     if arm.needs_stable_diffusion:
-        prepare_stable_diffusion_images(data)
+        prepare_stable_diffusion_images(data, split)
     X, y = split.cut(data.X_train, data.y_train)
     if arm.resample is None:
         return TrainingSet(X, y, len(y))

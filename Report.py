@@ -21,6 +21,7 @@ from Experiment import (
     load_test_labels,
     make_training_set,
     output_path,
+    prepare_stable_diffusion_images,
     save_arm_plots,
     warning,
 )
@@ -231,6 +232,14 @@ def class_counts(data, split):
         except ArmUnavailableError:
             continue
     return counts
+
+
+def stable_diffusion_source(data, split):
+    """Markdown that says where the Stable Diffusion images come from, or why there are none."""
+    try:
+        return f"Stable Diffusion images: {prepare_stable_diffusion_images(data, split)}."
+    except ArmUnavailableError as error:
+        return f"**No Stable Diffusion images:** {error}. Their arms are skipped."
 
 
 def sample_figure(data, split, columns=10):

@@ -1,51 +1,67 @@
-"""Oversampling with images from Stable Diffusion, kept in one file.
+"""Stable Diffusion images of a class: made, kept in one file, and appended to a training set.
 
-    import_cifake("cifake.zip")                                 # fills the cache, once
+    python StableDiffusionGeneration.py --class cat --count 4950 --preset fast
+    accelerate launch StableDiffusionGeneration.py --class all --count 2000 --preset turbo
+
     X_res, y_res = StableDiffusionOverSampler(random_state=0).fit_resample(X, y)
 
-The cache ``datasets/stable_diffusion_dataset.npy`` is one NumPy array of records, an image with its
-class each. It holds no pickled object and can be memory-mapped.
+The first line needs a GPU and the model's weights, the second uses every GPU of the machine. Either can be
+ended at any moment and started again: it goes on with the images that are missing, and makes the same ones.
+``CIFAKE.py`` imports ready images instead.
 
-References
-----------
-Rombach et al. (2022), High-resolution image synthesis with latent diffusion models. Bird and Lotfi
-(2024), CIFAKE: Image classification and explainable identification of AI-generated synthetic images,
-IEEE Access (MIT licence): images of the ten CIFAR-10 classes made with Stable Diffusion v1.4.
+The cache ``datasets/stable_diffusion_dataset.npy`` is one NumPy array of records, an image with its
+class each. It holds no pickled object and can be memory-mapped. For generated images there is a row each in
+``datasets/stable_diffusion_dataset.csv``: prompt, seed, model and how it was drawn.
+
+Reference: Rombach et al. (2022), High-resolution image synthesis with latent diffusion models.
 """
 
-import http.client
-import io
-import re
-import socket
-import tempfile
+import argparse
+import csv
+import datetime
+import math
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from CandidateImages import (
+    SHARDS,
+    STRENGTHS,
+    CandidateMaker,
+    GenerationSettings,
+    describe_job,
+    find_missing,
+    name_job,
+    prepare_shards,
+    read_shards,
+    write_shard,
+)
+from DiffusionPipelines import PRESETS, SIZE, is_on_this_machine
+from Downsampling import METHODS, image_statistics, match_statistics
 from ImageOverSampler import ImageOverSampler, check_images
-from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
-from Utils import atomic_path, is_reachable, require_free_space
+from ImageSelection import CLIP_MODEL, find_near_duplicates
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
+from Prompts import GRAMMARS, find_grammar
+from Utils import atomic_path, choose_device, require_free_space, save_json
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
-
-CIFAKE_URL = (
-    "https://www.kaggle.com/api/v1/datasets/download/birdy654/cifake-real-and-ai-generated-synthetic-images"
-)
-# "17.jpg" is airplane, "17 (2).jpg" automobile, ... "17 (10).jpg" truck: CIFAR-10's class order.
-CIFAKE_FILE_NAME = re.compile(r"(\d+)(?: \((2|3|4|5|6|7|8|9|10)\))?\.jpg")
+METADATA = (
+    "class", "label", "index", "prompt", "seed", "model", "preset", "steps", "guidance_scale", "lora",
+    "source", "strength", "clip_margin", "job", "crc32",
+)  # fmt: skip
 
 
 # --- The cache ----------------------------------------------------------------------------------
 
 
-def save_generated_images(images, labels, path=CACHE):
+def save_generated_images(images, labels, path=CACHE, metadata=None):
     """Write generated images with their classes, atomically.
 
     Parameters
@@ -53,6 +69,9 @@ def save_generated_images(images, labels, path=CACHE):
     images : ndarray of uint8, shape (n, 32, 32, 3)
     labels : ndarray of int, shape (n,)
     path : path
+    metadata : list of dict, optional
+        How each image was made, by the names in :data:`METADATA`; written beside ``path`` as ``.csv``.
+        Without it no such file is left, since it would speak of other images.
 
     Raises
     ------
@@ -64,6 +83,18 @@ def save_generated_images(images, labels, path=CACHE):
         raise ValueError(f"The cache holds images of 32x32 pixels, but these have the shape {images.shape}.")
     records = np.empty(len(images), dtype=RECORD)
     records["image"], records["label"] = images, labels
+    table = Path(path).with_suffix(".csv")
+    if metadata is None:
+        table.unlink(missing_ok=True)
+    else:
+        with (
+            atomic_path(table) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, METADATA, restval="", lineterminator="\n")
+            writer.writeheader()
+            for image, row in zip(images, metadata, strict=True):
+                writer.writerow(row | {"crc32": zlib.crc32(image.tobytes())})
     with atomic_path(path) as temporary:
         np.save(temporary, records, allow_pickle=False)
 
@@ -85,7 +116,7 @@ def load_generated_images(path=CACHE):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no {path}. Make it with import_cifake() or save_generated_images()."
+            f"There is no {path}. Make it with import_cifake(), generate_images() or save_generated_images()."
         )
     try:
         records = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -99,141 +130,284 @@ def load_generated_images(path=CACHE):
     return records["image"].copy(), records["label"].copy()
 
 
-# --- CIFAKE -------------------------------------------------------------------------------------
-
-
-def import_cifake(source=None, path=CACHE, images_per_class=5000):
-    """Fill the cache with CIFAKE's Stable Diffusion v1.4 images.
-
-    Only ``train/FAKE`` is read. CIFAKE's ``REAL`` folders hold CIFAR-10 itself, with the images that
-    an imbalanced split removed: importing them would be a leak.
-
-    Parameters
-    ----------
-    source : path, optional
-        A folder that contains ``train/FAKE``, or a zip of one. Default: ``cifake.zip`` in
-        ``$CIFAR10_ROOT`` or ``datasets`` if there is one, else the public archive is downloaded
-        (about 110 MB) and removed after use.
-    path : path
-        Where the cache goes.
-    images_per_class : int, default 5000
-        How many images each of the ten classes must have; the first ones by number are taken.
+def load_metadata(path=CACHE):
+    """How each image of a cache was made.
 
     Returns
     -------
-    int
-        Number of images written.
+    list of dict
+        One per image in the cache's order, by the names in :data:`METADATA`, all values text. Empty text
+        where nothing is known, as for images that were imported.
+    """
+    images, labels = load_generated_images(path)
+    table = Path(path).with_suffix(".csv")
+    known = {}
+    if table.exists():
+        with open(table, newline="", encoding="utf-8") as file:
+            known = {(row["label"], row["crc32"]): row for row in csv.DictReader(file)}
+    # Found by the image's own checksum: after a kill between the two files, no row is given to another image.
+    keys = [
+        (str(label), str(zlib.crc32(image.tobytes()))) for image, label in zip(images, labels, strict=True)
+    ]
+    return [known.get(key, dict.fromkeys(METADATA, "")) for key in keys]
+
+
+def describe_cache(path=CACHE):
+    """One line on where the images of a cache come from, such as ``50,000 images imported``."""
+    makers = Counter(
+        f"by the preset {row['preset']} of {row['model']}" if row["model"] else "imported"
+        for row in load_metadata(path)
+    )
+    return ", ".join(f"{count:,} images {maker}" for maker, count in makers.items())
+
+
+# --- Generation ---------------------------------------------------------------------------------
+
+
+class SelectionError(RuntimeError):
+    """Too few candidates pass the selection; the message says which of its parts rejects them."""
+
+
+def select_candidates(candidates, count, margin=0.1, similarity=0.95):
+    """Choose the images of a data set among candidates, in the order of their indices.
+
+    Parameters
+    ----------
+    candidates : dict of ndarray
+        See :meth:`CandidateImages.CandidateMaker.make`.
+    count : int
+        How many to choose at most.
+    margin : float
+        CLIP's margin (a difference of probabilities) that an image must reach. Where no CLIP model judged, all do.
+    similarity : float
+        See :func:`ImageSelection.find_near_duplicates`.
+
+    Returns
+    -------
+    rows : ndarray of int
+        Rows of the chosen candidates, ascending.
+    report : dict
+        How many candidates there were, were kept, were rejected and why, and were left over.
+    """
+    unsafe = ~candidates["usable"]
+    doubtful = ~unsafe & (candidates["margin"] < margin)  # False for NaN
+    passing = np.flatnonzero(~unsafe & ~doubtful)
+    repeated = find_near_duplicates(candidates["image"][passing], similarity)
+    rows = passing[~repeated][:count]
+    report = {
+        "candidates": len(unsafe),
+        "kept": len(rows),
+        "rejected": {
+            "safety checker": int(unsafe.sum()),
+            "CLIP sees another class": int(doubtful.sum()),
+            "near-duplicate": int(repeated.sum()),
+        },
+        "left over": len(passing) - int(repeated.sum()) - len(rows),
+        "drawn again after the safety checker": int(candidates["flagged"].sum()),
+    }
+    return rows, report
+
+
+def generate_images(
+    class_name, count, settings=None, *, real_images=None, label=None, margin=0.1, similarity=0.95,
+    match=False, path=CACHE, shards=SHARDS, maker=None, device=None, replace=False,
+):  # fmt: skip
+    """Generate the images of one class and put them into the cache.
+
+    Started with ``accelerate launch``, all processes share the work. They must see the same disk. Further
+    candidates are drawn for those that the selection rejects, up to four times ``count`` in all.
+
+    Parameters
+    ----------
+    class_name : str
+        A class with prompts, see ``Prompts.py``.
+    count : int
+        How many images the cache shall have of the class.
+    settings : CandidateImages.GenerationSettings, optional
+        Default: the preset ``'fast'``.
+    real_images : ndarray of uint8, shape (n, 32, 32, 3), optional
+        The class's real images that the split kept; never pass others. Needed for image to image and for
+        ``match``, and otherwise not looked at.
+    label : int, optional
+        Class number in the cache. Default: CIFAR-10's.
+    margin, similarity : float
+        See :func:`select_candidates`.
+    match : bool
+        Give the images the colours and the sharpness of the real ones, see
+        :func:`Downsampling.match_statistics`.
+    path : path
+        The cache. Images of other classes in it stay.
+    shards : path
+        Folder for the candidates; each job gets a folder of its own in it.
+    maker : CandidateImages.CandidateMaker, optional
+        With the same settings; keeps its models loaded from one class to the next.
+    device : str or torch.device, optional
+        Default: the fastest there is, one GPU per process.
+    replace : bool
+        Whether images of this class that another job made or that were imported may be replaced.
+
+    Returns
+    -------
+    dict
+        What was kept, rejected and why; also written to ``report.json`` beside the shards.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        If the source is missing, truncated, has foreign files in ``train/FAKE``, an image of another
-        size or too few images of a class. No cache is written then.
-    DataUnavailableError
-        If there is no source and the archive cannot be downloaded.
+    ValueError
+        For a class without prompts, a damaged shard, missing real images, or a cache that has images of
+        this class from elsewhere.
+    SelectionError
+        If too few candidates pass the selection.
+    OSError
+        If a model cannot be had or the disk is full. What was drawn until then stays.
     """
-    if images_per_class < 1:
-        raise ValueError(f"images_per_class must be at least 1: got {images_per_class}.")
-    if source is None:
-        source = next(
-            (f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None
+    settings = (settings or GenerationSettings()).completed()
+    if count < 1:
+        raise ValueError(f"count must be at least 1: got {count}.")
+    if label is None:
+        label = class_number(class_name, CIFAR10_CLASSES)
+    find_grammar(class_name, settings.prompts)
+    if (settings.strengths or match) and real_images is None:
+        raise ValueError(
+            "Image to image and matched statistics need real_images: the class's images that the split kept."
         )
-    if source is None:
-        with tempfile.TemporaryDirectory() as folder:
-            archive = _download_cifake(Path(folder))
-            try:
-                return import_cifake(archive, path, images_per_class)
-            except ValueError as error:
-                raise DataUnavailableError(f"What {CIFAKE_URL} sent is not CIFAKE: {error}") from error
-    source = Path(source)
-    if not source.exists():
-        raise FileNotFoundError(f"There is no {source}: give CIFAKE's folder or zip.")
-    if source.is_dir():
-        members = {f.name: f.read_bytes for f in (source / "train" / "FAKE").glob("*") if f.is_file()}
-        chosen = _choose(source, members, images_per_class)
-        images = [
-            _decode(source, name, members[name])
-            for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
-        ]
-    else:
-        try:
-            with zipfile.ZipFile(source) as archive:
-                # The archive may have a folder above "train".
-                names = {
-                    n.rpartition("/")[2]: n for n in archive.namelist()
-                    if re.search(r"(^|/)train/FAKE/[^/]+$", n)
-                }  # fmt: skip
-                chosen = _choose(source, names, images_per_class)
-                images = [
-                    _decode(source, name, lambda name=name: archive.read(names[name]))
-                    for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
-                ]
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
-            raise ValueError(
-                f"{source} is truncated, damaged or no zip archive ({error}). Get it again."
-            ) from error
-    labels = [_cifake_class(name) for name in chosen]
-    save_generated_images(np.stack(images), np.asarray(labels), path)
-    return len(images)
+    sources = None
+    if settings.strengths:
+        sources, _ = check_images(real_images, np.zeros(len(real_images), dtype=int))
+    job = describe_job(settings, class_name, label, sources)
+    job_name = name_job(job)
+    folder = Path(shards) / job_name
+    if not replace:
+        _refuse_foreign_images(path, class_name, label, job_name)
+    require_free_space(shards, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
+    processes = _start_processes(device)
+    maker = maker or CandidateMaker(settings, device or processes.device)
+    if processes.is_main_process:
+        prepare_shards(folder, job)
+    wanted = count
+    while True:
+        _draw_missing(maker, class_name, label, sources, folder, wanted, processes)
+        candidates = read_shards(folder)
+        candidates = {name: column[candidates["index"] < wanted] for name, column in candidates.items()}
+        rows, report = select_candidates(candidates, count, margin, similarity)
+        if len(rows) == count:
+            break
+        if wanted >= 4 * count:
+            reasons = ", ".join(f"{name}: {number:,}" for name, number in report["rejected"].items())
+            raise SelectionError(
+                f"Only {len(rows):,} of {wanted:,} candidates of {class_name} pass the selection, but {count:,} "
+                f"are asked for ({reasons}). They stay in {folder}. Ask for fewer, or lower the bar with --margin "
+                "or --similarity: nothing is drawn again for that."
+            )
+        # As many more as the share that passes lets expect; the next round corrects it.
+        share = max(len(rows) / wanted, 0.1)
+        wanted = min(4 * count, wanted + math.ceil((count - len(rows)) / share))
+    if processes.is_main_process:
+        images = candidates["image"][rows]
+        if match:
+            images, report["statistics"] = _match(images, real_images)
+        save_json(folder / "report.json", report)
+        metadata = _describe_candidates(candidates, rows, job, job_name)
+        _replace_class(path, label, images, metadata)
+    processes.wait_for_everyone()
+    return report
 
 
-def _cifake_class(name):
-    return int(CIFAKE_FILE_NAME.fullmatch(name)[2] or 1) - 1
+def _start_processes(device):
+    from accelerate import PartialState
+
+    # A process may wait for another as long as a shard takes, which on a CPU is longer than the default.
+    return PartialState(
+        cpu=device is not None and torch.device(device).type == "cpu", timeout=datetime.timedelta(days=7)
+    )
 
 
-def _choose(source, names, images_per_class):
-    """Names of the first ``images_per_class`` files of each class, class after class."""
-    foreign = sorted(n for n in names if not CIFAKE_FILE_NAME.fullmatch(n))
+def _draw_missing(maker, class_name, label, sources, folder, wanted, processes):
+    processes.wait_for_everyone()  # no shard of this round may be there before every process has looked
+    groups = find_missing(folder, wanted)
+    processes.wait_for_everyone()
+    if groups:
+        with processes.local_main_process_first():  # one download a machine, the others read its cache
+            _ = maker.painter, maker.clip_filter
+    groups = groups[processes.process_index :: processes.num_processes]
+    with tqdm(
+        total=sum(map(len, groups)), desc=f"{class_name}, {maker.settings.preset}", unit="image",
+        disable=not (groups and processes.is_main_process), mininterval=2,
+    ) as progress:  # fmt: skip
+        for indices in groups:
+            write_shard(folder, maker.make(class_name, label, indices, sources))
+            progress.update(len(indices))
+    processes.wait_for_everyone()
+
+
+def _match(images, real_images):
+    matched = match_statistics(images, real_images)
+    return matched, {
+        "real": image_statistics(real_images),
+        "generated": image_statistics(images),
+        "matched": image_statistics(matched),
+    }
+
+
+def _describe_candidates(candidates, rows, job, job_name):
+    """One dict per row, by the names in METADATA."""
+    shared = {name: job[name] for name in ("class", "label", "model", "preset", "steps", "guidance_scale")}
+    shared |= {"lora": job.get("lora") or "", "job": job_name}
+    described = []
+    for row in rows:
+        own = {name: candidates[name][row] for name in ("index", "prompt", "seed")}
+        if not np.isnan(candidates["margin"][row]):
+            own["clip_margin"] = f"{candidates['margin'][row]:.4f}"
+        if candidates["source"][row] >= 0:
+            own |= {name: candidates[name][row] for name in ("source", "strength")}
+        described.append(shared | own)
+    return described
+
+
+def _refuse_foreign_images(path, class_name, label, job_name):
+    if not Path(path).exists():
+        return
+    of_class = [
+        row for row, owner in zip(load_metadata(path), load_generated_images(path)[1], strict=True)
+        if owner == label
+    ]  # fmt: skip
+    foreign = sum(row["job"] != job_name for row in of_class)
     if foreign:
         raise ValueError(
-            f"{source} has {len(foreign)} files in train/FAKE that CIFAKE does not have, such as "
-            f"{foreign[0]!r}: expected names like '17.jpg' or '17 (4).jpg'."
+            f"{path} already has {foreign:,} images of {class_name} that were imported or made with other "
+            "settings. Pass --replace (replace=True) to replace them, or --output (path=) for another file."
         )
-    chosen = []
-    for c, class_name in enumerate(CIFAR10_CLASSES):
-        of_class = sorted(
-            (n for n in names if _cifake_class(n) == c), key=lambda n: int(CIFAKE_FILE_NAME.fullmatch(n)[1])
-        )
-        if len(of_class) < images_per_class:
-            raise ValueError(
-                f"{source} has {len(of_class)} images of class {class_name} in train/FAKE, but "
-                f"{images_per_class} are asked for."
-            )
-        chosen += of_class[:images_per_class]
-    return chosen
 
 
-def _decode(source, name, read):
-    try:
-        with Image.open(io.BytesIO(read())) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{name} in {source} is damaged: {error}") from error
-    if pixels.shape != (32, 32, 3):
-        height, width = pixels.shape[:2]
-        raise ValueError(f"{name} in {source} has {width}x{height} pixels, but CIFAKE's images have 32x32.")
-    return pixels
+def _replace_class(path, label, images, metadata):
+    """Put a class's images into the cache, and keep those of the other classes."""
+    labels = np.full(len(images), label, dtype=np.int64)
+    if Path(path).exists():
+        old_images, old_labels = load_generated_images(path)
+        stay = np.flatnonzero(old_labels != label)
+        old_metadata = load_metadata(path)
+        images = np.concatenate([old_images[stay], images])
+        labels = np.concatenate([old_labels[stay], labels])
+        metadata = [old_metadata[row] for row in stay] + metadata
+    order = np.argsort(labels, kind="stable")
+    save_generated_images(images[order], labels[order], path, [metadata[row] for row in order])
 
 
-def _download_cifake(folder):
-    if not is_reachable(CIFAKE_URL):
-        raise DataUnavailableError(
-            f"There is no cifake.zip in {default_root()} or datasets, and {CIFAKE_URL} does not answer. "
-            "Download CIFAKE by hand, put it there as cifake.zip, and run again."
-        )
-    require_free_space(folder, gigabytes=0.3)
-    archive = folder / "cifake.zip"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)
-    try:
-        torch.hub.download_url_to_file(CIFAKE_URL, str(archive), progress=True)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataUnavailableError(
-            f"The download of CIFAKE from {CIFAKE_URL} failed: {error}. Run again."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return archive
+def preset_at_hand():
+    """Name of the cheapest preset that could draw here and now: there is a GPU, and the weights are here.
+
+    Returns
+    -------
+    str or None
+        None also if only the reference's setting could be drawn: a night's work is started by hand.
+    """
+    if choose_device().type == "cpu":
+        return None
+    for name in ("turbo", "fast"):
+        models = (PRESETS[name].model, PRESETS[name].tiny_decoder, CLIP_MODEL)
+        if all(is_on_this_machine(model) for model in models):
+            return name
+    return None
 
 
 # --- The sampler --------------------------------------------------------------------------------
@@ -306,3 +480,93 @@ def source_balanced_strategy(y, share=0.4):
         int(c): int(size) + max(largest - int(size), round(share * largest))
         for c, size in zip(classes, sizes, strict=True)
     }
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Generate images of a class with Stable Diffusion and put them into the cache. Start it "
+        "with 'accelerate launch' to use every GPU. Ended at any moment, it goes on where it was.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="presets:\n" + "\n".join(f"  {name:12}{p.purpose}" for name, p in PRESETS.items()),
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--class", dest="classes", nargs="+", required=True, metavar="CLASS",
+        help="classes with prompts, such as cat; 'all' for the ten of CIFAR-10")  # fmt: skip
+    add("--count", type=int, required=True, help="images of each class that the cache shall have")
+    add("--preset", default="fast", help=f"one of {', '.join(PRESETS)} (default: fast), see below")
+    add("--model", help="hub id or local folder in place of the preset's model")
+    add("--steps", type=int, help="denoising steps in place of the preset's")
+    add("--size", type=int, default=SIZE, help=f"pixels at which images are drawn (default: {SIZE})")
+    add("--batch-size", type=int, help="images drawn at a time (default: the preset's; 1 on a CPU)")
+    add("--prompts", help=f"{' or '.join(GRAMMARS)} in place of the preset's, see Prompts.py")
+    add("--from-images", nargs="*", type=float, metavar="STRENGTH",
+        help="draw from the class's real images that the split kept, at these strengths in turn "
+        f"(default: {' '.join(map(str, STRENGTHS))}); 1 leaves nothing of them")  # fmt: skip
+    add("--lora", metavar="FOLDER", help="adapter trained with LoRATraining.py")
+    add("--split", default="cat-50", help="which real images may be used by --from-images and "
+        "--match-statistics (default: cat-50)")  # fmt: skip
+    add("--match-statistics", action="store_true",
+        help="give the images the colours and sharpness of the real ones that the split kept")  # fmt: skip
+    add("--clip-model", default="auto",
+        help="hub id or folder of the CLIP model that judges the images, or 'none'")  # fmt: skip
+    add("--margin", type=float, default=0.1,
+        help="by how much the class must win in CLIP's eyes, as a probability (default: 0.1)")  # fmt: skip
+    add("--similarity", type=float, default=0.95,
+        help="correlation from which on an image repeats another one (default: 0.95)")  # fmt: skip
+    add("--downsampling", default="area", help=f"{' or '.join(METHODS)} (default: area)")
+    add("--seed", type=int, default=0, help="another seed makes other images (default: 0)")
+    add("--label", type=int, help="class number in the cache for a class that CIFAR-10 does not have")
+    add("--output", default=CACHE, help=f"the cache (default: {CACHE})")
+    add("--shards", default=SHARDS, help=f"folder for candidates (default: {SHARDS})")
+    add("--replace", action="store_true", help="replace images of the class that came from elsewhere")
+    add("--device", help="cpu, cuda, mps; default: the fastest there is, one GPU per process")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: by device; float32 where "
+        "a GPU draws black images")  # fmt: skip
+    options = parser.parse_args(arguments)
+    classes = [c for name in options.classes for c in (CIFAR10_CLASSES if name == "all" else (name,))]
+    strengths = options.from_images if options.from_images is None else options.from_images or STRENGTHS
+    try:
+        settings = GenerationSettings(
+            options.preset, options.model, options.steps, options.size, options.prompts, options.lora,
+            tuple(strengths or ()), options.clip_model, options.downsampling, options.seed,
+        ).completed()  # fmt: skip
+        for name in classes:  # what was typed is checked before anything is loaded
+            find_grammar(name, settings.prompts)
+        if options.device is not None:
+            choose_device(options.device)
+        real = {}
+        if strengths or options.match_statistics:
+            data = load_cifar10()
+            X, y = split_from_name(options.split, data.y_train).cut(data.X_train, data.y_train)
+            real = {name: X[y == class_number(name, CIFAR10_CLASSES)] for name in classes}
+        processes = _start_processes(options.device)
+        dtype = options.dtype and getattr(torch, options.dtype)
+        maker = CandidateMaker(settings, options.device or processes.device, dtype, options.batch_size)
+        for name in classes:
+            report = generate_images(
+                name, options.count, settings, real_images=real.get(name), label=options.label,
+                margin=options.margin, similarity=options.similarity, match=options.match_statistics,
+                path=options.output, shards=options.shards, maker=maker, device=options.device,
+                replace=options.replace,
+            )  # fmt: skip
+            if processes.is_main_process:
+                print(f"{options.output}: {_summary(name, report)}", flush=True)
+    except (ValueError, OSError, SelectionError, MemoryError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+def _summary(class_name, report):
+    rejected = ", ".join(f"{number:,} {reason}" for reason, number in report["rejected"].items())
+    text = f"{report['kept']:,} images of {class_name} from {report['candidates']:,} candidates"
+    text += f" (rejected: {rejected}; drawn again: {report['drawn again after the safety checker']:,})"
+    for name, values in report.get("statistics", {}).items():
+        colours = "/".join(f"{value:.3f}" for value in values["mean"])
+        text += f"\n  {name}: mean colour {colours}, sharpness {values['sharpness']:.3f}"
+    return text
+
+
+if __name__ == "__main__":
+    main()

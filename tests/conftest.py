@@ -7,6 +7,7 @@ The real data is looked for in ``$CIFAR10_ROOT`` (relative paths count from the 
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -108,6 +109,19 @@ def tiny_cache(own_folder):
     path = own_folder / "datasets" / "stable_diffusion_dataset.npy"
     save_generated_images(images, np.tile(np.arange(10), 60), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of tiny models of the real classes: ``stable`` and ``turbo`` (pipelines), ``clip``."""
+    import tiny_models  # here because diffusers takes seconds to import
+
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.save_pipeline(folder / "stable")
+    tiny_models.save_turbo(folder / "turbo", folder / "stable")
+    shutil.copytree(folder / "stable" / "tiny_decoder", folder / "turbo" / "tiny_decoder")
+    tiny_models.save_clip(folder / "clip")
+    return {f.name: str(f) for f in folder.iterdir()}
 
 
 # --- Servers on this machine --------------------------------------------------------------------

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import CIFAKE
 import StableDiffusionGeneration
+from CIFAKE import import_cifake
 from ImbalancedCIFAR10 import DataUnavailableError
-from StableDiffusionGeneration import CACHE, import_cifake, load_generated_images, save_generated_images
+from StableDiffusionGeneration import CACHE, load_generated_images, save_generated_images
 
 
 @pytest.fixture
@@ -301,7 +303,7 @@ def test_without_a_source_the_archive_is_downloaded_and_removed_after_use(
     folder, nothing_here, server, monkeypatch
 ):
     server.files["/cifake"] = SOURCES["zip"](folder).read_bytes()
-    monkeypatch.setattr(StableDiffusionGeneration, "CIFAKE_URL", f"{server.url}/cifake")
+    monkeypatch.setattr(CIFAKE, "CIFAKE_URL", f"{server.url}/cifake")
     assert import_cifake(images_per_class=3) == 30
     assert len(load_generated_images()[0]) == 30
     assert not list(nothing_here.iterdir())
@@ -310,7 +312,7 @@ def test_without_a_source_the_archive_is_downloaded_and_removed_after_use(
 
 def test_a_damaged_download_is_refused_and_leaves_nothing(folder, nothing_here, server, monkeypatch):
     server.files["/cifake"] = SOURCES["zip"](folder).read_bytes()[:-100]
-    monkeypatch.setattr(StableDiffusionGeneration, "CIFAKE_URL", f"{server.url}/cifake")
+    monkeypatch.setattr(CIFAKE, "CIFAKE_URL", f"{server.url}/cifake")
     with pytest.raises(DataUnavailableError, match="not CIFAKE"):
         import_cifake(images_per_class=3)
     assert not CACHE.exists()
@@ -318,7 +320,7 @@ def test_a_damaged_download_is_refused_and_leaves_nothing(folder, nothing_here, 
 
 
 def test_a_server_that_is_down_is_noticed_quickly(nothing_here, closed_url, monkeypatch):
-    monkeypatch.setattr(StableDiffusionGeneration, "CIFAKE_URL", closed_url)
+    monkeypatch.setattr(CIFAKE, "CIFAKE_URL", closed_url)
     start = time.monotonic()
     with pytest.raises(DataUnavailableError, match=r"cifake\.zip"):
         import_cifake()

@@ -1,0 +1,496 @@
+"""Stable Diffusion with diffusers: presets, loading, and drawing images in batches.
+
+    painter = Painter(load_pipeline("fast"), "fast")
+    images, flagged = painter.draw(["a photo of a cat"] * 16, seeds=range(16))
+
+An image depends on its prompt and its own seed, never on the batch that it is drawn in. diffusers and
+transformers are imported only when a model is loaded.
+
+References
+----------
+Rombach et al. (2022), High-resolution image synthesis with latent diffusion models. Lu et al. (2022),
+DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models. Karras et al. (2022),
+Elucidating the design space of diffusion-based generative models (spacing of the steps). Kynkäänniemi et
+al. (2024), Applying guidance in a limited interval improves sample and distribution quality in diffusion
+models. Sauer et al. (2023), Adversarial diffusion distillation (the turbo models). Meng et al. (2022),
+SDEdit: guided image synthesis and editing with stochastic differential equations (image to image).
+"""
+
+import contextlib
+import gc
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from Utils import choose_device, is_reachable, require_free_space, uses_bfloat16
+
+# --- Presets ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How images are drawn, and what that costs.
+
+    Attributes
+    ----------
+    model : str
+        Hub id of the pipeline.
+    steps : int
+        Denoising steps.
+    guidance_scale : float
+        Of classifier-free guidance (Ho and Salimans 2022), which doubles the UNet's batch. 0: none.
+    guidance_interval : tuple of float or None
+        Lowest (exclusive) and highest noise level sigma at which guidance is applied; None: at all.
+    solver : {None, 'dpm-solver++'}
+        None keeps the scheduler that comes with the model.
+    tiny_decoder : str or None
+        Hub id of a distilled decoder that replaces the model's own.
+    batch_size : int
+        Images drawn at a time where memory allows.
+    prompts : str
+        Name of the grammar in ``Prompts.py``.
+    clip_filter : bool
+        Whether CLIP judges the images.
+    gigabytes : float
+        Rough size of the download, in 10^9 bytes.
+    purpose : str
+    """
+
+    model: str
+    steps: int
+    guidance_scale: float
+    guidance_interval: tuple | None = None
+    solver: str | None = None
+    tiny_decoder: str | None = None
+    batch_size: int = 16
+    prompts: str = "varied"
+    clip_filter: bool = True
+    gigabytes: float = 6
+    purpose: str = ""
+
+
+SIZE = 512  # pixels: what the models below were trained for or draw best
+STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"  # the reference study's, and CIFAKE's
+
+PRESETS = {
+    "reference": Preset(
+        STABLE_DIFFUSION, steps=30, guidance_scale=7.5, batch_size=1, prompts="reference", clip_filter=False,
+        purpose="the reference study's setting: 30 steps, guidance 7.5, one image at a time",
+    ),
+    # 15 steps are the fewest that Lu et al. (2022) recommend for guided sampling. Of them, the 7 with
+    # guidance are those in the interval of sigma that Kynkäänniemi et al. (2024) found best for Stable
+    # Diffusion XL, whose noise levels v1.x shares; they did not measure v1.x. The distilled decoder
+    # (TAESD) loses fine texture, of which a reduction from 512 to 32 pixels leaves nothing.
+    "fast": Preset(
+        STABLE_DIFFUSION, steps=15, guidance_scale=7.5, guidance_interval=(0.28, 5.42), solver="dpm-solver++",
+        tiny_decoder="madebyollin/taesd",
+        purpose="15 steps of DPM-Solver++, guidance in 7 of them, a distilled decoder, batches",
+    ),
+    "turbo": Preset(
+        "stabilityai/sd-turbo", steps=1, guidance_scale=0, tiny_decoder="madebyollin/taesd", batch_size=32,
+        purpose="one step of the distilled SD-Turbo, no guidance; --steps 2 to 4 draw better and cost more",
+    ),
+    "sdxl-turbo": Preset(
+        "stabilityai/sdxl-turbo", steps=1, guidance_scale=0, tiny_decoder="madebyollin/taesdxl", gigabytes=14,
+        purpose="one step of the distilled SDXL-Turbo: a larger network, for GPUs with 12 GB or more",
+    ),
+}  # fmt: skip
+
+
+def find_preset(name):
+    """Return the preset of that name, or raise ValueError with the valid names."""
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}. Choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+# --- Loading ------------------------------------------------------------------------------------
+
+
+class ModelUnavailableError(OSError):
+    """The model is not on this machine and cannot be had, or its files are incomplete."""
+
+
+def is_on_this_machine(model):
+    """Whether a model is a local folder or in the hub's cache, so that nothing need be downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_dir():
+        return True
+    return any(
+        isinstance(try_to_load_from_cache(model, name), str) for name in ("model_index.json", "config.json")
+    )
+
+
+def load_pretrained(load, model, gigabytes, **options):
+    """Call a ``from_pretrained`` with errors that say what to do.
+
+    Parameters
+    ----------
+    load : callable
+        ``from_pretrained`` of a class of diffusers or transformers.
+    model : str
+        A local folder or a hub id. What the hub's cache has is not asked for on the network.
+    gigabytes : float
+        Free space (10^9 bytes) that a download needs.
+    **options
+        For ``load``.
+
+    Raises
+    ------
+    ModelUnavailableError
+        If the folder is incomplete or damaged, or the model is not in the cache and cannot be downloaded.
+    OSError
+        If there is too little space for a download.
+    """
+    from huggingface_hub import constants
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading files; downloads still show theirs
+    model = str(model)
+
+    def attempt(**more):
+        with warnings.catch_warnings():
+            # diffusers passes the hub an argument that the hub no longer knows, and the user can't help it
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            return load(model, **options, **more)
+
+    # diffusers, transformers, safetensors and the hub each raise their own kinds of errors.
+    if Path(model).is_dir():
+        try:
+            return attempt(local_files_only=True)
+        except Exception as error:
+            raise ModelUnavailableError(
+                f"The model folder {model} is incomplete or damaged: {_first_line(error)} Get it again, "
+                "for example with `hf download`."
+            ) from error
+    if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
+        raise ModelUnavailableError(f"There is no model folder {model}.")
+    try:
+        return attempt(local_files_only=True)
+    except Exception as error:
+        absence = error
+    if constants.is_offline_mode() or not is_reachable(constants.ENDPOINT):
+        raise ModelUnavailableError(
+            f"The model {model} is not complete in the cache {constants.HF_HUB_CACHE}, and "
+            f"{constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set. Connect to the internet, or "
+            f"run `hf download {model} --local-dir FOLDER` elsewhere, copy the folder and name it in place "
+            "of the id."
+        ) from absence
+    require_free_space(constants.HF_HUB_CACHE, gigabytes)
+    try:
+        return attempt()
+    except Exception as error:
+        raise ModelUnavailableError(
+            f"The model {model} could not be loaded from {constants.ENDPOINT}: {_first_line(error)} Check "
+            "the name and whether its licence must be accepted, then run again."
+        ) from error
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
+
+
+def choose_dtype(device):
+    """Data type of the weights: float16 on CUDA, bfloat16 on CPUs that multiply in it, else float32.
+
+    float16 rather than bfloat16 on CUDA because its three more bits of precision show in images, and
+    because the published weights were made for it.
+    """
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and uses_bfloat16(device) else torch.float32
+
+
+def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
+    """Load the text-to-image pipeline of a preset.
+
+    Parameters
+    ----------
+    preset : str
+        A key of :data:`PRESETS`.
+    model : str, optional
+        Hub id or local folder in place of the preset's. Nothing but safetensors is loaded.
+    lora : path, optional
+        Folder of an adapter, as :func:`LoRATraining.train_lora` writes it; it is merged into the weights.
+    device : str or torch.device, optional
+        Default: the fastest there is.
+    dtype : torch.dtype, optional
+        Default: :func:`choose_dtype`.
+
+    Returns
+    -------
+    diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    ModelUnavailableError
+        See :func:`load_pretrained`.
+    ValueError
+        For an unknown preset or device, or an adapter that doesn't fit the model.
+    """
+    settings = find_preset(preset)
+    device = choose_device(device)
+    dtype = dtype or choose_dtype(device)
+    from diffusers import (
+        AutoencoderTiny,
+        AutoPipelineForText2Image,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+    )
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    model = str(model or settings.model)
+    if Path(model).is_dir():
+        check_model_folder(model)
+
+    def load(name, **options):
+        if dtype == torch.float16:
+            # Half the download, where the model offers it. Which error says that it doesn't, varies.
+            with contextlib.suppress(Exception):
+                return AutoPipelineForText2Image.from_pretrained(name, variant="fp16", **options)
+        return AutoPipelineForText2Image.from_pretrained(name, **options)
+
+    pipeline = load_pretrained(load, model, settings.gigabytes, dtype=dtype, use_safetensors=True)
+    if settings.guidance_interval and not isinstance(pipeline, StableDiffusionPipeline):
+        raise ValueError(
+            f"The preset {preset!r} limits guidance to an interval, which needs a Stable Diffusion 1.x or 2.x "
+            f"model, but {model} is a {type(pipeline).__name__}. Choose another preset."
+        )
+    if settings.tiny_decoder:
+        # A local model folder may carry the decoder with it, for machines without network.
+        beside = Path(model) / "tiny_decoder"
+        decoder = str(beside) if beside.is_dir() else settings.tiny_decoder
+        pipeline.vae = load_pretrained(AutoencoderTiny.from_pretrained, decoder, 0.1, dtype=dtype)
+    if settings.solver == "dpm-solver++":
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipeline.scheduler.config, use_karras_sigmas=True
+        )
+    if lora is not None:
+        _merge_lora(pipeline, Path(lora))
+    pipeline.to(device)
+    if device.type != "mps":
+        for network in (pipeline.unet, pipeline.vae):
+            network.to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_model_folder(folder):
+    """Raise ModelUnavailableError if a folder lacks a part that its ``model_index.json`` names.
+
+    transformers fills in a missing vocabulary with an almost empty one and says nothing, so that every
+    prompt would mean the same. Weights are checked by loading them.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelUnavailableError(
+            f"{folder} is no model folder: its model_index.json is missing or damaged ({error})."
+        ) from error
+    for part, kind in parts.items():
+        if part.startswith("_") or not isinstance(kind, list) or kind[1] is None:
+            continue
+        files = {f.name for f in (folder / part).glob("*")}
+        if not files:
+            raise ModelUnavailableError(f"The model folder {folder} is incomplete: {part} is missing.")
+        if "Tokenizer" in kind[1] and not (
+            "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
+        ):
+            raise ModelUnavailableError(
+                f"The model folder {folder} is incomplete: {part} has neither tokenizer.json nor vocab.json "
+                "with merges.txt."
+            )
+
+
+def _merge_lora(pipeline, folder):
+    if not folder.is_dir():
+        raise ModelUnavailableError(f"There is no adapter folder {folder}: train one with LoRATraining.py.")
+    try:
+        pipeline.load_lora_weights(str(folder), local_files_only=True)
+        pipeline.fuse_lora()  # one matrix again, so that drawing costs nothing more
+        pipeline.unload_lora_weights()
+    except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
+        raise ValueError(
+            f"The adapter in {folder} is damaged or was trained for another model: {_first_line(error)}"
+        ) from error
+
+
+# --- Drawing ------------------------------------------------------------------------------------
+
+
+class Painter:
+    """Draws images with a loaded pipeline, and goes on with less memory where it runs out of it.
+
+    Parameters
+    ----------
+    pipeline : diffusers.DiffusionPipeline
+        From :func:`load_pipeline`.
+    preset : str
+        A key of :data:`PRESETS`.
+    steps : int, optional
+        In place of the preset's.
+    size : int, optional
+        Height and width in pixels, a multiple of 8. Default: 512.
+    batch_size : int, optional
+        Default: the preset's; 1 on a CPU, where larger batches gain nothing.
+    """
+
+    def __init__(self, pipeline, preset, steps=None, size=SIZE, batch_size=None):
+        self.settings = find_preset(preset)
+        self.steps = self.settings.steps if steps is None else steps
+        self.size = size
+        if self.steps < 1 or size < 8 or size % 8 or (batch_size is not None and batch_size < 1):
+            raise ValueError(
+                f"steps and batch size must be at least 1 and the size a multiple of 8: got {self.steps}, "
+                f"{batch_size} and {size}."
+            )
+        self.batch_size = batch_size or (1 if pipeline.device.type == "cpu" else self.settings.batch_size)
+        self._text_to_image = pipeline
+        self._image_to_image = None
+        self._device = pipeline.device
+        self._savings = self._memory_savings()
+
+    def draw(self, prompts, seeds, sources=None, strength=None):
+        """Draw one image per prompt.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+        seeds : sequence of int
+            One per image, below 2^63. The random numbers are drawn on the CPU, so that every device
+            starts from the same noise.
+        sources : sequence of PIL.Image.Image, optional
+            Images to draw anew (SDEdit); they are enlarged to ``size``.
+        strength : float, optional
+            With ``sources``: the share of the noise levels that is gone through, above 0 and up to 1.
+            The larger it is, the less of the source remains.
+
+        Returns
+        -------
+        images : list of PIL.Image.Image, ``size`` x ``size`` pixels
+        flagged : list of bool
+            Whether the model's safety checker objects; the image is black then. All False for models
+            that have none.
+
+        Raises
+        ------
+        MemoryError
+            If there is too little memory for one image at a time, whatever is tried.
+        """
+        images, flagged = [], []
+        while len(images) < len(prompts):
+            rows = slice(len(images), len(images) + self.batch_size)
+            try:
+                some_images, some_flagged = self._draw_batch(
+                    list(prompts[rows]), list(seeds[rows]), sources and sources[rows], strength
+                )
+            except RuntimeError as error:
+                from accelerate.utils.memory import should_reduce_batch_size
+
+                if not should_reduce_batch_size(error):
+                    raise
+                message = _first_line(error)
+            else:
+                images += some_images
+                flagged += some_flagged
+                continue
+            # Outside the except block, which would keep the failed batch's tensors alive.
+            self._save_memory(message)
+        return images, flagged
+
+    def _draw_batch(self, prompts, seeds, sources, strength):
+        pipeline, steps = self._text_to_image, self.steps
+        options = {"height": self.size, "width": self.size}
+        if sources:
+            pipeline = self._image_pipeline()
+            steps = max(steps, math.ceil(1 / strength))  # diffusers runs int(steps * strength), at least 1
+            enlarged = [im.resize((self.size, self.size), Image.Resampling.BICUBIC) for im in sources]
+            options = {"image": enlarged, "strength": strength}
+        options |= {
+            "generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds],
+            "num_inference_steps": steps,
+        }
+        if self.settings.guidance_interval:
+            options |= self._limited_guidance(pipeline, prompts, steps, strength if sources else 1)
+        else:
+            options |= {"prompt": prompts, "guidance_scale": self.settings.guidance_scale}
+        result = pipeline(**options)
+        flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
+        return result.images, list(flagged)
+
+    def _limited_guidance(self, pipeline, prompts, steps, strength):
+        """Options that apply guidance only within the preset's interval of sigma.
+
+        Outside it the UNet sees each image once instead of twice. The pipeline decides at the start
+        whether it doubles the batch; its callback after each step changes that for the next one.
+        """
+        low, high = self.settings.guidance_interval
+        scale, scheduler = self.settings.guidance_scale, pipeline.scheduler
+        positive, negative = pipeline.encode_prompt(prompts, self._device, 1, True)
+
+        def is_guided(step):
+            return low < float(scheduler.sigmas[step]) <= high
+
+        def after_step(pipeline, step, timestep, tensors):
+            next_step = scheduler.step_index
+            if next_step < len(scheduler.timesteps) and is_guided(next_step) != (pipeline.guidance_scale > 1):
+                pipeline._guidance_scale = scale if is_guided(next_step) else 1.0
+                both = torch.cat([negative, positive])
+                tensors["prompt_embeds"] = both if is_guided(next_step) else positive
+            return tensors
+
+        scheduler.set_timesteps(steps)
+        first_step = max(steps - min(int(steps * strength), steps), 0)  # as diffusers counts
+        return {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": negative,
+            "guidance_scale": scale if is_guided(first_step) else 1.0,
+            "callback_on_step_end": after_step,
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        }
+
+    def _image_pipeline(self):
+        if self._image_to_image is None:
+            from diffusers import AutoPipelineForImage2Image
+
+            self._image_to_image = AutoPipelineForImage2Image.from_pipe(self._text_to_image)
+            self._image_to_image.set_progress_bar_config(disable=True)
+        return self._image_to_image
+
+    # --- When memory runs out ---
+
+    def _memory_savings(self):
+        """What can be tried one after the other when a single image is too large, slower each time."""
+        pipeline = self._text_to_image
+        yield "attention in slices", pipeline.enable_attention_slicing
+        if hasattr(pipeline.vae, "enable_tiling"):
+            yield "decoding in tiles", pipeline.vae.enable_tiling
+        if self._device.type == "cuda":
+            yield "networks moved to the GPU one at a time", pipeline.enable_model_cpu_offload
+
+    def _save_memory(self, message):
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_size > 1:
+            self.batch_size //= 2
+            measure = f"batches of {self.batch_size}"
+        else:
+            measure, apply = next(self._savings, (None, None))
+            if measure is None:
+                raise MemoryError(
+                    f"There is too little memory on {self._device} for a single image of {self.size}x{self.size} "
+                    f"pixels ({message}). Free some, or choose the preset 'turbo' or a smaller size."
+                )
+            apply()
+        tqdm.write(f"Out of memory on {self._device} ({message}): going on with {measure}.")

@@ -1,0 +1,76 @@
+"""From large images to small ones, and the statistics of real images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from CIFAKE import import_cifake
+from Downsampling import downsample, image_statistics, match_statistics
+from StableDiffusionGeneration import load_generated_images
+
+
+def noise(n, size=64, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, size=(n, size, size, 3), dtype=np.uint8)
+
+
+def test_area_is_the_mean_of_the_pixels_that_a_small_one_covers():
+    large = noise(3, 128)
+    small = downsample([Image.fromarray(x) for x in large])
+    means = large.reshape(3, 32, 4, 32, 4, 3).astype(float).mean(axis=(2, 4))
+    assert (small.shape, small.dtype) == ((3, 32, 32, 3), np.uint8)
+    assert np.abs(small - means).max() <= 1  # Pillow rounds after each of the two directions
+
+
+@pytest.mark.parametrize("method", ["area", "lanczos"])
+def test_stripes_too_fine_for_the_small_image_become_grey_instead_of_aliasing(method):
+    stripes = np.zeros((512, 512, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(downsample([Image.fromarray(stripes)], method).astype(int) - 127).max() <= 4
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="Unknown downsampling 'nearest'. Choose one of area, lanczos"):
+        downsample([], "nearest")
+    assert downsample([]).shape == (0, 32, 32, 3)
+
+
+def test_statistics_have_known_values():
+    halves = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    halves[:, :16] = (255, 0, 51)
+    statistics = image_statistics(halves)
+    assert statistics["mean"] == pytest.approx([0.5, 0, 0.1])
+    assert statistics["standard_deviation"] == pytest.approx([0.5, 0, 0.1])
+    # One of 31 row differences is the whole step s, the variance is s^2 / 4: (1/31 + 0) / 2 * 4.
+    assert statistics["sharpness"] == pytest.approx(2 / 31, rel=1e-4)
+    assert image_statistics(noise(20, 32))["sharpness"] == pytest.approx(2, rel=0.02)
+
+
+def test_sharpness_ignores_contrast():
+    x = noise(5, 32)
+    faint = (100 + x / 4).astype(np.uint8)
+    assert image_statistics(faint)["sharpness"] == pytest.approx(image_statistics(x)["sharpness"], rel=0.02)
+
+
+def test_real_generated_images_take_on_the_statistics_of_fifty_real_ones(cifar10, cifake_zip):
+    import_cifake(cifake_zip, images_per_class=400)
+    images, labels = load_generated_images()
+    generated, real = images[labels == 3], cifar10.X_train[cifar10.y_train == 3][:50]
+    matched = match_statistics(generated, real)
+    before, after, goal = map(image_statistics, (generated, matched, real))
+    assert (matched.shape, matched.dtype) == (generated.shape, np.uint8)
+    assert before["sharpness"] > 1.3 * goal["sharpness"]  # generated images are too sharp
+    assert after["sharpness"] == pytest.approx(goal["sharpness"], rel=0.03)
+    assert after["mean"] == pytest.approx(goal["mean"], abs=0.005)
+    assert after["standard_deviation"] == pytest.approx(goal["standard_deviation"], abs=0.01)
+    # The images themselves stay what they are.
+    for a, b in zip(generated, matched, strict=True):
+        assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.85
+
+
+@pytest.mark.parametrize("even", ["generated", "real"])
+def test_images_of_one_even_colour_do_no_harm(even):
+    grey = np.full((3, 32, 32, 3), 90, dtype=np.uint8)
+    pair = (grey, noise(3, 32)) if even == "generated" else (noise(3, 32), grey)
+    matched = match_statistics(*pair)
+    assert matched.shape == (3, 32, 32, 3)
+    assert image_statistics(matched)["mean"] == pytest.approx(image_statistics(pair[1])["mean"], abs=0.06)

@@ -1,0 +1,117 @@
+"""CLIP's opinion and near-duplicates."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from DiffusionPipelines import ModelUnavailableError
+from ImageSelection import ClipFilter, find_near_duplicates
+from ImbalancedCIFAR10 import CIFAR10_CLASSES
+
+
+def noise(n, size=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, size=(n, size, size, 3), dtype=np.uint8)
+
+
+def pictures(n, size=48):
+    return [Image.fromarray(x) for x in noise(n, size)]
+
+
+# --- CLIP ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip_filter(models):
+    return ClipFilter(models["clip"], device="cpu")
+
+
+def test_margins_are_the_classs_probability_less_the_best_other_one(clip_filter):
+    images = pictures(6)
+    # The same from the model's parts: cosine of image and text, times CLIP's learned scale.
+    processor, network = clip_filter._processor, clip_filter._network
+    texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in CIFAR10_CLASSES]
+    inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        answer = network(**inputs)
+        cosines = answer.image_embeds @ answer.text_embeds.T
+        probabilities = (network.logit_scale.exp() * cosines).softmax(1).numpy()
+    for c, name in enumerate(CIFAR10_CLASSES):
+        margins = clip_filter.margins(images, name)
+        assert margins.dtype == np.float32
+        expected = probabilities[:, c] - np.delete(probabilities, c, axis=1).max(axis=1)
+        assert margins == pytest.approx(expected, abs=1e-5)
+
+
+def test_exactly_one_class_wins(clip_filter):
+    margins = np.array([clip_filter.margins(pictures(8), name) for name in CIFAR10_CLASSES])
+    assert ((margins > 0).sum(axis=0) == 1).all()
+
+
+def test_margins_do_not_depend_on_the_batch(clip_filter):
+    images = pictures(5)
+    alone = [clip_filter.margins([image], "cat")[0] for image in images]
+    assert clip_filter.margins(images, "cat") == pytest.approx(np.array(alone), abs=1e-5)
+
+
+def test_a_class_that_cifar10_lacks_is_compared_with_the_ten(clip_filter):
+    assert clip_filter.margins(pictures(3), "zebra").shape == (3,)
+    assert len(clip_filter._class_names) == 10
+
+
+def test_a_missing_or_damaged_model_is_named(models, tmp_path):
+    with pytest.raises(ModelUnavailableError, match=r"no model folder .*nowhere"):
+        ClipFilter(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelUnavailableError, match="empty is incomplete or damaged"):
+        ClipFilter(str(tmp_path / "empty"))
+
+
+# --- Near-duplicates ----------------------------------------------------------------------------
+
+
+def test_different_images_are_no_duplicates_and_copies_are():
+    images = noise(30)
+    assert not find_near_duplicates(images).any()
+    together = np.concatenate([images, images[:5]])
+    assert np.flatnonzero(find_near_duplicates(together)).tolist() == list(range(30, 35))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:, ::-1],
+        lambda x: np.clip(x * 0.6 + 40, 0, 255),
+        lambda x: np.clip(x + np.random.default_rng(1).normal(0, 12, x.shape), 0, 255),
+    ],
+    ids=["mirrored", "paler", "noisy"],
+)
+def test_small_changes_are_seen_through(change):
+    images = noise(4)
+    changed = np.concatenate([images, change(images[2].astype(float))[None].astype(np.uint8)])
+    assert np.flatnonzero(find_near_duplicates(changed)).tolist() == [4]
+
+
+def test_an_image_that_repeats_only_a_rejected_one_stays():
+    # a, b, c in a chain: b is near a, c is near b but not near a.
+    x, y = noise(2).astype(float)
+    chain = np.stack([x, 0.7 * x + 0.3 * y, 0.3 * x + 0.7 * y]).astype(np.uint8)
+    assert find_near_duplicates(chain, threshold=0.7).tolist() == [False, True, False]
+    assert find_near_duplicates(chain[1:], threshold=0.7).tolist() == [False, True]
+
+
+def test_blocks_make_no_difference():
+    images = noise(1200, 8)
+    images[[600, 1100]] = images[[3, 599]]
+    assert np.flatnonzero(find_near_duplicates(images)).tolist() == [600, 1100]
+
+
+def test_even_colours_are_all_alike_and_no_image_is_no_error():
+    even = np.stack([np.full((8, 8, 3), v, dtype=np.uint8) for v in (0, 0, 200)])
+    assert find_near_duplicates(even).tolist() == [False, True, True]
+    assert find_near_duplicates(np.empty((0, 8, 8, 3), dtype=np.uint8)).shape == (0,)
+
+
+def test_hardly_any_real_photograph_repeats_another(cifar10):
+    cats = cifar10.X_train[cifar10.y_train == 3][:1500]
+    assert find_near_duplicates(cats).mean() < 0.005

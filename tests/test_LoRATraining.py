@@ -1,0 +1,214 @@
+"""Training adapters on the real images of a class."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import LoRATraining
+from CandidateImages import GenerationSettings, describe_job, name_job
+from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
+from ImbalancedCIFAR10 import minority_split
+from LoRATraining import STATE, WEIGHTS, LoRARecipe, main, train_lora
+
+
+@pytest.fixture
+def recipe(models):
+    return LoRARecipe(models["stable"], rank=2, steps=4, batch_size=4, learning_rate=1e-2, size=64)
+
+
+@pytest.fixture
+def X():
+    """A few images alike: dark to the left, bright to the right."""
+    ramp = np.linspace(0, 255, 32)[None, None, :, None]
+    noise = np.random.default_rng(0).normal(0, 10, size=(5, 32, 32, 3))
+    return np.clip(ramp + noise, 0, 255).astype(np.uint8)
+
+
+def train(X, recipe, folder="adapter", **options):
+    return train_lora(X, "cat", folder, recipe, device="cpu", **options)
+
+
+def weights(folder="adapter"):
+    return load_file(Path(folder, WEIGHTS))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    """Small losses are compared here; bfloat16 would blur them."""
+    monkeypatch.setattr("Utils.uses_bfloat16", lambda device: False)
+
+
+def test_the_loss_falls(X, recipe, in_float32):
+    # Every step has its own noise, the same in both runs: what differs is what was learned.
+    trained = train(X, replace(recipe, steps=40, rank=8))
+    untrained = train(X, replace(recipe, steps=40, rank=8, learning_rate=0), "untrained")
+    assert len(trained) == 40 and trained[0] == untrained[0]
+    assert np.mean(trained[-10:]) < 0.9 * np.mean(untrained[-10:])
+
+
+def test_the_pipelines_own_function_reads_the_adapter_and_it_changes_the_images(models, X, recipe):
+    train(X, replace(recipe, steps=20))
+    plain = load_pipeline("fast", models["stable"], device="cpu", dtype=torch.float32)
+    before, _ = Painter(plain, "fast", 4, size=64).draw(["a cat"], [0])
+    plain.load_lora_weights("adapter")
+    loaded, _ = Painter(plain, "fast", 4, size=64).draw(["a cat"], [0])
+    merged = load_pipeline("fast", models["stable"], "adapter", "cpu", torch.float32)
+    ours, _ = Painter(merged, "fast", 4, size=64).draw(["a cat"], [0])
+    before, loaded, ours = (np.asarray(images[0]).astype(int) for images in (before, loaded, ours))
+    assert np.abs(loaded - ours).max() <= 1  # merged into the weights it is the same adapter
+    assert np.abs(loaded - before).max() > 5
+    assert all("lora" in name for name in weights())
+
+
+def test_only_the_adapter_is_trained(X, recipe):
+    train(X, recipe)
+    shapes = {tuple(w.shape) for w in weights().values()}
+    assert all(min(shape) == recipe.rank for shape in shapes)  # matrices of the rank, nothing else
+    assert sum(w.numel() for w in weights().values()) < 20_000
+
+
+def test_after_a_kill_training_goes_on_to_the_same_adapter(X, recipe, monkeypatch):
+    history = train(X, recipe, "whole")
+
+    class Killed(BaseException):
+        pass
+
+    steps = iter(range(100))
+    backward = LoRATraining._backward
+
+    def killed_in_step_four(*arguments):
+        if next(steps) == 3:
+            raise Killed
+        return backward(*arguments)
+
+    monkeypatch.setattr(LoRATraining, "_backward", killed_in_step_four)
+    with pytest.raises(Killed):
+        train(X, recipe, save_every=2)
+    assert [f.name for f in Path("adapter").iterdir()] == [STATE]
+    trained = []
+    monkeypatch.setattr(LoRATraining, "_backward", lambda *a: trained.append(1) or backward(*a))
+    assert train(X, recipe, save_every=2) == history
+    assert len(trained) == 2  # the first two steps were kept
+    assert same(weights(), weights("whole"))
+    trained.clear()
+    assert train(X, recipe) == history and not trained  # finished
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_the_caller_draws(X, recipe):
+    torch.manual_seed(1)
+    train(X, recipe, "first")
+    torch.manual_seed(2)
+    train(X, recipe, "second")
+    train(X, recipe, "other", seed=1)
+    assert same(weights("first"), weights("second"))
+    assert not same(weights("first"), weights("other"))
+
+
+def test_out_of_memory_goes_on_with_smaller_portions_to_nearly_the_same_loss(
+    X, recipe, monkeypatch, capsys, in_float32
+):
+    expected = train(X, recipe, "whole")
+    backward = LoRATraining._backward
+
+    def limited(unet, batch, text, portion, device):
+        if portion > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return backward(unet, batch, text, portion, device)
+
+    monkeypatch.setattr(LoRATraining, "_backward", limited)
+    assert train(X, recipe) == pytest.approx(expected, rel=1e-3)
+    said = capsys.readouterr().out
+    assert "portions of 2 images" in said and "portions of 1 images" in said
+
+    def never(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LoRATraining, "_backward", never)
+    with pytest.raises(MemoryError, match=r"too little memory on cpu to train with a single image of 64x64"):
+        train(X, recipe, "third")
+
+
+def test_a_folder_keeps_the_adapter_it_has(X, recipe):
+    train(X, recipe)
+    before = Path("adapter", WEIGHTS).read_bytes()
+    for images, options, different in (
+        (X[:3], {}, "images"),
+        (X, {"seed": 1}, "seed"),
+        (X, {"rank": 3}, "rank"),
+    ):
+        seed = options.pop("seed", 0)
+        with pytest.raises(ValueError, match=f"trained with another {different}. Choose another folder"):
+            train(images, replace(recipe, **options), seed=seed)
+    Path("adapter", STATE).unlink()
+    with pytest.raises(ValueError, match="has an adapter from elsewhere"):
+        train(X, recipe)
+    assert Path("adapter", WEIGHTS).read_bytes() == before
+
+
+def test_a_damaged_state_is_named(X, recipe):
+    train(X, recipe)
+    Path("adapter", STATE).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"training_state\.pt is damaged"):
+        train(X, recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "at least 1"),
+        ({"model": "./nowhere"}, ModelUnavailableError, "no model folder"),
+        ({"learning_rate": 1e30}, FloatingPointError, r"The loss of step \d is .*Lower the learning rate"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(X, recipe, change, error, message):
+    with pytest.raises(error, match=message):
+        train(X, replace(recipe, **change))
+    assert not Path("adapter", WEIGHTS).exists()
+
+
+def test_images_of_another_type_are_refused(X, recipe):
+    with pytest.raises(TypeError, match="dtype is float"):
+        train(X / 255, recipe)
+
+
+def test_a_full_disk_is_noticed_before_the_training(X, recipe, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
+    with pytest.raises(OSError, match=r"0\.10 GB are needed"):
+        train(X, recipe)
+
+
+def test_another_adapter_makes_another_job_of_the_same_settings():
+    settings = GenerationSettings("fast", "model", lora="adapter")
+    Path("adapter").mkdir()
+    names = set()
+    for content in (b"first", b"second", b"first"):
+        Path("adapter", WEIGHTS).write_bytes(content)
+        names.add(name_job(describe_job(settings, "cat", 3)))
+    assert len(names) == 2
+
+
+def test_the_command_line_trains_on_the_kept_images_alone(models, tiny_data, monkeypatch, capsys):
+    split = minority_split(tiny_data.y_train, keep=4)
+    poisoned = tiny_data.X_train.copy()
+    poisoned[np.setdiff1d(np.arange(300), split.kept_rows(tiny_data.y_train))] = 255
+    for name, X in (("clean", tiny_data.X_train), ("poisoned", poisoned), ("kept", tiny_data.X_train // 2)):
+        monkeypatch.setattr(LoRATraining, "load_cifar10", lambda X=X: replace(tiny_data, X_train=X))
+        main(
+            ["--class", "cat", "--split", "cat-4", "--output", name, "--model", models["stable"], "--rank", "2",
+             "--steps", "3", "--size", "64", "--device", "cpu"]
+        )  # fmt: skip
+    assert same(weights("clean"), weights("poisoned"))
+    assert not same(weights("clean"), weights("kept"))
+    assert "clean: adapter of rank 2 from 4 images, loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--class", "zebra", "--output", "x"])
+    assert "Unknown class 'zebra'" in capsys.readouterr().err

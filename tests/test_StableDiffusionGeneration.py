@@ -1,0 +1,639 @@
+"""From prompts to the cache: candidates, shards, selection, several processes, kills, and every bad input."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+import CandidateImages
+import Experiment
+import Prompts
+import Report
+import StableDiffusionGeneration
+from CandidateImages import (
+    MOST_DRAWS,
+    CandidateMaker,
+    GenerationSettings,
+    find_missing,
+    read_shards,
+    write_shard,
+)
+from DiffusionPipelines import Painter
+from ImbalancedCIFAR10 import DataUnavailableError, minority_split
+from StableDiffusionGeneration import (
+    CACHE,
+    METADATA,
+    SelectionError,
+    StableDiffusionOverSampler,
+    describe_cache,
+    generate_images,
+    load_generated_images,
+    load_metadata,
+    main,
+    save_generated_images,
+    select_candidates,
+)
+from Utils import derive_seed
+
+
+@pytest.fixture(scope="module")
+def settings(models):
+    return GenerationSettings("turbo", models["turbo"], size=64, clip_model=models["clip"])
+
+
+@pytest.fixture(scope="module")
+def loaded(settings):
+    """A maker whose models are loaded once for all tests."""
+    maker = CandidateMaker(settings, "cpu", torch.float32, batch_size=4)
+    assert maker.painter and maker.clip_filter
+    return maker
+
+
+def make_maker(loaded, batch_size=4, **changes):
+    """A maker with other settings or batches and the models of ``loaded``."""
+    maker = CandidateMaker(replace(loaded.settings, **changes), "cpu", torch.float32)
+    maker.painter = Painter(loaded.painter._text_to_image, "turbo", size=64, batch_size=batch_size)
+    maker.clip_filter = None if maker.settings.clip_model == "none" else loaded.clip_filter
+    return maker
+
+
+def generate(maker, count=10, class_name="cat", **options):
+    options = {"margin": -1} | options  # the tiny CLIP never sees a cat
+    return generate_images(class_name, count, maker.settings, maker=maker, device="cpu", **options)
+
+
+def shards_of(class_name="cat"):
+    [folder] = Path("datasets/stable_diffusion_shards").glob(f"{class_name}-*")
+    return folder
+
+
+def command_line(models, *arguments):
+    return [
+        "--class", "cat", "--preset", "turbo", "--model", models["turbo"], "--size", "64", "--margin", "-1",
+        "--clip-model", models["clip"], "--device", "cpu", "--dtype", "float32", "--batch-size", "4", *arguments,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(CandidateImages, "SHARD_SIZE", 4)
+
+
+# --- From prompts to a training set -------------------------------------------------------------
+
+
+def test_from_prompts_to_a_balanced_training_set(loaded, tiny_data):
+    report = generate(loaded, 26)
+    assert report["kept"] == 26
+    images, labels = load_generated_images()
+    assert (images.shape, images.dtype, labels.tolist()) == ((26, 32, 32, 3), np.uint8, [3] * 26)
+    assert len(np.unique(images.reshape(26, -1), axis=0)) == 26
+    X, y = minority_split(tiny_data.y_train, keep=4).cut(tiny_data.X_train, tiny_data.y_train)
+    X_res, y_res = StableDiffusionOverSampler(random_state=0).fit_resample(X, y)
+    assert np.bincount(y_res).tolist() == [30] * 10
+    assert np.array_equal(X_res[: len(X)], X)
+    assert {x.tobytes() for x in X_res[len(X) :]} == {x.tobytes() for x in images}
+
+
+def test_the_table_beside_the_cache_says_how_each_image_was_made(loaded, models):
+    generate(loaded, 5)
+    with open(CACHE.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == METADATA
+    images, _ = load_generated_images()
+    for i, row in enumerate(rows):
+        assert row["prompt"] == Prompts.make_prompts("cat", 5)[i]
+        assert int(row["seed"]) == derive_seed(0, 3, i, 0)
+        assert (row["class"], row["label"], row["index"], row["steps"]) == ("cat", "3", str(i), "1")
+        assert (row["model"], row["preset"], row["source"], row["lora"]) == (models["turbo"], "turbo", "", "")
+        assert -1 <= float(row["clip_margin"]) <= 1
+        # Enough to draw the very image again.
+        [again], _ = loaded.painter.draw([row["prompt"]], [int(row["seed"])])
+        small = CandidateImages.downsample([again])[0].astype(int)
+        assert np.abs(small - images[i]).max() <= 1
+        assert row["crc32"] == str(zlib.crc32(images[i].tobytes()))
+    assert load_metadata() == rows
+    assert describe_cache() == f"5 images by the preset turbo of {models['turbo']}"
+
+
+def test_an_image_does_not_depend_on_the_batch_size(loaded):
+    generate(loaded, 10, path="four.npy", shards="four")
+    generate(make_maker(loaded, batch_size=1), 10, path="one.npy", shards="one")
+    four, one = (load_generated_images(f"{name}.npy")[0].astype(int) for name in ("four", "one"))
+    assert np.abs(four - one).max() <= 1
+    assert np.abs(four[1:] - four[:-1]).max() > 10
+
+
+def test_another_seed_makes_other_images_and_a_larger_count_keeps_the_first_ones(loaded):
+    generate(loaded, 6)
+    first, _ = load_generated_images()
+    generate(loaded, 9)
+    more, _ = load_generated_images()
+    assert np.array_equal(more[:6], first)
+    generate(make_maker(loaded, seed=1), 6, path="other.npy")
+    other, _ = load_generated_images("other.npy")
+    assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_classes_come_into_the_cache_one_after_the_other(loaded):
+    generate(loaded, 3)
+    cats, _ = load_generated_images()
+    generate(loaded, 4, "airplane")
+    images, labels = load_generated_images()
+    assert labels.tolist() == [0] * 4 + [3] * 3
+    assert np.array_equal(images[4:], cats)
+    assert [row["class"] for row in load_metadata()] == ["airplane"] * 4 + ["cat"] * 3
+    generate(loaded, 5)
+    assert load_generated_images()[1].tolist() == [0] * 4 + [3] * 5
+
+
+def test_a_class_of_ones_own(loaded, monkeypatch):
+    entry = {"kind": ("a zebra", "a foal"), "pose": ("grazing",), "scene": ("in the sun", "in the shade")}
+    monkeypatch.setitem(Prompts.PROMPTS, "zebra", entry)
+    generate(loaded, 3, "zebra", label=10)
+    assert load_generated_images()[1].tolist() == [10] * 3
+
+
+# --- Selection ----------------------------------------------------------------------------------
+
+
+def candidates(n=6, **columns):
+    images = np.random.default_rng(0).integers(0, 256, size=(n, 32, 32, 3), dtype=np.uint8)
+    return {
+        "image": images, "usable": np.ones(n, dtype=bool), "flagged": np.zeros(n, dtype=int),
+        "margin": np.full(n, np.nan, dtype=np.float32),
+    } | columns  # fmt: skip
+
+
+def test_selection_counts_every_rejection_once_and_says_why():
+    table = candidates(
+        8,
+        usable=np.array([1, 0, 1, 1, 1, 1, 1, 1], dtype=bool),
+        flagged=np.array([0, 5, 2, 0, 0, 0, 0, 0]),
+        margin=np.array([0.5, 0.5, 0.5, 0.05, 0.5, 0.5, 0.5, 0.5], dtype=np.float32),
+    )
+    table["image"][4] = table["image"][0]  # repeats a kept image
+    table["image"][5] = table["image"][3]  # repeats one that CLIP has rejected
+    rows, report = select_candidates(table, 4, margin=0.1)
+    assert rows.tolist() == [0, 2, 5, 6]
+    assert report["rejected"] == {"safety checker": 1, "CLIP sees another class": 1, "near-duplicate": 1}
+    assert (report["candidates"], report["kept"], report["left over"]) == (8, 4, 1)
+    assert report["drawn again after the safety checker"] == 7
+
+
+def test_without_a_judge_every_image_passes():
+    assert select_candidates(candidates(), 6, margin=0.9)[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_further_candidates_are_drawn_for_those_that_clip_rejects(loaded):
+    margins = loaded.make("cat", 3, range(40))["margin"]
+    bar = float(np.median(margins))
+    report = generate(loaded, 12, margin=bar)
+    metadata = load_metadata()
+    assert len(metadata) == report["kept"] == 12
+    assert report["rejected"]["CLIP sees another class"] > 0
+    assert [int(row["index"]) for row in metadata] == np.flatnonzero(margins >= bar)[:12].tolist()
+    assert json.loads((shards_of() / "report.json").read_text()) == report
+    # The bar can be moved without drawing anything again.
+    before = sorted(f.name for f in shards_of().glob("*.npz"))
+    assert generate(loaded, 12)["rejected"]["CLIP sees another class"] == 0
+    assert sorted(f.name for f in shards_of().glob("*.npz")) == before
+    assert [int(row["index"]) for row in load_metadata()] == list(range(12))
+
+
+def test_when_too_few_pass_the_reasons_are_given_and_nothing_is_written(loaded):
+    with pytest.raises(
+        SelectionError, match=r"Only 0 of 12 .* of cat .*CLIP sees another class: 12.*--margin"
+    ):
+        generate(loaded, 3, margin=1.0)
+    assert not CACHE.exists()
+    assert len(read_shards(shards_of())["index"]) == 12
+
+
+# --- The safety checker -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strict(models):
+    """A maker whose safety checker, the real class, objects to about half of all images."""
+    settings = GenerationSettings("fast", models["stable"], steps=2, size=64, clip_model="none")
+    maker = CandidateMaker(settings, "cpu", torch.float32, batch_size=4)
+    pipeline = maker.painter._text_to_image
+    images, _ = maker.painter.draw(Prompts.make_prompts("dog", 16), range(16))
+    checker = pipeline.safety_checker
+    with torch.no_grad():
+        inputs = pipeline.feature_extractor(images, return_tensors="pt").pixel_values
+        embeddings = checker.visual_projection(checker.vision_model(inputs)[1])
+        concept = torch.nn.functional.normalize(embeddings[0] - embeddings.mean(0), dim=0)
+        cosines = torch.nn.functional.normalize(embeddings) @ concept
+        checker.concept_embeds[0] = concept
+        checker.concept_embeds_weights[0] = cosines.median()
+    return maker
+
+
+def test_a_flagged_image_is_drawn_again_with_another_seed(strict):
+    table = strict.make("cat", 3, range(16))
+    flagged = table["flagged"]
+    assert 0 < np.count_nonzero(flagged) < 16
+    assert flagged.max() >= 2  # one at least was flagged twice
+    for i, draws in enumerate(flagged):
+        attempt = min(draws, MOST_DRAWS - 1)
+        assert table["seed"][i] == derive_seed(0, 3, i, int(attempt))
+    assert np.array_equal(table["usable"], flagged < MOST_DRAWS)
+    assert table["image"][table["usable"]].std(axis=(1, 2, 3)).min() > 0  # no black image among them
+    report = generate(strict, 8)
+    assert report["drawn again after the safety checker"] == read_shards(shards_of())["flagged"].sum()
+
+
+def test_an_image_that_is_flagged_again_and_again_is_given_up_and_counted(strict):
+    strict.painter._text_to_image.safety_checker.concept_embeds_weights.data[0] = -1.0
+    table = strict.make("cat", 3, range(3))
+    assert table["flagged"].tolist() == [MOST_DRAWS] * 3
+    assert not table["usable"].any() and not table["image"].any()
+    with pytest.raises(SelectionError, match="safety checker: 8"):
+        generate(strict, 2)
+
+
+# --- From images --------------------------------------------------------------------------------
+
+
+def real(n=3, seed=7):
+    return np.random.default_rng(seed).integers(0, 256, size=(n, 32, 32, 3), dtype=np.uint8)
+
+
+def test_every_real_image_is_drawn_anew_at_every_strength(loaded):
+    maker = make_maker(loaded, strengths=(0.5, 1.0))
+    generate(maker, 12, real_images=real())
+    rows = load_metadata()
+    assert [(int(r["source"]), float(r["strength"])) for r in rows[:6]] == [
+        (source, strength) for strength in (0.5, 1.0) for source in range(3)
+    ]
+    first, _ = load_generated_images()
+    generate(maker, 12, real_images=real(seed=8), path="others.npy")
+    others, _ = load_generated_images("others.npy")
+    assert not np.array_equal(first[0], others[0])
+
+
+def test_matched_images_have_the_statistics_of_the_real_ones(loaded):
+    goal = (120 + real(20) * 0.1).astype(np.uint8)
+    report = generate(loaded, 12, real_images=goal, match=True)["statistics"]
+    assert report["matched"]["mean"] == pytest.approx(report["real"]["mean"], abs=0.01)
+    assert report["generated"]["mean"] != pytest.approx(report["real"]["mean"], abs=0.05)
+    plain = generate(loaded, 12, path="plain.npy", shards="plain")
+    assert "statistics" not in plain
+    assert not np.array_equal(load_generated_images()[0], load_generated_images("plain.npy")[0])
+
+
+@pytest.mark.parametrize("options", [{"match": True}, {"strengths": (0.5,)}])
+def test_what_needs_real_images_says_so(loaded, options):
+    strengths = options.pop("strengths", ())
+    with pytest.raises(ValueError, match="need real_images"):
+        generate(make_maker(loaded, strengths=strengths), 3, **options)
+
+
+@pytest.mark.parametrize("arguments", [["--from-images", "0.5", "1"], ["--match-statistics"]])
+def test_no_removed_image_has_any_influence(models, tiny_data, monkeypatch, arguments):
+    split = minority_split(tiny_data.y_train, keep=4)
+    poisoned = tiny_data.X_train.copy()
+    poisoned[np.setdiff1d(np.arange(300), split.kept_rows(tiny_data.y_train))] = 255
+    results = {}
+    for name, X in (("clean", tiny_data.X_train), ("poisoned", poisoned), ("kept", tiny_data.X_train // 2)):
+        data = replace(tiny_data, X_train=X)
+        monkeypatch.setattr(StableDiffusionGeneration, "load_cifar10", lambda data=data: data)
+        main(command_line(models, "--count", "6", "--split", "cat-4", *arguments, "--output", f"{name}.npy"))
+        results[name] = load_generated_images(f"{name}.npy")[0]
+        shutil.rmtree("datasets")
+    assert np.array_equal(results["clean"], results["poisoned"])
+    assert not np.array_equal(results["clean"], results["kept"])  # the kept ones do have influence
+
+
+# --- Shards and resuming ------------------------------------------------------------------------
+
+
+def count_draws(maker, monkeypatch):
+    drawn = []
+    draw = maker.painter.draw
+    monkeypatch.setattr(
+        maker.painter, "draw", lambda prompts, *rest: drawn.extend(prompts) or draw(prompts, *rest)
+    )
+    return drawn
+
+
+def test_only_what_is_missing_is_drawn(loaded, monkeypatch, small_shards):
+    maker = make_maker(loaded)
+    generate(maker, 10)
+    whole = CACHE.read_bytes(), CACHE.with_suffix(".csv").read_bytes()
+    (shards_of() / "000004-000007.npz").unlink()
+    (shards_of() / ".000004-000007-abc.npz").write_bytes(b"half")
+    drawn = count_draws(maker, monkeypatch)
+    generate(maker, 10)
+    assert drawn == Prompts.make_prompts("cat", 8)[4:]
+    assert (CACHE.read_bytes(), CACHE.with_suffix(".csv").read_bytes()) == whole
+    assert sorted(f.name for f in shards_of().iterdir()) == [
+        "000000-000003.npz", "000004-000007.npz", "000008-000009.npz", "report.json", "settings.json",
+    ]  # fmt: skip
+    drawn.clear()
+    generate(maker, 10)
+    assert drawn == []
+    generate(maker, 13)
+    assert drawn == Prompts.make_prompts("cat", 13)[10:]
+
+
+def test_missing_candidates_are_grouped_by_shard(small_shards):
+    def write(*indices):
+        write_shard("folder", {"index": np.array(indices)})
+
+    assert find_missing("folder", 10) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    write(4, 5, 6, 7)
+    write(8)
+    assert find_missing("folder", 11) == [[0, 1, 2, 3], [9, 10]]
+    assert find_missing("folder", 4) == [[0, 1, 2, 3]]
+
+
+def test_other_settings_have_shards_of_their_own(loaded, monkeypatch):
+    generate(loaded, 3)
+    for k, changes in enumerate(({"seed": 1}, {"downsampling": "lanczos"}, {"clip_model": "none"})):
+        generate(make_maker(loaded, **changes), 3, path=f"{k}.npy")
+    monkeypatch.setitem(Prompts.PROMPTS, "cat", Prompts.PROMPTS["cat"] | {"view": ("from above",)})
+    generate(loaded, 3, path="words.npy")
+    folders = list(Path("datasets/stable_diffusion_shards").iterdir())
+    assert len(folders) == 5
+    assert all(json.loads((f / "settings.json").read_text())["class"] == "cat" for f in folders)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:200], lambda b: b"", lambda b: b[:300] + b"x" * 99 + b[399:]]
+)
+def test_a_damaged_shard_is_named_and_the_others_stay(loaded, damage, small_shards):
+    generate(loaded, 8)
+    before = CACHE.read_bytes()
+    shard = shards_of() / "000004-000007.npz"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(
+        ValueError, match=r"shard .*000004-000007\.npz is truncated or damaged.*Remove it and run"
+    ):
+        generate(loaded, 8)
+    assert CACHE.read_bytes() == before
+    shard.unlink()
+    generate(loaded, 8)
+    assert CACHE.read_bytes() == before
+
+
+def test_a_kill_between_the_two_files_gives_no_image_a_foreign_row(loaded):
+    generate(loaded, 3)
+    old = CACHE.read_bytes()
+    generate(loaded, 4, "dog")
+    CACHE.write_bytes(old)  # the table speaks of dogs already
+    assert [row["class"] for row in load_metadata()] == ["cat"] * 3
+    images = load_generated_images()[0]
+    save_generated_images(images[::-1], np.full(3, 3), metadata=load_metadata()[::-1])
+    assert [row["index"] for row in load_metadata()] == ["2", "1", "0"]
+    save_generated_images(images, np.full(3, 3))
+    assert not CACHE.with_suffix(".csv").exists()
+    assert describe_cache() == "3 images imported"
+
+
+def test_a_full_disk_is_noticed_before_anything_is_loaded(loaded, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
+    with pytest.raises(OSError, match=r"0\.00 GB free, but 0\.05 GB are needed"):
+        generate(loaded, 3)
+    assert not Path("datasets").exists()
+
+
+def test_a_disk_that_fills_up_costs_only_the_shard_that_does_not_fit(loaded, small_shards, monkeypatch):
+    savez, written = np.savez, []
+
+    def fail_on_the_second(*arguments, **options):
+        written.append(1)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        savez(*arguments, **options)
+
+    monkeypatch.setattr(np, "savez", fail_on_the_second)
+    with pytest.raises(
+        OSError, match=r"Could not finish writing .*000004-000007\.npz: .*No space left.*run again"
+    ):
+        generate(loaded, 10)
+    assert [f.name for f in shards_of().glob("*.npz")] == ["000000-000003.npz"]
+    assert not list(shards_of().glob(".*"))
+    generate(loaded, 10)
+    assert len(load_generated_images()[0]) == 10
+
+
+# --- What the study uses ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_cifake(monkeypatch):
+    def refuse():
+        raise DataUnavailableError("no CIFAKE here.")
+
+    monkeypatch.setattr(Experiment, "import_cifake", refuse)
+
+
+def test_a_cache_comes_first_and_is_described(tiny_data, tiny_cache, no_cifake):
+    source = Experiment.prepare_stable_diffusion_images(tiny_data)
+    assert source == f"the cache {CACHE}: 600 images imported"
+    assert Report.stable_diffusion_source(tiny_data, None) == f"Stable Diffusion images: {source}."
+
+
+def test_cifake_comes_second(tiny_data, monkeypatch):
+    monkeypatch.setattr(Experiment, "import_cifake", lambda: 50_000)
+    assert (
+        Experiment.prepare_stable_diffusion_images(tiny_data)
+        == f"CIFAKE, 50,000 images imported into {CACHE}"
+    )
+
+
+def test_generation_comes_third_and_makes_what_the_arms_need(loaded, tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
+    monkeypatch.setattr(Experiment, "CandidateMaker", lambda settings: make_maker(loaded, clip_model="none"))
+    split = minority_split(tiny_data.y_train, keep=4)
+    source = Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    # 26 cats that were removed, and 0.4 times 30 of each other class.
+    assert source == f"the preset turbo, 134 images generated into {CACHE}"
+    assert np.bincount(load_generated_images()[1]).tolist() == [12, 12, 12, 26, 12, 12, 12, 12, 12, 12]
+    assert len(load_metadata()) == 134 and all(row["model"] for row in load_metadata())
+    assert sorted(f.suffix for f in Path("datasets").iterdir() if f.is_file()) == [".csv", ".npy"]
+    for arm in ("stable", "stable-source-balanced"):
+        Experiment.make_training_set(arm, tiny_data, split)
+
+
+def test_a_generation_that_fails_skips_the_arms_and_leaves_no_cache(tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
+
+    def fail(*arguments, **options):
+        raise SelectionError("Only 0 of 12 candidates pass")
+
+    monkeypatch.setattr(Experiment, "generate_images", fail)
+    split = minority_split(tiny_data.y_train, keep=4)
+    with pytest.raises(Experiment.ArmUnavailableError, match="generating .* failed: Only 0 of 12"):
+        Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    assert not CACHE.exists()
+    said = Report.stable_diffusion_source(tiny_data, split)
+    assert said.startswith("**No Stable Diffusion images:**") and "Only 0 of 12" in said
+
+
+def test_without_any_source_both_reasons_are_given(tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: None)
+    with pytest.raises(
+        Experiment.ArmUnavailableError, match=r"no CIFAKE here\. Nor can they be generated here"
+    ):
+        Experiment.prepare_stable_diffusion_images(tiny_data)
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "expected"),
+    [
+        ("cpu", ("sd-turbo", "taesd", "clip", "v1-4"), None),
+        ("cuda", ("sd-turbo", "taesd", "clip", "v1-4"), "turbo"),
+        ("cuda", ("taesd", "clip", "v1-4"), "fast"),
+        ("cuda", ("sd-turbo", "v1-4", "taesd"), None),
+        ("cuda", (), None),
+    ],
+)
+def test_generation_needs_a_gpu_and_every_model_of_a_preset(monkeypatch, device, here, expected):
+    monkeypatch.setattr(StableDiffusionGeneration, "choose_device", lambda: torch.device(device))
+    monkeypatch.setattr(
+        StableDiffusionGeneration, "is_on_this_machine", lambda model: any(part in model for part in here)
+    )
+    assert StableDiffusionGeneration.preset_at_hand() == expected
+
+
+# --- What is refused ----------------------------------------------------------------------------
+
+
+def test_images_from_elsewhere_are_not_overwritten_unasked(loaded, tiny_cache):
+    before = tiny_cache.read_bytes()
+    with pytest.raises(ValueError, match=r"already has 60 images of cat .*imported.*--replace"):
+        generate(loaded, 3)
+    assert tiny_cache.read_bytes() == before and not Path("datasets/stable_diffusion_shards").exists()
+    generate(loaded, 3, replace=True)
+    assert np.bincount(load_generated_images()[1]).tolist() == [60] * 3 + [3] + [60] * 6
+    assert [row["model"] != "" for row in load_metadata()] == [False] * 180 + [True] * 3 + [False] * 360
+    with pytest.raises(ValueError, match="already has 3 images of cat"):
+        generate(make_maker(loaded, seed=1), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "best"}, "Unknown preset 'best'"),
+        ({"downsampling": "nearest"}, "Unknown downsampling 'nearest'"),
+        ({"prompts": "reference"}, "no 'reference' prompts for the class 'dog'"),
+        ({"strengths": (0.5, 1.5)}, "Strengths lie above 0 and up to 1: got 0.5, 1.5"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"lora": "nowhere"}, "no adapter .* in nowhere"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_loaded(settings, change, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        generate_images("dog", 3, replace(settings, **change), real_images=real(), device="cpu")
+    assert not Path("datasets").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", "0"], "count must be at least 1"),
+        (["--count", "3", "--class", "zebra"], "no 'varied' prompts for the class 'zebra'"),
+        (["--count", "3", "--class", "dog", "--prompts", "reference"], "no 'reference' prompts"),
+        (["--count", "3", "--device", "abacus"], "no device 'abacus'"),
+        (["--count", "3", "--model", "./nowhere"], r"no model folder \./nowhere"),
+        (["--count", "3", "--clip-model", "./nowhere"], r"no model folder \./nowhere"),
+        (["--count", "3", "--margin", "1"], "Only 0 of 12 candidates"),
+        (["--count", "3", "--split", "cat", "--from-images"], "Unknown split 'cat'"),
+        (["--count", "3", "--lora", "nowhere"], "no adapter"),
+    ],
+)
+def test_the_command_line_answers_with_one_clear_line(
+    models, tiny_data, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(StableDiffusionGeneration, "load_cifar10", lambda: tiny_data)
+    with pytest.raises(SystemExit) as caught:
+        main(command_line(models, *arguments))
+    assert caught.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(message, line), line
+    assert not CACHE.exists()
+
+
+def test_the_sampler_is_imported_without_the_heavy_libraries():
+    code = (
+        "import sys, StableDiffusionGeneration; "
+        "print([m for m in ('diffusers', 'transformers', 'accelerate', 'peft') if m in sys.modules])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+# --- Several processes, and kills ---------------------------------------------------------------
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_two_processes_make_what_one_makes(models):
+    count = ("--count", "150")
+    main(command_line(models, *count, "--output", "one.npy", "--shards", "one"))
+    # accelerate starts one process for --cpu whatever is asked for. With --multi_gpu it starts two, as on a
+    # machine with two GPUs; that they compute on the CPU is what our own --device says.
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(REPOSITORY / "StableDiffusionGeneration.py"),
+        *command_line(models, *count, "--output", "two.npy", "--shards", "two"),
+    ]  # fmt: skip
+    answer = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert answer.stdout.count("150 images of cat from 150 candidates") == 1  # one process speaks
+    assert "86/86" in answer.stderr  # the first process drew shards 0 and 2: 64 + 22 images
+    assert Path("two.npy").read_bytes() == Path("one.npy").read_bytes()
+    assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()
+    names = {f.name for f in Path("two").rglob("*")}
+    assert names == {f.name for f in Path("one").rglob("*")}
+    assert sum(name.endswith(".npz") for name in names) == 3
+
+
+def test_after_a_kill_the_result_is_the_same_byte_for_byte(models):
+    arguments = command_line(models, "--count", "256", "--batch-size", "8")
+    script = str(REPOSITORY / "StableDiffusionGeneration.py")
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        while process.poll() is None and len(list(Path("datasets").rglob("0*.npz"))) < 1:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stdout.read().decode()[-3000:]
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    finished = {f: f.stat().st_mtime_ns for f in Path("datasets").rglob("0*.npz")}
+    assert 1 <= len(finished) < 4
+    assert not CACHE.exists()
+    main(arguments)
+    assert all(f.stat().st_mtime_ns == then for f, then in finished.items())  # none was drawn again
+    main([*arguments, "--output", "whole.npy", "--shards", "whole"])
+    assert CACHE.read_bytes() == Path("whole.npy").read_bytes()
+    assert CACHE.with_suffix(".csv").read_bytes() == Path("whole.csv").read_bytes()
+    assert len(load_generated_images()[0]) == 256
