@@ -14,7 +14,6 @@ He et al. (2016), Deep residual learning for image recognition. Menon et al. (20
 via logit adjustment. Smith and Topin (2018), Super-convergence (the one-cycle schedule).
 """
 
-import contextlib
 import copy
 import math
 import time
@@ -32,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ImageOverSampler import check_images
-from Utils import atomic_path, choose_device, derive_seed, seeded
+from Utils import atomic_path, choose_device, derive_seed, load_torch_file, mixed_precision, seeded
 
 # --- Network ------------------------------------------------------------------------------------
 
@@ -149,29 +148,13 @@ def load_classifier(path, device=None):
     ValueError
         If the file is damaged or holds something else. It is never unpickled as code.
     """
-    content = _load_torch_file(path, {"num_classes", "width", "model"})
+    content = load_torch_file(path, {"num_classes", "width", "model"})
     model = ResNet18(content["num_classes"], content["width"])
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit a ResNet-18 of width {model.width}: {error}") from error
     return model.to(choose_device(device)).eval()
-
-
-def _load_torch_file(path, keys):
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise ValueError(
-            f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
-        ) from error
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise ValueError(
-            f"{path} is no file of this project: it lacks {', '.join(sorted(keys))}. Remove it and run again."
-        )
-    return content
 
 
 # --- Data on the device -------------------------------------------------------------------------
@@ -399,7 +382,7 @@ def _forward_and_backward(model, images, targets, recipe, step, log_prior=None, 
     size = tuple(min(side, max(SMALLEST_SIDE, round(recipe.scale_at(step) * side))) for side in sides)
     if size != sides:
         images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-    with _autocast(images.device):
+    with mixed_precision(images.device):
         logits = model(images)
     logits = logits.float()
     adjusted = logits if log_prior is None else logits + log_prior
@@ -639,7 +622,7 @@ def _average(tensors):
 
 def _resume(checkpoint, run, model, optimizers, schedulers):
     """Load a checkpoint into the objects and return its history."""
-    content = _load_torch_file(checkpoint, {"run", "history", "model", "optimizers", "schedulers"})
+    content = load_torch_file(checkpoint, {"run", "history", "model", "optimizers", "schedulers"})
     differing = {k: (content["run"].get(k), v) for k, v in run.items() if content["run"].get(k) != v}
     if differing:
         details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
@@ -655,19 +638,6 @@ def _resume(checkpoint, run, model, optimizers, schedulers):
 
 def _deterministic_convolutions():
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-
-
-def uses_bfloat16(device):
-    """Whether convolutions run in bfloat16: only where the hardware multiplies in it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _autocast(device):
-    if uses_bfloat16(device):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 # --- Evaluation ---------------------------------------------------------------------------------
@@ -721,7 +691,7 @@ def _evaluate(model, images, y, batch_size=1000):
     model.eval()
     parts = []
     for batch in images.split(batch_size):
-        with _autocast(images.device):
+        with mixed_precision(images.device):
             parts.append(model(batch).float())
     model.train(was_training)
     logits = torch.cat(parts).cpu()

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 
@@ -37,7 +36,6 @@ from ClassifierNetwork import (
     evaluate_classifier,
     save_classifier,
     train_classifier,
-    uses_bfloat16,
 )
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
@@ -60,6 +58,8 @@ from Utils import (
     plot_learning_curves,
     save_figure,
     save_json,
+    start_processes,
+    uses_bfloat16,
 )
 
 REFERENCE_SPLIT = "cat-50"
@@ -556,6 +556,7 @@ def run_arm(
         },
         "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
         "configuration": asdict(recipe) | {
+            "scales": list(recipe.scales),
             "width": settings.width,
             "parameters": sum(p.numel() for p in model.parameters()),
             "logit_adjusted": arm.logit_adjusted,
@@ -727,8 +728,7 @@ def main(arguments=None):
         choose_device(options.device)
         for name in arm_names:
             find_arm(name)
-        # One process, unless torchrun or accelerate launch started several.
-        processes = PartialState(cpu=options.device == "cpu")
+        processes = start_processes(options.device)
         with processes.main_process_first():  # the others find what the first one has downloaded
             data = load_data()
             if any(ARMS[name].needs_stable_diffusion for name in arm_names):

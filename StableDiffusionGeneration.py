@@ -18,7 +18,6 @@ Reference: Rombach et al. (2022), High-resolution image synthesis with latent di
 
 import argparse
 import csv
-import datetime
 import math
 import tokenize
 import zipfile
@@ -48,7 +47,7 @@ from ImageOverSampler import ImageOverSampler, check_images
 from ImageSelection import CLIP_MODEL, find_near_duplicates
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import GRAMMARS, find_grammar
-from Utils import atomic_path, choose_device, require_free_space, save_json
+from Utils import atomic_path, choose_device, require_free_space, save_json, start_processes
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
@@ -280,7 +279,7 @@ def generate_images(
     if not replace:
         _refuse_foreign_images(path, class_name, label, job_name)
     require_free_space(shards, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
-    processes = _start_processes(device)
+    processes = start_processes(device)
     maker = maker or CandidateMaker(settings, device or processes.device)
     if processes.is_main_process:
         prepare_shards(folder, job)
@@ -311,15 +310,6 @@ def generate_images(
         _replace_class(path, label, images, metadata)
     processes.wait_for_everyone()
     return report
-
-
-def _start_processes(device):
-    from accelerate import PartialState
-
-    # A process may wait for another as long as a shard takes, which on a CPU is longer than the default.
-    return PartialState(
-        cpu=device is not None and torch.device(device).type == "cpu", timeout=datetime.timedelta(days=7)
-    )
 
 
 def _draw_missing(maker, class_name, label, sources, folder, wanted, processes):
@@ -542,7 +532,7 @@ def main(arguments=None):
             data = load_cifar10()
             X, y = split_from_name(options.split, data.y_train).cut(data.X_train, data.y_train)
             real = {name: X[y == class_number(name, CIFAR10_CLASSES)] for name in classes}
-        processes = _start_processes(options.device)
+        processes = start_processes(options.device)
         dtype = options.dtype and getattr(torch, options.dtype)
         maker = CandidateMaker(settings, options.device or processes.device, dtype, options.batch_size)
         for name in classes:

@@ -5,6 +5,7 @@ fractions between 0 and 1; only plots and tables turn them into percent.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from accelerate import PartialState
 from imblearn.metrics import geometric_mean_score
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import binomtest
@@ -83,6 +85,23 @@ def choose_device(name=None):
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def start_processes(device=None):
+    """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone.
+
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        Where they compute. Default: the fastest there is, one GPU per process.
+
+    Returns
+    -------
+    accelerate.PartialState
+    """
+    # accelerate joins CPU processes only if it is told so. One may wait for another for as long as that
+    # computes alone, which can be longer than the default.
+    return PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
 
 
 def uses_bfloat16(device):
@@ -200,7 +219,7 @@ def load_torch_file(path, keys):
     missing = keys - content.keys() if isinstance(content, dict) else keys
     if missing:
         raise ValueError(
-            f"{path} is another kind of file: it lacks {', '.join(sorted(missing))}. Remove it and run again."
+            f"{path} is no file of this project for this purpose: it lacks {', '.join(sorted(missing))}. Remove it and run again."
         )
     return content
 

@@ -32,12 +32,11 @@ from ClassifierNetwork import (
     create_classifier,
     evaluate_classifier,
     train_classifier,
-    uses_bfloat16,
 )
 from Experiment import code_version
 from ImbalancedCIFAR10 import load_cifar10
 from Report import percent
-from Utils import choose_device, describe_hardware, save_json
+from Utils import choose_device, describe_hardware, save_json, uses_bfloat16
 
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")
 

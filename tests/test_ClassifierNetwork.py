@@ -36,7 +36,7 @@ SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2
 @pytest.fixture
 def float32(monkeypatch):
     """Compute in float32, so that numbers can be compared closely."""
-    monkeypatch.setattr(ClassifierNetwork, "uses_bfloat16", lambda device: False)
+    monkeypatch.setattr("Utils.uses_bfloat16", lambda device: False)
 
 
 def noise(n, size=16, seed=0):
@@ -604,12 +604,12 @@ import json, sys
 import numpy as np
 import torch
 from accelerate import PartialState
-import ClassifierNetwork
+import Utils
 from ClassifierNetwork import Recipe, channel_statistics, create_classifier, evaluate_classifier, train_classifier
 
 state = PartialState(cpu=True)
 torch.set_num_threads(1)
-ClassifierNetwork.uses_bfloat16 = lambda device: False
+Utils.uses_bfloat16 = lambda device: False
 data = np.load("data.npz")
 X, y = data["X"], data["y"]
 model = create_classifier(10, 4, channel_statistics(X), seed=0)

@@ -549,8 +549,7 @@ def launch(*arguments):
         "Experiment.load_data = ImbalancedCIFAR10.load_digits_as_images\n"
         "Experiment.main()\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*command, "program.py", "--profile", "smoke", *arguments],
         env=environment, capture_output=True, text=True, timeout=240,
