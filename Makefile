@@ -13,6 +13,7 @@ main: $(ENVIRONMENT)  ## run the study: notebooks in order, plots in images/, nu
 test: $(ENVIRONMENT)  ## check the modules, the notebook and that the README shows what results/ says
 	$(RUN) -m pytest
 	$(RUN) Report.py --check
+	$(RUN) benchmarks/report.py --check
 
 data: $(ENVIRONMENT)  ## fetch CIFAR-10 and CIFAKE without running anything
 	$(RUN) -c "import Experiment as e; data = e.load_data(); print(data); print(e.prepare_stable_diffusion_images(data))"
@@ -21,8 +22,9 @@ evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or full, then the repor
 	$(RUN) Experiment.py --arm all --profile $(PROFILE)
 	$(RUN) Report.py
 
-report: $(ENVIRONMENT)  ## redraw images/ and the README's table from results/
+report: $(ENVIRONMENT)  ## redraw images/ and the tables of both READMEs from results/
 	$(RUN) Report.py
+	$(RUN) benchmarks/report.py
 
 lint: $(ENVIRONMENT)  ## style and simple faults
 	.venv/bin/ruff check .

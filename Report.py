@@ -28,7 +28,6 @@ from Experiment import (
 from Utils import atomic_path, mcnemar_test, plot_comparison, plot_image_rows, save_figure
 
 README = Path("README.md")
-BEGIN, END = "<!-- results:begin (written by Report.py) -->", "<!-- results:end -->"
 
 # The questions that the study asks of pairs of arms: does the second do better than the first?
 PAIRS = (
@@ -282,18 +281,19 @@ def readme_section():
     return "\n\n".join(parts)
 
 
-def readme_with(section, text):
-    """``text`` with everything between the two markers replaced by ``section``.
+def with_section(text, name, section):
+    """``text`` with everything between the two markers ``name`` replaced by ``section``.
 
     Raises
     ------
     ValueError
         If the markers are not there.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README} must contain the lines {BEGIN!r} and {END!r} once each.")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
+    begin, end = f"<!-- {name}:begin (generated) -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"There must be one line {begin!r} and one {end!r}.")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main(arguments=None):
@@ -303,7 +303,7 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     text = README.read_text(encoding="utf-8")
-    current = readme_with(readme_section(), text)
+    current = with_section(text, "results", readme_section())
     if options.check:
         if current != text:
             parser.exit(1, "README.md does not show what results/ says. Run 'make report' and commit.\n")

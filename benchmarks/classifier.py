@@ -98,6 +98,21 @@ def measure(name, steps, warmup):
     return {"images_per_second": speed, "peak_memory_gib": peak / 2**30}
 
 
+def table(result):
+    """Markdown table of a result."""
+    lines = ["| loop | images/s | peak memory (GiB) |", "| --- | ---: | ---: |"]
+    for name, title in (("reference", "the reference's, rebuilt"), ("ours", "ours")):
+        values = result["median"][name]
+        lines.append(f"| {title} | {values['images_per_second']:.0f} | {values['peak_memory_gib']:.2f} |")
+    rounds = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_each_round"])
+    hardware = result["hardware"]
+    return "\n".join(lines) + (
+        f"\n\nOurs does **{result['ratio_of_speeds']:.2f} times** as many images a second (rounds: {rounds}); ResNet-18 "
+        f"of width {result['width']}, {hardware['device'].upper()} ({hardware['name']}, {hardware['cpu_threads']} "
+        f"threads), PyTorch {result['torch']}."
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description="Speed of the reference's training loop and of ours.")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each loop (default: 3)")
@@ -129,9 +144,7 @@ def main():
         "commit": code_version(),
     }  # fmt: skip
     save_json(PATH, result)
-    for name, values in median.items():
-        print(f"{name:10}{values['images_per_second']:8.0f} images/s{values['peak_memory_gib']:8.2f} GiB")
-    print(f"ours / reference: {result['ratio_of_speeds']:.2f}")
+    print(table(result))
 
 
 if __name__ == "__main__":

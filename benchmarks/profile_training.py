@@ -29,12 +29,29 @@ from Experiment import code_version
 from ImbalancedCIFAR10 import load_cifar10
 from Utils import choose_device, describe_hardware, save_json
 
+FOLDER = Path("results", "benchmarks")
 PARTS = {
     "data path": "batches",
     "forward and backward": "forward and backward",
     "SGD": "Optimizer.step#SGD.step",
     "Muon": "Optimizer.step#KernelMuon.step",
 }
+
+
+def table(results):
+    """Markdown table of results, one column each."""
+    lines = [
+        "| share of a training step | " + " | ".join(f"width {r['width']}" for r in results) + " |",
+        "| --- |" + " ---: |" * len(results),
+    ]
+    for part in results[0]["shares"]:
+        lines.append(f"| {part} | " + " | ".join(f"{r['shares'][part]:.1%}" for r in results) + " |")
+    lines.append("| images/s | " + " | ".join(f"{r['images_per_second']:,.0f}" for r in results) + " |")
+    cost = "training_images_at_the_cost_of_evaluating_one"
+    lines.append(
+        "| judging a test image, in training images | " + " | ".join(f"{r[cost]:.2f}" for r in results) + " |"
+    )
+    return "\n".join(lines)
 
 
 def label_parts():
@@ -94,12 +111,10 @@ def main():
         ),
         "hardware": describe_hardware(device), "torch": torch.__version__, "commit": code_version(),
     }  # fmt: skip
-    save_json(Path("results", "benchmarks", f"profile-width{options.width}.json"), result)
+    save_json(FOLDER / f"profile-width{options.width}.json", result)
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     print(events.table(sort_by=order, row_limit=12, max_name_column_width=40))
-    for part, share in shares.items():
-        print(f"{part:22}{share:7.1%}")
-    print(f"evaluating 10,000 images: {seconds_of_evaluation:.1f} s")
+    print(table([result]))
 
 
 if __name__ == "__main__":

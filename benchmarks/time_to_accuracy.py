@@ -241,14 +241,13 @@ def load_runs(series):
 def table(series):
     """Markdown table of a series: what it costs and what it reaches, mean and spread over seeds."""
     header = (
-        "recipe", "width", "passes", "PFLOPs", "seconds", "test accuracy (%)", "with averaged flips (%)", "seeds",
+        "recipe", "width", "passes", "PFLOPs", "test accuracy (%)", "with averaged flips (%)", "seeds",
     )  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for runs in load_runs(series).values():
         first = runs[0]
         cells = [
             first["what"], str(first["width"]), f"{first['passes']:g}", f"{first['pflops']:.3f}",
-            f"{np.median([run['seconds'] for run in runs]):,.0f}",
             percent([run["accuracy"] for run in runs], 2),
             percent([run["accuracy_with_averaged_flips"] for run in runs], 2),
             str(len(runs)),

@@ -58,17 +58,19 @@ def test_paired_counts_agree_with_the_predictions(results, tiny_data, monkeypatc
 
 
 def test_the_readme_is_replaced_between_its_markers_only():
-    text = f"before\n{Report.BEGIN}\nold\n{Report.END}\nafter\n"
-    new = Report.readme_with("new", text)
-    assert new == f"before\n{Report.BEGIN}\n\nnew\n\n{Report.END}\nafter\n"
-    assert Report.readme_with("new", new) == new
-    with pytest.raises(ValueError, match="README.md must contain"):
-        Report.readme_with("new", "no markers")
+    begin, end = "<!-- a:begin (generated) -->", "<!-- a:end -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    new = Report.with_section(text, "a", "new")
+    assert new == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
+    assert Report.with_section(new, "a", "new") == new
+    for lacking in ("no markers", begin, text + text, text.replace("a:", "b:")):
+        with pytest.raises(ValueError, match="There must be one line .*a:begin"):
+            Report.with_section(lacking, "a", "new")
 
 
 def test_a_readme_that_is_not_current_fails_the_check(monkeypatch):
     monkeypatch.setattr(Report, "readme_section", lambda: "true")
-    Path("README.md").write_text(f"{Report.BEGIN}\n\nfalse\n\n{Report.END}\n")
+    Path("README.md").write_text("<!-- results:begin (generated) -->\n\nfalse\n\n<!-- results:end -->\n")
     with pytest.raises(SystemExit) as stop:
         Report.main(["--check"])
     assert stop.value.code == 1

@@ -1,0 +1,59 @@
+"""Write the tables of ``benchmarks/README.md`` from ``results/benchmarks/``.
+
+python benchmarks/report.py            # write
+python benchmarks/report.py --check    # fail if the file does not show what the results say
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import classifier
+import profile_training
+import stable_diffusion
+import time_to_accuracy
+
+from Report import with_section
+from Utils import atomic_path
+
+README = Path("benchmarks", "README.md")
+NOT_RUN = "*Not run yet.*"
+
+
+def _from_file(path, table):
+    return table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else NOT_RUN
+
+
+def sections():
+    """Name of each generated part of the README -> its text."""
+    profiles = sorted(profile_training.FOLDER.glob("profile-width*.json"))
+    return {
+        "speed": _from_file(classifier.PATH, classifier.table),
+        "parts": profile_training.table([json.loads(p.read_text()) for p in profiles])
+        if profiles
+        else NOT_RUN,
+        "ablation": time_to_accuracy.table("ablation"),
+        "stable-diffusion": _from_file(Path(stable_diffusion.RESULT), stable_diffusion.table),
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Tables of benchmarks/README.md from results/benchmarks/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is not current")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    current = text
+    for name, section in sections().items():
+        current = with_section(current, name, section)
+    if not options.check:
+        with atomic_path(README) as temporary:
+            temporary.write_text(current, encoding="utf-8")
+    elif current != text:
+        parser.exit(1, f"{README} does not show what the results say. Run 'make report' and commit.\n")
+
+
+if __name__ == "__main__":
+    main()
