@@ -18,7 +18,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from accelerate import PartialState
 from imblearn.metrics import geometric_mean_score
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import binomtest
@@ -99,6 +98,8 @@ def start_processes(device=None):
     -------
     accelerate.PartialState
     """
+    from accelerate import PartialState  # here, because importing a sampler should stay fast
+
     # accelerate joins CPU processes only if it is told so. One may wait for another for as long as that
     # computes alone, which can be longer than the default.
     return PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
