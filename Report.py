@@ -25,7 +25,14 @@ from Experiment import (
     save_arm_plots,
     warning,
 )
-from Utils import atomic_path, mcnemar_test, plot_comparison, plot_image_rows, save_figure
+from Utils import (
+    atomic_path,
+    markdown_table,
+    mcnemar_test,
+    plot_comparison,
+    plot_image_rows,
+    save_figure,
+)
 
 README = Path("README.md")
 
@@ -66,7 +73,7 @@ def results_table(results):
         "arm", "images added", "minority recall", "minority precision", "balanced accuracy",
         "macro F1", "accuracy", "accuracy, best look at test", "accuracy, averaged flips", "seeds",
     )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = []
     for name, runs in results.items():
         metrics = [run["metrics"] for run in runs]
         flips = [run["metrics_with_averaged_flips"] for run in runs]
@@ -82,8 +89,8 @@ def results_table(results):
             percent([f["accuracy"] for f in flips]) if all(flips) else "",
             str(len(runs)),
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def paired_table(results):
@@ -100,11 +107,11 @@ def paired_table(results):
     -------
     str
     """
-    lines = [
-        "| compared arms | minority images that only the first / only the second finds | p | "
-        "all images that only the first / only the second gets right | p |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    head = (
+        "compared arms", "minority images that only the first / only the second finds", "p",
+        "all images that only the first / only the second gets right", "p",
+    )  # fmt: skip
+    rows = []
     for first, second in PAIRS:
         if first not in results or second not in results:
             continue
@@ -116,13 +123,13 @@ def paired_table(results):
         rare = [run["class_names"].index(c) for c in run["minority_classes"]]
         minority = np.isin(y_true, rare)
         cells = [f"{ARMS[first].title} / {ARMS[second].title}"]
-        for rows in (minority, np.ones_like(minority)):
-            test = mcnemar_test(y_true[rows], predicted_first[rows], predicted_second[rows])
+        for judged in (minority, np.ones_like(minority)):
+            test = mcnemar_test(y_true[judged], predicted_first[judged], predicted_second[judged])
             p = test["p_value"]
             cells.append(f"{test['only_first_right']:,} / {test['only_second_right']:,}")
             cells.append("< 0.0001" if p < 1e-4 else f"{p:.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def conditions(results):
@@ -140,7 +147,8 @@ def conditions(results):
         f"(minority: {minority}), profile `{first['profile']}`: ResNet-18 of width "
         f"{configuration['width']} ({configuration['parameters']:,} parameters), "
         f"{configuration['steps']:,} steps of {configuration['batch_size']} images "
-        f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation unless the column says so; seed"
+        f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation "
+        f"unless the column says so; seed"
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
         f"{first['versions']['torch']} on {hardware['device'].upper()} ({hardware['name']}, "
         f"{hardware['cpu_threads']} threads), median {minutes:.0f} minutes of training an arm on a machine "

@@ -220,9 +220,26 @@ def load_torch_file(path, keys):
     missing = keys - content.keys() if isinstance(content, dict) else keys
     if missing:
         raise ValueError(
-            f"{path} is no file of this project for this purpose: it lacks {', '.join(sorted(missing))}. Remove it and run again."
+            f"{path} is no file of this project for this purpose: it lacks {', '.join(sorted(missing))}. "
+            "Remove it and run again."
         )
     return content
+
+
+def markdown_table(head, rows):
+    """Markdown table with its first column to the left and the others to the right.
+
+    Parameters
+    ----------
+    head : sequence of str
+    rows : iterable of sequence of str
+
+    Returns
+    -------
+    str
+    """
+    alignment = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows))
 
 
 def is_reachable(url, seconds=20):
@@ -413,8 +430,8 @@ def plot_learning_curves(histories, title, chance=None):
     ----------
     histories : list of list of dict
         One list per run; each dict is one epoch with ``images_seen``, ``train_loss``,
-        ``train_accuracy``, ``test_loss``, ``test_accuracy`` and ``test_minority_recall``; the last three only where the
-        test set was looked at.
+        ``train_accuracy``, ``test_loss``, ``test_accuracy`` and ``test_minority_recall``; the last three
+        only where the test set was looked at.
     title : str
     chance : float, optional
         Recall by guessing, drawn as a dotted line.

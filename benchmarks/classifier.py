@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ClassifierNetwork import Recipe, channel_statistics, create_classifier, train_classifier
 from Experiment import code_version
 from ImbalancedCIFAR10 import default_root, load_cifar10
-from Utils import choose_device, describe_hardware, save_json
+from Utils import choose_device, describe_hardware, markdown_table, save_json
 
 PATH = Path("results", "benchmarks", "classifier.json")
 WIDTH = 42  # the reference's
@@ -100,16 +100,16 @@ def measure(name, steps, warmup):
 
 def table(result):
     """Markdown table of a result."""
-    lines = ["| loop | images/s | peak memory (GiB) |", "| --- | ---: | ---: |"]
+    rows = []
     for name, title in (("reference", "the reference's, rebuilt"), ("ours", "ours")):
         values = result["median"][name]
-        lines.append(f"| {title} | {values['images_per_second']:.0f} | {values['peak_memory_gib']:.2f} |")
+        rows.append((title, f"{values['images_per_second']:.0f}", f"{values['peak_memory_gib']:.2f}"))
     rounds = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_each_round"])
     hardware = result["hardware"]
-    return "\n".join(lines) + (
-        f"\n\nOurs does **{result['ratio_of_speeds']:.2f} times** as many images a second (rounds: {rounds}); ResNet-18 "
-        f"of width {result['width']}, {hardware['device'].upper()} ({hardware['name']}, {hardware['cpu_threads']} "
-        f"threads), PyTorch {result['torch']}."
+    return markdown_table(("loop", "images/s", "peak memory (GiB)"), rows) + (
+        f"\n\nOurs does **{result['ratio_of_speeds']:.2f} times** as many images a second (rounds: {rounds}); "
+        f"ResNet-18 of width {result['width']}, {hardware['device'].upper()} ({hardware['name']}, "
+        f"{hardware['cpu_threads']} threads), PyTorch {result['torch']}."
     )
 
 

@@ -27,7 +27,7 @@ from ClassifierNetwork import (
 )
 from Experiment import code_version
 from ImbalancedCIFAR10 import load_cifar10
-from Utils import choose_device, describe_hardware, save_json
+from Utils import choose_device, describe_hardware, markdown_table, save_json
 
 FOLDER = Path("results", "benchmarks")
 PARTS = {
@@ -40,18 +40,11 @@ PARTS = {
 
 def table(results):
     """Markdown table of results, one column each."""
-    lines = [
-        "| share of a training step | " + " | ".join(f"width {r['width']}" for r in results) + " |",
-        "| --- |" + " ---: |" * len(results),
-    ]
-    for part in results[0]["shares"]:
-        lines.append(f"| {part} | " + " | ".join(f"{r['shares'][part]:.1%}" for r in results) + " |")
-    lines.append("| images/s | " + " | ".join(f"{r['images_per_second']:,.0f}" for r in results) + " |")
     cost = "training_images_at_the_cost_of_evaluating_one"
-    lines.append(
-        "| judging a test image, in training images | " + " | ".join(f"{r[cost]:.2f}" for r in results) + " |"
-    )
-    return "\n".join(lines)
+    rows = [(part, *(f"{r['shares'][part]:.1%}" for r in results)) for part in results[0]["shares"]]
+    rows.append(("images/s", *(f"{r['images_per_second']:,.0f}" for r in results)))
+    rows.append(("judging a test image, in training images", *(f"{r[cost]:.2f}" for r in results)))
+    return markdown_table(("share of a training step", *(f"width {r['width']}" for r in results)), rows)
 
 
 def label_parts():

@@ -1,7 +1,9 @@
 """Write the tables of ``benchmarks/README.md`` from ``results/benchmarks/``.
 
-python benchmarks/report.py            # write
-python benchmarks/report.py --check    # fail if the file does not show what the results say
+    python benchmarks/report.py            # write
+    python benchmarks/report.py --check    # fail if the file does not show what the results say
+
+A part whose benchmark was not run yet says so.
 """
 
 import argparse

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from DiffusionPipelines import PRESETS, SIZE, Painter, choose_dtype
-from Utils import describe_hardware, save_json
+from Utils import describe_hardware, markdown_table, save_json
 
 RESULT = Path("results/benchmarks/stable_diffusion.json")
 LATENTS = SIZE // 8
@@ -299,21 +299,23 @@ def _cost(calls, flops, seconds):
 
 def table(result):
     """Markdown table of a result."""
-    lines = [
-        "| preset | UNet passes an image | TFLOPs an image | times fewer | seconds an image | times less |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = (
+        "preset", "UNet passes an image", "TFLOPs an image", "times fewer", "seconds an image", "times less",
+    )  # fmt: skip
     reference = result["presets"]["reference"]
+    rows = []
     for preset, cost in result["presets"].items():
         seconds, times = "not measured", ""
         if cost["seconds"] is not None:
             seconds = f"{cost['seconds']:.1f}"
             times = f"{reference['seconds'] / cost['seconds']:.1f}"
-        lines.append(
-            f"| {preset} | {cost['unet_passes']} | {cost['tflops']:.2f} | "
-            f"{reference['tflops'] / cost['tflops']:.1f} | {seconds} | {times} |"
-        )
-    return "\n".join(lines)
+        rows.append(
+            (
+                preset, str(cost["unet_passes"]), f"{cost['tflops']:.2f}",
+                f"{reference['tflops'] / cost['tflops']:.1f}", seconds, times,
+            )
+        )  # fmt: skip
+    return markdown_table(head, rows)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from ClassifierNetwork import (
 from Experiment import code_version
 from ImbalancedCIFAR10 import load_cifar10
 from Report import percent
-from Utils import choose_device, describe_hardware, save_json, uses_bfloat16
+from Utils import choose_device, describe_hardware, markdown_table, save_json, uses_bfloat16
 
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")
 
@@ -243,7 +243,7 @@ def table(series):
     header = (
         "recipe", "width", "passes", "PFLOPs", "test accuracy (%)", "with averaged flips (%)", "seeds",
     )  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    rows = []
     for runs in load_runs(series).values():
         first = runs[0]
         cells = [
@@ -252,8 +252,8 @@ def table(series):
             percent([run["accuracy_with_averaged_flips"] for run in runs], 2),
             str(len(runs)),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def main(arguments=None):
