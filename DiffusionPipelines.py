@@ -17,7 +17,6 @@ SDEdit: guided image synthesis and editing with stochastic differential equation
 """
 
 import contextlib
-import gc
 import json
 import math
 import warnings
@@ -479,9 +478,9 @@ class Painter:
             yield "networks moved to the GPU one at a time", pipeline.enable_model_cpu_offload
 
     def _save_memory(self, message):
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        from accelerate.utils.memory import clear_device_cache
+
+        clear_device_cache(garbage_collection=True)
         if self.batch_size > 1:
             self.batch_size //= 2
             measure = f"batches of {self.batch_size}"

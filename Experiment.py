@@ -23,7 +23,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 
 from CandidateImages import CandidateMaker, GenerationSettings
@@ -502,6 +501,8 @@ def run_arm(
     main_process = not data_parallel or processes.is_main_process
     finished = [path.exists()]
     if data_parallel:
+        from accelerate.utils import broadcast_object_list  # here: it takes seconds to import
+
         broadcast_object_list(finished)  # all or none must go on
     if finished[0]:
         if main_process and not all(plot.exists() for plot in _plot_paths(arm_name, *place)):

@@ -17,6 +17,7 @@ import torch
 
 from DiffusionPipelines import load_pretrained
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
+from Prompts import with_article
 from Utils import choose_device
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
@@ -66,7 +67,7 @@ class ClipFilter:
             Probability of the class less the highest one of another class, between -1 and 1.
         """
         names = list(dict.fromkeys((*self._class_names, class_name)))
-        texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
+        texts = [f"a photo of {with_article(name)}" for name in names]
         inputs = self._processor(text=texts, images=list(images), return_tensors="pt", padding=True)
         answer = self._network(**inputs.to(self._device))
         probabilities = answer.logits_per_image.float().softmax(dim=1)

@@ -13,7 +13,6 @@ tuning text-to-image diffusion models for subject-driven generation (learning fr
 """
 
 import argparse
-import gc
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from ImageOverSampler import check_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
+from Prompts import with_article
 from Utils import (
     atomic_path,
     choose_device,
@@ -172,7 +172,7 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None, save_
                 loss = _backward(unet, batch, text, portion, device)
                 break
             except RuntimeError as error:
-                from accelerate.utils.memory import should_reduce_batch_size
+                from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
                 if not should_reduce_batch_size(error):
                     raise
@@ -181,9 +181,8 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None, save_
                         f"There is too little memory on {device} to train with a single image of "
                         f"{recipe.size}x{recipe.size} pixels. Free some, or choose a smaller --size."
                     ) from error
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            # Outside the except block, which would keep the failed portion's tensors alive.
+            clear_device_cache(garbage_collection=True)
             portion //= 2
             tqdm.write(f"Out of memory on {device}: going on with portions of {portion} images.")
         if not np.isfinite(loss):
@@ -234,8 +233,8 @@ def _encode(pipeline, X, class_name, size):
         means.append(latents.mean.cpu())
         deviations.append(latents.std.cpu())
     factor = pipeline.vae.config.scaling_factor
-    article = "an" if class_name[0] in "aeiou" else "a"
-    text, _ = pipeline.encode_prompt(f"a photo of {article} {class_name}", pipeline.device, 1, False)
+    prompt = f"a photo of {with_article(class_name)}"
+    text, _ = pipeline.encode_prompt(prompt, pipeline.device, 1, False)
     return factor * torch.cat(means), factor * torch.cat(deviations), text
 
 

@@ -235,6 +235,11 @@ def find_grammar(class_name, grammar="varied"):
     return template, fields
 
 
+def with_article(class_name):
+    """``a cat``, ``an airplane``: how CLIP and the adapters are told a class."""
+    return f"{'an' if class_name[0] in 'aeiou' else 'a'} {class_name}"
+
+
 def count_prompts(class_name, grammar="varied"):
     """How many combinations of words the grammar of a class has."""
     return math.prod(map(len, find_grammar(class_name, grammar)[1].values()))

@@ -112,6 +112,12 @@ def load_generated_images(path=CACHE):
     ValueError
         If the file is truncated, holds another dtype, or asks for pickle.
     """
+    records = _open_cache(path)
+    return records["image"].copy(), records["label"].copy()
+
+
+def _open_cache(path):
+    """The checked records of a cache, mapped into memory: nothing is read before it is looked at."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -126,7 +132,7 @@ def load_generated_images(path=CACHE):
     if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
         found = getattr(records, "dtype", type(records).__name__)
         raise ValueError(f"{path} must hold one record of {RECORD} an image, but it holds {found}.")
-    return records["image"].copy(), records["label"].copy()
+    return records
 
 
 def load_metadata(path=CACHE):
@@ -138,16 +144,14 @@ def load_metadata(path=CACHE):
         One per image in the cache's order, by the names in :data:`METADATA`, all values text. Empty text
         where nothing is known, as for images that were imported.
     """
-    images, labels = load_generated_images(path)
+    records = _open_cache(path)
     table = Path(path).with_suffix(".csv")
-    known = {}
-    if table.exists():
-        with open(table, newline="", encoding="utf-8") as file:
-            known = {(row["label"], row["crc32"]): row for row in csv.DictReader(file)}
+    if not table.exists():
+        return [dict.fromkeys(METADATA, "") for _ in range(len(records))]
+    with open(table, newline="", encoding="utf-8") as file:
+        known = {(row["label"], row["crc32"]): row for row in csv.DictReader(file)}
     # Found by the image's own checksum: after a kill between the two files, no row is given to another image.
-    keys = [
-        (str(label), str(zlib.crc32(image.tobytes()))) for image, label in zip(images, labels, strict=True)
-    ]
+    keys = [(str(record["label"]), str(zlib.crc32(record["image"].tobytes()))) for record in records]
     return [known.get(key, dict.fromkeys(METADATA, "")) for key in keys]
 
 
@@ -357,10 +361,8 @@ def _describe_candidates(candidates, rows, job, job_name):
 def _refuse_foreign_images(path, class_name, label, job_name):
     if not Path(path).exists():
         return
-    of_class = [
-        row for row, owner in zip(load_metadata(path), load_generated_images(path)[1], strict=True)
-        if owner == label
-    ]  # fmt: skip
+    owners = _open_cache(path)["label"]
+    of_class = [row for row, owner in zip(load_metadata(path), owners, strict=True) if owner == label]
     foreign = sum(row["job"] != job_name for row in of_class)
     if foreign:
         raise ValueError(

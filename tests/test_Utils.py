@@ -21,6 +21,7 @@ from Utils import (
     derive_seed,
     describe_hardware,
     is_reachable,
+    markdown_table,
     mcnemar_test,
     plot_class_counts,
     plot_comparison,
@@ -32,6 +33,16 @@ from Utils import (
     save_json,
     seeded,
 )
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def test_a_table_has_its_first_column_to_the_left_and_the_others_to_the_right():
+    table = markdown_table(("arm", "recall", "n"), [("imbalanced", "0.0", "1"), ("SMOTE", "5.6", "2")])
+    assert table.splitlines() == [
+        "| arm | recall | n |", "| --- | ---: | ---: |", "| imbalanced | 0.0 | 1 |", "| SMOTE | 5.6 | 2 |",
+    ]  # fmt: skip
+
 
 # --- Metrics ------------------------------------------------------------------------------------
 
