@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,19 @@ from ClassifierNetwork import (
     channel_statistics,
     create_classifier,
     evaluate_classifier,
+    load_classifier,
     save_classifier,
     train_classifier,
     uses_bfloat16,
 )
+from GANGeneration import (
+    GAN_SETTINGS,
+    count_flops,
+    save_discriminator,
+    save_generator,
+    train_gan,
+)
+from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
 from StableDiffusionGeneration import (
@@ -389,6 +398,131 @@ def load_results(profile_name, data_name, split_name):
     return results
 
 
+# --- The GAN ------------------------------------------------------------------------------------
+
+
+def classifier_features(data, split, profile="auto", device=None):
+    """Features of the ResNet-18 that the arm ``imbalanced`` trains: the measure of generated images.
+
+    They know the training images that the split keeps and nothing else. The network is trained if its
+    weights are not there.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+    split : Split
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    GenerationQuality.ImageFeatures
+    """
+    profile_name, settings = resolve_profile(profile)
+    device = choose_device(device)
+    weights = output_path("models", profile_name, data.name, split.name, "resnet_imbalanced.pt")
+    if not weights.exists():
+        X, y = split.cut(data.X_train, data.y_train)
+        recipe = Recipe(
+            steps=max(1, min(settings.steps, MOST_PASSES * (len(y) // Recipe.batch_size))),
+            flip=data.mirrored_images_keep_their_class,
+        )
+        model = create_classifier(len(data.class_names), settings.width, channel_statistics(X), seed=0)
+        folder = split_folder(data.name, split.name)
+        train_classifier(
+            model, X, y, recipe, seed=0, device=device,
+            checkpoint=Path("models", "checkpoints", profile_name, folder, "features.pt"),
+            description=f"the network that judges images, {folder}",
+        )  # fmt: skip
+        save_classifier(model, weights)
+    network = load_classifier(weights, device)
+    name = f"ResNet-18 of width {network.width}, trained on {split.name} of {data.name}"
+    return ImageFeatures(network.features, name, device)
+
+
+def gan_path(profile_name, data_name, split_name):
+    """``results/<profile>/<split>/gan.json``: settings, history and quality of the trained GAN."""
+    return result_path(profile_name, data_name, split_name, "", 0).with_name("gan.json")
+
+
+def prepare_generator(data, split, profile="auto", device=None):
+    """See to it that the GAN of a split and profile is trained, and return where its generator is.
+
+    One GAN serves every seed of the arms: the adversarial training belongs to split and profile. It
+    sees what :meth:`ImbalancedCIFAR10.Split.cut` leaves, and nothing else. Which record's generator is
+    taken is decided by the Fréchet distance to those same images, every class weighted equally, in
+    the features of :func:`classifier_features`.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+    split : Split
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ArmUnavailableError
+        If a class has fewer than 2 images.
+    GANCollapseError
+        See :func:`GANGeneration.train_gan`.
+    """
+    profile_name, _ = resolve_profile(profile)
+    device = choose_device(device)
+    place = (profile_name, data.name, split.name)
+    path = output_path("models", *place, "generator.pt")
+    if path.exists():
+        return path
+    X, y = split.cut(data.X_train, data.y_train)
+    if np.bincount(y).min() < 2:
+        raise ArmUnavailableError(f"a GAN needs 2 images of each class, but a class of {split.name} has 1")
+    settings = replace(GAN_SETTINGS[profile_name], flip=data.mirrored_images_keep_their_class)
+    features = classifier_features(data, split, profile_name, device)
+    rows = [
+        np.resize(np.flatnonzero(y == c), settings.quality_images // len(data.class_names))
+        for c in np.unique(y)
+    ]
+    distance = frechet_distance_to(X[np.concatenate(rows)], features)
+    folder = split_folder(data.name, split.name)
+    run = train_gan(
+        X, y, settings, seed=0, num_classes=len(data.class_names), device=device,
+        quality=lambda images, labels: distance(images),
+        checkpoint=Path("models", "checkpoints", profile_name, folder, "gan.pt"),
+        description=f"training the GAN, {folder}",
+    )  # fmt: skip
+    result = {
+        "data": data.name,
+        "split": split.name,
+        "profile": profile_name,
+        "class_names": list(data.class_names),
+        "settings": asdict(settings),
+        "parameters": {
+            "generator": sum(p.numel() for p in run.generator.parameters()),
+            "discriminator": sum(p.numel() for p in run.discriminator.parameters()),
+        },
+        "petaflops": count_flops(settings, len(data.class_names)) * settings.steps / 1e15,
+        "chosen_by": f"Fréchet distance to the training images, classes weighted equally; {features.name}",
+        "best_step": run.best_step,
+        "seconds": {
+            "training": sum(record["seconds"] for record in run.history),
+            "judging": sum(record["seconds_of_quality"] for record in run.history),
+        },
+        "hardware": describe_hardware(device),
+        "versions": {"torch": version("torch"), "commit": _code_version()},
+        "history": run.history,
+    }
+    with atomic_path(gan_path(*place).with_name("gan-snapshots.npy")) as temporary:
+        np.save(temporary, run.snapshots, allow_pickle=False)
+    save_json(gan_path(*place), result)
+    save_discriminator(run.discriminator, output_path("models", *place, "discriminator.pt"))
+    save_generator(run.generator, path)  # last: its presence says that the training is finished
+    return path
+
+
 # --- Running ------------------------------------------------------------------------------------
 
 
@@ -624,6 +758,10 @@ def main(arguments=None):
         default="auto",
         help="smoke, quick, cpu, full, or auto (default): full with CUDA, else quick",
     )
+    parser.add_argument(
+        "--train-gan", action="store_true",
+        help="train the GAN of the split (resumed after a kill), and run no arm",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
     options = parser.parse_args(arguments)
     arm_names = []
@@ -635,6 +773,12 @@ def main(arguments=None):
         choose_device(options.device)
         for name in arm_names:
             find_arm(name)
+        if options.train_gan:
+            data = load_data()
+            for name in options.split:
+                split = split_from_name(name or default_split(data), data.y_train, data.class_names)
+                print(f"The generator is {prepare_generator(data, split, options.profile, options.device)}.")
+            return
         outcomes = run_arms(
             arm_names, load_data(), options.split, options.seed, options.profile, options.device
         )

@@ -85,6 +85,20 @@ def choose_device(name=None):
     return torch.device("cpu")
 
 
+def uses_bfloat16(device):
+    """Whether convolutions run in bfloat16: only where the hardware multiplies in it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def mixed_precision(device):
+    """Context in which convolutions run in bfloat16 where :func:`uses_bfloat16` says so."""
+    if uses_bfloat16(device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
 def describe_hardware(device):
     """Name the hardware that a result was obtained on.
 
@@ -158,6 +172,37 @@ def save_figure(figure, path):
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight")
     return figure
+
+
+def load_torch_file(path, keys):
+    """Read a dictionary that ``torch.save`` wrote, onto the CPU and never unpickled as code.
+
+    Parameters
+    ----------
+    path : path
+    keys : set of str
+        What the dictionary must have.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If the file is damaged or holds something else.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise ValueError(
+            f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
+        ) from error
+    missing = keys - content.keys() if isinstance(content, dict) else keys
+    if missing:
+        raise ValueError(
+            f"{path} is another kind of file: it lacks {', '.join(sorted(missing))}. Remove it and run again."
+        )
+    return content
 
 
 def is_reachable(url, seconds=20):
