@@ -35,12 +35,20 @@ from ClassifierNetwork import (
 )
 from GANGeneration import (
     GAN_SETTINGS,
+    GANCollapseError,
     count_flops,
     save_discriminator,
     save_generator,
     train_gan,
 )
-from GenerationQuality import ImageFeatures, frechet_distance_to
+from GenerationQuality import (
+    FeaturesUnavailableError,
+    ImageFeatures,
+    InceptionFeatures,
+    frechet_distance_to,
+    generation_quality,
+    memorisation,
+)
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
 from StableDiffusionGeneration import (
@@ -134,8 +142,10 @@ class Arm:
     whole_training_set : bool
         Whether it trains on the uncut data: the ceiling.
     needs_stable_diffusion : bool
+    needs_gan : bool
+        Whether ``resample`` takes the path of the trained generator as a fourth argument.
     story : bool
-        Whether it belongs to the short story that ``make main`` tells.
+        Whether it belongs to the short story that ``Main.ipynb`` tells.
     """
 
     title: str
@@ -145,6 +155,7 @@ class Arm:
     logit_adjusted: bool = False
     whole_training_set: bool = False
     needs_stable_diffusion: bool = False
+    needs_gan: bool = False
     story: bool = False
 
 
@@ -176,6 +187,17 @@ def _source_balanced(X, y, seed):
     return StableDiffusionOverSampler(sampling_strategy=strategy, random_state=seed).fit_resample(X, y)
 
 
+def _gan(X, y, seed, generator):
+    return GANOverSampler(generator=generator, random_state=seed).fit_resample(X, y)
+
+
+def _gan_source_balanced(X, y, seed, generator):
+    strategy = source_balanced_strategy(y)
+    return GANOverSampler(generator=generator, sampling_strategy=strategy, random_state=seed).fit_resample(
+        X, y
+    )
+
+
 ARMS = {
     "imbalanced": Arm("Imbalanced", "imbalanced", "resnet_imbalanced", story=True),
     "random-oversampling": Arm(
@@ -191,6 +213,15 @@ ARMS = {
         "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
         lambda X, y, seed: AugmentationOverSampler(random_state=seed).fit_resample(X, y),
         story=True,
+    ),
+    "gan": Arm("GAN, minority only", "gan", "resnet_gan", _gan, needs_gan=True),
+    "gan-source-balanced": Arm(
+        "GAN, source-balanced", "gan_source_balanced", "resnet_gan_source_balanced",
+        _gan_source_balanced, needs_gan=True,
+    ),
+    "gan-source-balanced-adjusted": Arm(
+        "GAN, source-balanced, logit-adjusted per source", "gan_source_balanced_adjusted",
+        "resnet_gan_source_balanced_adjusted", _gan_source_balanced, logit_adjusted=True, needs_gan=True,
     ),
     "stable": Arm(
         "Stable Diffusion, minority only", "stable", "resnet_stable_diffusion",
@@ -216,6 +247,7 @@ ARMS = {
     ),
 }  # fmt: skip
 STORY = tuple(name for name, arm in ARMS.items() if arm.story)
+GAN_STORY = ("imbalanced", "gan", "gan-source-balanced", "gan-source-balanced-adjusted")
 
 
 class ArmUnavailableError(RuntimeError):
@@ -288,7 +320,7 @@ class TrainingSet:
         )
 
 
-def make_training_set(arm_name, data, split, seed=0):
+def make_training_set(arm_name, data, split, seed=0, profile="auto", device=None):
     """Cut the split and rebalance it as the arm does.
 
     The removed images are dropped before any sampler is called.
@@ -299,6 +331,10 @@ def make_training_set(arm_name, data, split, seed=0):
     data : ImageDataSet
     split : Split
     seed : int
+    profile : str
+        Only a GAN arm asks for it: its generator, trained now if it is not there, belongs to a profile.
+    device : str or torch.device, optional
+        For that training.
 
     Returns
     -------
@@ -307,7 +343,7 @@ def make_training_set(arm_name, data, split, seed=0):
     Raises
     ------
     ArmUnavailableError
-        If the arm needs Stable Diffusion images and there are none.
+        If the arm needs Stable Diffusion images and there are none, or a GAN and a class has one image.
     """
     arm = find_arm(arm_name)
     if arm.whole_training_set:
@@ -317,7 +353,8 @@ def make_training_set(arm_name, data, split, seed=0):
     X, y = split.cut(data.X_train, data.y_train)
     if arm.resample is None:
         return TrainingSet(X, y, len(y))
-    X_res, y_res = arm.resample(X, y, derive_seed(seed, 2) % 2**32)
+    generator = (prepare_generator(data, split, profile, device),) if arm.needs_gan else ()
+    X_res, y_res = arm.resample(X, y, derive_seed(seed, 2) % 2**32, *generator)
     return TrainingSet(X_res, y_res, len(y))
 
 
@@ -523,6 +560,80 @@ def prepare_generator(data, split, profile="auto", device=None):
     return path
 
 
+# --- Quality of generated images ----------------------------------------------------------------
+
+JUDGED = ("non-synthetic", "gan", "stable")
+
+
+def generated_minority_images(arm_name, data, split, profile="auto", device=None):
+    """What an arm (seed 0) adds to the first minority class: uint8 (n, 32, 32, 3)."""
+    training_set = make_training_set(arm_name, data, split, 0, profile, device)
+    synthetic = slice(training_set.real_rows, None)
+    return training_set.X[synthetic][training_set.y[synthetic] == split.minority_classes[0]]
+
+
+def judge_generated_images(data, split, profile="auto", device=None):
+    """Judge what each method makes of the first minority class, once everything is trained.
+
+    Generated images are compared with the class's test images, which no generator saw; nothing is
+    chosen by it. Memorisation is looked for among the kept training images, and new real images (the
+    same test images) are put to the same test, for they too lie near some training image.
+
+    Evidence profiles judge with Inception's features where its weights can be had, else, like the other
+    profiles, with those of :func:`classifier_features`.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+    split : Split
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    dict
+        As it stands in ``results/<profile>/<split>/generated-images.json``: ``class``,
+        ``share_of_copies_among_new_real_images``, ``methods`` (arm name -> the dict of
+        :func:`GenerationQuality.generation_quality` with ``share_of_copies``).
+    """
+    profile_name, settings = resolve_profile(profile)
+    device = choose_device(device)
+    place = (profile_name, data.name, split.name)
+    path = gan_path(*place).with_name("generated-images.json")
+    if path.exists():
+        return _read_result(path)
+    c = split.minority_classes[0]
+    X, y = split.cut(data.X_train, data.y_train)
+    kept, unseen = X[y == c], data.X_test[data.y_test == c]
+    generated = {}
+    for name in JUDGED:
+        try:
+            generated[name] = generated_minority_images(name, data, split, profile_name, device)
+        except ArmUnavailableError:
+            continue
+    features = None
+    if settings.evidence:
+        try:
+            features = InceptionFeatures(device)
+        except FeaturesUnavailableError as error:
+            print(f"Judged with features of our own: {error}")
+    features = features or classifier_features(data, split, profile_name, device)
+    count = min(len(unseen), *(len(images) for images in generated.values()))
+    rng = np.random.default_rng(0)
+    judged = {
+        "class": data.class_names[c],
+        "share_of_copies_among_new_real_images": memorisation(kept, unseen, features).share_of_copies,
+        "methods": {},
+    }
+    for name, images in generated.items():
+        some = images[rng.choice(len(images), count, replace=False)]  # recall depends on their number
+        judged["methods"][name] = generation_quality(unseen, some, features) | {
+            "share_of_copies": memorisation(kept, images, features).share_of_copies
+        }
+    save_json(path, judged)
+    return judged
+
+
 # --- Running ------------------------------------------------------------------------------------
 
 
@@ -576,8 +687,10 @@ def run_arm(arm_name, data, split_name=None, seed=0, profile="auto", device=None
             save_arm_plots(arm_name, *place)  # killed after the result was written
         return _read_result(path)
 
+    if arm.needs_gan:
+        prepare_generator(data, split, profile_name, device)  # its own time stands in gan.json
     started = time.perf_counter()
-    training_set = make_training_set(arm_name, data, split, seed)
+    training_set = make_training_set(arm_name, data, split, seed, profile_name, device)
     seconds_of_resampling = time.perf_counter() - started
     passes = len(split.kept_rows(data.y_train)) // Recipe.batch_size
     recipe = Recipe(
@@ -782,7 +895,7 @@ def main(arguments=None):
         outcomes = run_arms(
             arm_names, load_data(), options.split, options.seed, options.profile, options.device
         )
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, GANCollapseError, ArmUnavailableError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     for (arm_name, split_name, seed), outcome in outcomes.items():
         if isinstance(outcome, str):

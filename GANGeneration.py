@@ -306,7 +306,7 @@ class GANSettings:
 # give the most updates; the widths are multiples of 16, where bfloat16 convolutions are fast.
 GAN_SETTINGS = {
     "smoke": GANSettings(steps=6, batch_size=20, channels=4, latent_size=16, records=2, quality_images=60),
-    "quick": GANSettings(steps=3000, channels=16, records=6, quality_images=2000),
+    "quick": GANSettings(steps=2000, channels=16, records=6, quality_images=2000),
     "cpu": GANSettings(steps=14000),
     # The width, the batch and the two discriminator updates approach Miyato and Koyama's.
     "full": GANSettings(
