@@ -36,6 +36,7 @@ from ClassifierNetwork import (
 from GANGeneration import (
     GAN_SETTINGS,
     GANCollapseError,
+    GANOverSampler,
     count_flops,
     save_discriminator,
     save_generator,

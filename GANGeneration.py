@@ -615,8 +615,11 @@ def train_gan(
         "checksum": zlib.crc32(X, zlib.crc32(y)), "judged": quality is not None,
     }  # fmt: skip
     history, snapshots, best = [], [], None
+    dead_steps = torch.zeros((), device=device, dtype=torch.int64)
     if checkpoint is not None and Path(checkpoint).exists():
-        content = load_torch_file(checkpoint, {"run", "history", "snapshots", "best", "adversaries"})
+        content = load_torch_file(
+            checkpoint, {"run", "history", "snapshots", "best", "dead_steps", "adversaries"}
+        )
         differing = {k: (content["run"].get(k), v) for k, v in run.items() if content["run"].get(k) != v}
         if differing:
             details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
@@ -625,6 +628,7 @@ def train_gan(
             )
         adversaries.load_state_dict(content["adversaries"])
         history, best = content["history"], content["best"]
+        dead_steps += content["dead_steps"]
         snapshots = list(content["snapshots"].numpy())
     step = history[-1]["step"] if history else 0
     batch_size = history[-1]["batch_size"] if history else settings.batch_size
@@ -640,7 +644,6 @@ def train_gan(
         for end in (s for s in record_steps if s > step):
             started, first_step = time.perf_counter(), step
             sums = torch.zeros(4, device=device)
-            dead_steps = torch.zeros((), device=device, dtype=torch.int64)
             while step < end:
                 try:
                     values = adversaries.step(batches, batch_size, step, seed)
@@ -692,7 +695,7 @@ def train_gan(
             if checkpoint is not None and step < settings.steps:
                 content = {
                     "run": run, "history": history, "snapshots": torch.from_numpy(np.stack(snapshots)),
-                    "best": best, "adversaries": adversaries.state_dict(),
+                    "best": best, "dead_steps": int(dead_steps), "adversaries": adversaries.state_dict(),
                 }  # fmt: skip
                 with atomic_path(checkpoint) as temporary:
                     torch.save(content, temporary)
