@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +33,26 @@ from ClassifierNetwork import (
     count_training_flops,
     create_classifier,
     evaluate_classifier,
+    load_classifier,
     save_classifier,
     train_classifier,
+)
+from GANGeneration import (
+    GAN_SETTINGS,
+    GANCollapseError,
+    GANOverSampler,
+    count_flops,
+    save_discriminator,
+    save_generator,
+    train_gan,
+)
+from GenerationQuality import (
+    FeaturesUnavailableError,
+    ImageFeatures,
+    InceptionFeatures,
+    frechet_distance_to,
+    generation_quality,
+    memorisation,
 )
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
@@ -134,8 +152,10 @@ class Arm:
     whole_training_set : bool
         Whether it trains on the uncut data: the ceiling.
     needs_stable_diffusion : bool
+    needs_gan : bool
+        Whether ``resample`` takes the path of the trained generator as a fourth argument.
     story : bool
-        Whether it belongs to the short story that ``make main`` tells.
+        Whether it belongs to the short story that ``Main.ipynb`` tells.
     """
 
     title: str
@@ -145,6 +165,7 @@ class Arm:
     logit_adjusted: bool = False
     whole_training_set: bool = False
     needs_stable_diffusion: bool = False
+    needs_gan: bool = False
     story: bool = False
 
 
@@ -176,6 +197,17 @@ def _source_balanced(X, y, seed):
     return StableDiffusionOverSampler(sampling_strategy=strategy, random_state=seed).fit_resample(X, y)
 
 
+def _gan(X, y, seed, generator):
+    return GANOverSampler(generator=generator, random_state=seed).fit_resample(X, y)
+
+
+def _gan_source_balanced(X, y, seed, generator):
+    strategy = source_balanced_strategy(y)
+    return GANOverSampler(generator=generator, sampling_strategy=strategy, random_state=seed).fit_resample(
+        X, y
+    )
+
+
 ARMS = {
     "imbalanced": Arm("Imbalanced", "imbalanced", "resnet_imbalanced", story=True),
     "random-oversampling": Arm(
@@ -191,6 +223,15 @@ ARMS = {
         "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
         lambda X, y, seed: AugmentationOverSampler(random_state=seed).fit_resample(X, y),
         story=True,
+    ),
+    "gan": Arm("GAN, minority only", "gan", "resnet_gan", _gan, needs_gan=True),
+    "gan-source-balanced": Arm(
+        "GAN, source-balanced", "gan_source_balanced", "resnet_gan_source_balanced",
+        _gan_source_balanced, needs_gan=True,
+    ),
+    "gan-source-balanced-adjusted": Arm(
+        "GAN, source-balanced, logit-adjusted per source", "gan_source_balanced_adjusted",
+        "resnet_gan_source_balanced_adjusted", _gan_source_balanced, logit_adjusted=True, needs_gan=True,
     ),
     "stable": Arm(
         "Stable Diffusion, minority only", "stable", "resnet_stable_diffusion",
@@ -216,6 +257,7 @@ ARMS = {
     ),
 }  # fmt: skip
 STORY = tuple(name for name, arm in ARMS.items() if arm.story)
+GAN_STORY = ("imbalanced", "gan", "gan-source-balanced", "gan-source-balanced-adjusted")
 
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
@@ -319,7 +361,7 @@ class TrainingSet:
         )
 
 
-def make_training_set(arm_name, data, split, seed=0):
+def make_training_set(arm_name, data, split, seed=0, profile="auto", device=None):
     """Cut the split and rebalance it as the arm does.
 
     The removed images are dropped before any sampler is called.
@@ -330,6 +372,10 @@ def make_training_set(arm_name, data, split, seed=0):
     data : ImageDataSet
     split : Split
     seed : int
+    profile : str
+        Only a GAN arm asks for it: its generator, trained now if it is not there, belongs to a profile.
+    device : str or torch.device, optional
+        For that training.
 
     Returns
     -------
@@ -338,7 +384,7 @@ def make_training_set(arm_name, data, split, seed=0):
     Raises
     ------
     ArmUnavailableError
-        If the arm needs Stable Diffusion images and there are none.
+        If the arm needs Stable Diffusion images and there are none, or a GAN and a class has one image.
     """
     arm = find_arm(arm_name)
     if arm.whole_training_set:
@@ -348,7 +394,8 @@ def make_training_set(arm_name, data, split, seed=0):
     X, y = split.cut(data.X_train, data.y_train)
     if arm.resample is None:
         return TrainingSet(X, y, len(y))
-    X_res, y_res = arm.resample(X, y, derive_seed(seed, 2) % 2**32)
+    generator = (prepare_generator(data, split, profile, device),) if arm.needs_gan else ()
+    X_res, y_res = arm.resample(X, y, derive_seed(seed, 2) % 2**32, *generator)
     return TrainingSet(X_res, y_res, len(y))
 
 
@@ -427,6 +474,202 @@ def load_results(profile_name, data_name, split_name):
         if found:
             results[arm_name] = sorted(found, key=lambda result: result["seed"])
     return results
+
+
+# --- The GAN ------------------------------------------------------------------------------------
+
+
+def classifier_features(data, split, profile="auto", device=None):
+    """Features of the ResNet-18 that the arm ``imbalanced`` trains: the measure of generated images.
+
+    They know the training images that the split keeps and nothing else. The network is trained if its
+    weights are not there.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+    split : Split
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    GenerationQuality.ImageFeatures
+    """
+    profile_name, settings = resolve_profile(profile)
+    device = choose_device(device)
+    weights = output_path("models", profile_name, data.name, split.name, "resnet_imbalanced.pt")
+    if not weights.exists():
+        X, y = split.cut(data.X_train, data.y_train)
+        recipe = profile_recipe(settings, len(y), data)
+        model = create_classifier(len(data.class_names), settings.width, channel_statistics(X), seed=0)
+        folder = split_folder(data.name, split.name)
+        train_classifier(
+            model, X, y, recipe, seed=0, device=device,
+            checkpoint=Path("models", "checkpoints", profile_name, folder, "features.pt"),
+            description=f"the network that judges images, {folder}",
+        )  # fmt: skip
+        save_classifier(model, weights)
+    network = load_classifier(weights, device)
+    name = f"ResNet-18 of width {network.width}, trained on {split.name} of {data.name}"
+    return ImageFeatures(network.features, name, device)
+
+
+def gan_path(profile_name, data_name, split_name):
+    """``results/<profile>/<split>/gan.json``: settings, history and quality of the trained GAN."""
+    return result_path(profile_name, data_name, split_name, "", 0).with_name("gan.json")
+
+
+def prepare_generator(data, split, profile="auto", device=None):
+    """See to it that the GAN of a split and profile is trained, and return where its generator is.
+
+    One GAN serves every seed of the arms: the adversarial training belongs to split and profile. It
+    sees what :meth:`ImbalancedCIFAR10.Split.cut` leaves, and nothing else. Which record's generator is
+    taken is decided by the Fréchet distance to those same images, every class weighted equally, in
+    the features of :func:`classifier_features`.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+    split : Split
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ArmUnavailableError
+        If a class has fewer than 2 images.
+    GANCollapseError
+        See :func:`GANGeneration.train_gan`.
+    """
+    profile_name, _ = resolve_profile(profile)
+    device = choose_device(device)
+    place = (profile_name, data.name, split.name)
+    path = output_path("models", *place, "generator.pt")
+    if path.exists():
+        return path
+    X, y = split.cut(data.X_train, data.y_train)
+    if np.bincount(y).min() < 2:
+        raise ArmUnavailableError(f"a GAN needs 2 images of each class, but a class of {split.name} has 1")
+    settings = replace(GAN_SETTINGS[profile_name], flip=data.mirrored_images_keep_their_class)
+    features = classifier_features(data, split, profile_name, device)
+    rows = [
+        np.resize(np.flatnonzero(y == c), settings.quality_images // len(data.class_names))
+        for c in np.unique(y)
+    ]
+    distance = frechet_distance_to(X[np.concatenate(rows)], features)
+    folder = split_folder(data.name, split.name)
+    run = train_gan(
+        X, y, settings, seed=0, num_classes=len(data.class_names), device=device,
+        quality=lambda images, labels: distance(images),
+        checkpoint=Path("models", "checkpoints", profile_name, folder, "gan.pt"),
+        description=f"training the GAN, {folder}",
+    )  # fmt: skip
+    result = {
+        "data": data.name,
+        "split": split.name,
+        "profile": profile_name,
+        "class_names": list(data.class_names),
+        "settings": asdict(settings),
+        "parameters": {
+            "generator": sum(p.numel() for p in run.generator.parameters()),
+            "discriminator": sum(p.numel() for p in run.discriminator.parameters()),
+        },
+        "petaflops": count_flops(settings, len(data.class_names)) * settings.steps / 1e15,
+        "chosen_by": f"Fréchet distance to the training images, classes weighted equally; {features.name}",
+        "best_step": run.best_step,
+        "seconds": {
+            "training": sum(record["seconds"] for record in run.history),
+            "judging": sum(record["seconds_of_quality"] for record in run.history),
+        },
+        "hardware": describe_hardware(device),
+        "versions": {"torch": version("torch"), "commit": code_version()},
+        "history": run.history,
+    }
+    with atomic_path(gan_path(*place).with_name("gan-snapshots.npy")) as temporary:
+        np.save(temporary, run.snapshots, allow_pickle=False)
+    save_json(gan_path(*place), result)
+    save_discriminator(run.discriminator, output_path("models", *place, "discriminator.pt"))
+    save_generator(run.generator, path)  # last: its presence says that the training is finished
+    return path
+
+
+# --- Quality of generated images ----------------------------------------------------------------
+
+JUDGED = ("non-synthetic", "gan", "stable")
+
+
+def generated_minority_images(arm_name, data, split, profile="auto", device=None):
+    """What an arm (seed 0) adds to the first minority class: uint8 (n, 32, 32, 3)."""
+    training_set = make_training_set(arm_name, data, split, 0, profile, device)
+    synthetic = slice(training_set.real_rows, None)
+    return training_set.X[synthetic][training_set.y[synthetic] == split.minority_classes[0]]
+
+
+def judge_generated_images(data, split, profile="auto", device=None):
+    """Judge what each method makes of the first minority class, once everything is trained.
+
+    Generated images are compared with the class's test images, which no generator saw; nothing is
+    chosen by it. Memorisation is looked for among the kept training images, and new real images (the
+    same test images) are put to the same test, for they too lie near some training image.
+
+    Evidence profiles judge with Inception's features where its weights can be had, else, like the other
+    profiles, with those of :func:`classifier_features`.
+
+    Parameters
+    ----------
+    data : ImageDataSet
+    split : Split
+    profile : str
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    dict
+        As it stands in ``results/<profile>/<split>/generated-images.json``: ``class``,
+        ``share_of_copies_among_new_real_images``, ``methods`` (arm name -> the dict of
+        :func:`GenerationQuality.generation_quality` with ``share_of_copies``).
+    """
+    profile_name, settings = resolve_profile(profile)
+    device = choose_device(device)
+    place = (profile_name, data.name, split.name)
+    path = gan_path(*place).with_name("generated-images.json")
+    if path.exists():
+        return _read_result(path)
+    c = split.minority_classes[0]
+    X, y = split.cut(data.X_train, data.y_train)
+    kept, unseen = X[y == c], data.X_test[data.y_test == c]
+    generated = {}
+    for name in JUDGED:
+        try:
+            generated[name] = generated_minority_images(name, data, split, profile_name, device)
+        except ArmUnavailableError:
+            continue
+    features = None
+    if settings.evidence:
+        try:
+            features = InceptionFeatures(device)
+        except FeaturesUnavailableError as error:
+            print(f"Judged with features of our own: {error}")
+    features = features or classifier_features(data, split, profile_name, device)
+    count = min(len(unseen), *(len(images) for images in generated.values()))
+    rng = np.random.default_rng(0)
+    judged = {
+        "class": data.class_names[c],
+        "share_of_copies_among_new_real_images": memorisation(kept, unseen, features).share_of_copies,
+        "methods": {},
+    }
+    for name, images in generated.items():
+        some = images[rng.choice(len(images), count, replace=False)]  # recall depends on their number
+        judged["methods"][name] = generation_quality(unseen, some, features) | {
+            "share_of_copies": memorisation(kept, images, features).share_of_copies
+        }
+    save_json(path, judged)
+    return judged
 
 
 # --- Running ------------------------------------------------------------------------------------
@@ -509,8 +752,10 @@ def run_arm(
             save_arm_plots(arm_name, *place)  # killed after the result was written
         return _read_result(path)
 
+    if arm.needs_gan:
+        prepare_generator(data, split, profile_name, device)  # its own time stands in gan.json
     started = time.perf_counter()
-    training_set = make_training_set(arm_name, data, split, seed)
+    training_set = make_training_set(arm_name, data, split, seed, profile_name, device)
     seconds_of_resampling = time.perf_counter() - started
     recipe = profile_recipe(settings, len(split.kept_rows(data.y_train)), data)
 
@@ -713,6 +958,10 @@ def main(arguments=None):
         default="auto",
         help="smoke, quick, cpu, full, or auto (default): full with CUDA, else quick",
     )
+    parser.add_argument(
+        "--train-gan", action="store_true",
+        help="train the GAN of the split (resumed after a kill), and run no arm",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
     parser.add_argument(
         "--data-parallel", action="store_true",
@@ -730,11 +979,24 @@ def main(arguments=None):
         for name in arm_names:
             find_arm(name)
         processes = start_processes(options.device)
-        with processes.main_process_first():  # the others find what the first one has downloaded
+        with processes.main_process_first():  # the others find what the first one has made
             data = load_data()
-            if any(ARMS[name].needs_stable_diffusion for name in arm_names):
-                with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
+            splits = [
+                split_from_name(name or default_split(data), data.y_train, data.class_names)
+                for name in options.split
+            ]
+            if options.train_gan:
+                for split in splits:
+                    generator = prepare_generator(data, split, options.profile, options.device)
+                    print(f"The generator is {generator}.")
+                return
+            with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
+                if any(ARMS[name].needs_stable_diffusion for name in arm_names):
                     prepare_stable_diffusion_images(data)
+            for split in splits:
+                with contextlib.suppress(ArmUnavailableError):
+                    if any(ARMS[name].needs_gan for name in arm_names):
+                        prepare_generator(data, split, options.profile, options.device)
         outcomes = run_arms(
             arm_names,
             data,
@@ -745,7 +1007,7 @@ def main(arguments=None):
             processes if processes.use_distributed else None,
             options.data_parallel,
         )
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, GANCollapseError, ArmUnavailableError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     for (arm_name, split_name, seed), outcome in outcomes.items():
         if isinstance(outcome, str):

@@ -5,6 +5,7 @@ python Report.py --check   fail if the README does not show what results/ says
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,19 +18,27 @@ from Experiment import (
     REFERENCE_SPLIT,
     ArmUnavailableError,
     caption,
+    classifier_features,
+    gan_path,
+    generated_minority_images,
     load_results,
     load_test_labels,
     make_training_set,
     output_path,
+    prepare_generator,
     prepare_stable_diffusion_images,
     save_arm_plots,
     warning,
 )
+from GANGeneration import load_generator, sample_images
+from GenerationQuality import memorisation, memorisation_figure
 from Utils import (
     atomic_path,
     markdown_table,
     mcnemar_test,
+    plot_adversarial_training,
     plot_comparison,
+    plot_generation_quality,
     plot_image_rows,
     save_figure,
 )
@@ -40,6 +49,8 @@ README = Path("README.md")
 PAIRS = (
     ("imbalanced", "non-synthetic"),
     ("imbalanced", "stable"),
+    ("imbalanced", "gan"),
+    ("gan", "gan-source-balanced"),
     ("stable", "stable-source-balanced"),
     ("stable", "logit-adjusted"),
     ("logit-adjusted", "stable-source-balanced-adjusted"),
@@ -267,6 +278,112 @@ def sample_figure(data, split, columns=10):
         rows[ARMS[name].title] = synthetic[of_class][:columns]
     subject = f"{data.class_names[c]}, real images and what each method adds"
     return plot_image_rows(rows, title(subject, data, split))
+
+
+# --- The GAN ------------------------------------------------------------------------------------
+
+
+def load_gan_result(profile_name, data_name, split_name):
+    """What :func:`Experiment.prepare_generator` wrote to ``gan.json``."""
+    return json.loads(gan_path(profile_name, data_name, split_name).read_text(encoding="utf-8"))
+
+
+def gan_conditions(result):
+    """One paragraph: what was trained, on what, for how much."""
+    settings, parameters, last = result["settings"], result["parameters"], result["history"][-1]
+    best = next(record for record in result["history"] if record["step"] == result["best_step"])
+    return (
+        f"{settings['steps']:,} generator steps with {settings['batch_size']} real images each time the "
+        f"discriminator was updated, {last['images_seen']:,} in all, every class equally often; "
+        f"{parameters['generator']:,} and {parameters['discriminator']:,} parameters (generator, discriminator); "
+        f"{result['petaflops']:.2g} PFLOPs in {result['seconds']['training'] / 60:.0f} minutes on "
+        f"{result['hardware']['device'].upper()} ({result['hardware']['name']}, "
+        f"{result['hardware']['cpu_threads']} threads). The generator of step {result['best_step']:,} was "
+        f"taken (quality {best['quality']:.3g}), by this measure: {result['chosen_by']}."
+    )
+
+
+def gan_training_figure(data, split, profile_name):
+    """Losses and scores over the adversarial training."""
+    result = load_gan_result(profile_name, data.name, split.name)
+    return plot_adversarial_training(result["history"], title(f"GAN, profile {profile_name}", data, split))
+
+
+def gan_quality_figure(data, split, profile_name):
+    """The Fréchet distance over the adversarial training."""
+    result = load_gan_result(profile_name, data.name, split.name)
+    return plot_generation_quality(
+        result["history"], result["best_step"], "Fréchet distance, ResNet-18 features\n(not comparable with FID)",
+        title("Distance to the kept training images", data, split),
+    )  # fmt: skip
+
+
+def gan_progress_figure(data, split, profile_name):
+    """The same latents over training: a row for each record, a column for each class."""
+    result = load_gan_result(profile_name, data.name, split.name)
+    path = gan_path(profile_name, data.name, split.name).with_name("gan-snapshots.npy")
+    snapshots = np.load(path, allow_pickle=False)
+    rows = {
+        f"step {record['step']:,}": images
+        for record, images in zip(result["history"], snapshots, strict=True)
+    }
+    return plot_image_rows(rows, title(", ".join(data.class_names), data, split))
+
+
+def gan_sample_figure(data, split, profile_name, device=None, columns=10):
+    """Generated images of each class, and the kept real images of the first minority class on top."""
+    c = split.minority_classes[0]
+    X, y = split.cut(data.X_train, data.y_train)
+    generator = load_generator(prepare_generator(data, split, profile_name, device), device)
+    rows = {f"real {data.class_names[c]}": X[y == c][:columns]}
+    for label, name in enumerate(data.class_names):
+        rows[f"generated {name}"] = sample_images(generator, [label] * columns, seed=label)
+    return plot_image_rows(rows, title(f"Samples of the GAN, profile {profile_name}", data, split))
+
+
+def gan_memorisation_figure(data, split, profile_name, device=None):
+    """Generated images of the first minority class above the kept real image nearest to each."""
+    c = split.minority_classes[0]
+    X, y = split.cut(data.X_train, data.y_train)
+    kept = X[y == c]
+    generated = generated_minority_images("gan", data, split, profile_name, device)
+    memory = memorisation(kept, generated, classifier_features(data, split, profile_name, device))
+    subject = f"Generated {data.class_names[c]} images and the nearest of the {len(kept)} real ones"
+    return memorisation_figure(kept, generated, memory, title(subject, data, split))
+
+
+def generation_table(judged):
+    """Markdown table of the quality of each method's images of the minority class.
+
+    Parameters
+    ----------
+    judged : dict
+        As :func:`Experiment.judge_generated_images` gives it.
+
+    Returns
+    -------
+    str
+    """
+    first = next(iter(judged["methods"].values()))
+    frechet, kernel = ("fid", "kid") if "fid" in first else ("frechet_distance", "kernel_distance")
+    inception = frechet == "fid"
+    head = (
+        "method", "FID" if inception else "Fréchet distance", "KID" if inception else "kernel distance",
+        "precision", "recall", "near copies (%)",
+    )  # fmt: skip
+    rows = [
+        (
+            ARMS[name].title, f"{scores[frechet]:.3g}", f"{scores[kernel]:.3g}", f"{scores['precision']:.2f}",
+            f"{scores['recall']:.2f}", f"{100 * scores['share_of_copies']:.1f}",
+        )
+        for name, scores in judged["methods"].items()
+    ]  # fmt: skip
+    new = judged["share_of_copies_among_new_real_images"]
+    rows.append(("new real images (the test set's)", "", "", "", "", f"{100 * new:.1f}"))
+    return (
+        f"Images of class {judged['class']}: {first['generated_images']:,} of each method against "
+        f"{first['real_images']:,} test images. Features: {first['features']}.\n\n" + markdown_table(head, rows)
+    )
 
 
 # --- README -------------------------------------------------------------------------------------

@@ -472,6 +472,72 @@ def plot_learning_curves(histories, title, chance=None):
     return figure
 
 
+def plot_adversarial_training(history, title):
+    """Losses of the two networks, and the discriminator's mean scores, over training.
+
+    Parameters
+    ----------
+    history : list of dict
+        As :func:`GANGeneration.train_gan` gives it.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    thousands = [record["images_seen"] / 1000 for record in history]
+    for ax, key, colour, name in (
+        (left, "discriminator_loss", COLOURS["real"], "discriminator"),
+        (left, "generator_loss", COLOURS["synthetic"], "generator"),
+        (right, "score_of_real", COLOURS["real"], "real images"),
+        (right, "score_of_generated", COLOURS["synthetic"], "generated images"),
+    ):
+        ax.plot(thousands, [record[key] for record in history], color=colour, marker=".", label=name)
+    left.axhline(2, color="black", linestyle=":", linewidth=1, label="discriminator that cannot tell")
+    left.set_ylabel("hinge loss")
+    right.set_ylabel("discriminator's score")
+    for ax in (left, right):
+        ax.set_xlabel("real images shown (thousands)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_generation_quality(history, best_step, measure, title):
+    """The quality of generated images over training, with the record that was chosen.
+
+    Parameters
+    ----------
+    history : list of dict
+        As :func:`GANGeneration.train_gan` gives it, with a quality measure.
+    best_step : int
+    measure : str
+        What the quality is, for the axis.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    thousands = [record["images_seen"] / 1000 for record in history]
+    quality = [record["quality"] for record in history]
+    ax.plot(thousands, quality, color=COLOURS["synthetic"], marker=".")
+    best = [record["step"] for record in history].index(best_step)
+    ax.plot(
+        thousands[best], quality[best], "o", color=COLOURS["minority"], label=f"chosen: step {best_step:,}"
+    )
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("real images shown (thousands)")
+    ax.set_ylabel(measure)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    ax.set_title(title)
+    return figure
+
+
 def plot_confusion_matrix(matrix, class_names, title):
     """Confusion matrix with the share of each true class, in percent.
 

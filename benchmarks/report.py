@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import classifier
+import gan
 import profile_training
 import stable_diffusion
 import time_to_accuracy
@@ -37,7 +38,9 @@ def sections():
         "parts": profile_training.table([json.loads(p.read_text()) for p in profiles])
         if profiles
         else NOT_RUN,
+        "target": time_to_accuracy.table("target") if time_to_accuracy.load_runs("target") else NOT_RUN,
         "ablation": time_to_accuracy.table("ablation"),
+        "gan": _from_file(gan.PATH, gan.table),
         "stable-diffusion": _from_file(Path(stable_diffusion.RESULT), stable_diffusion.table),
     }
 

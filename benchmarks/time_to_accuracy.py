@@ -1,9 +1,10 @@
 """What does which accuracy cost? Compute, seconds and test accuracy of training recipes.
 
     python benchmarks/time_to_accuracy.py --series ablation --seed 0 1
+    python benchmarks/time_to_accuracy.py --series target --seed 0 1
 
 Each run writes ``results/benchmarks/time_to_accuracy/<name>-seed<k>.json``; what is there is not run
-again, and a killed run continues. Balanced CIFAR-10, last weights. The test accuracy of the ablation did
+again, and a killed run continues. Last weights; balanced CIFAR-10 unless said otherwise. The test accuracy of the ablation did
 choose the defaults of :class:`ClassifierNetwork.Recipe`, on the balanced data set; no arm of the study did.
 """
 
@@ -33,8 +34,8 @@ from ClassifierNetwork import (
     evaluate_classifier,
     train_classifier,
 )
-from Experiment import code_version
-from ImbalancedCIFAR10 import load_cifar10
+from Experiment import ARMS, REFERENCE_SPLIT, code_version, make_training_set
+from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Report import percent
 from Utils import choose_device, describe_hardware, markdown_table, save_json, uses_bfloat16
 
@@ -51,12 +52,14 @@ class Candidate:
         What it is, or how it differs from the default.
     width : int
     passes : float
-        Over the 50,000 training images.
+        Over 50,000 images.
     changes : dict
         Arguments of :class:`ClassifierNetwork.Recipe` that differ from its defaults.
     around : callable, optional
         ``(model, X) -> context manager`` around the training, for what the training loop does not offer; it may
         yield a function that changes the trained model.
+    arm : str, default 'balanced'
+        What to train on: an arm of the study, on the reference's split.
     """
 
     what: str
@@ -64,6 +67,7 @@ class Candidate:
     passes: float = 6.6
     changes: dict = field(default_factory=dict)
     around: Callable | None = None
+    arm: str = "balanced"
 
     def recipe(self, n):
         batch_size = self.changes.get("batch_size", Recipe.batch_size)
@@ -176,6 +180,17 @@ SERIES = {
         "frozen-scales": Candidate("batch-norm scales not trained", around=frozen_norm_scales),
         "compiled": Candidate("torch.compile", around=compiled),
     },
+    "target": {
+        "balanced-94": Candidate(
+            "balanced, label smoothing 0.1", width=48, passes=11, changes={"label_smoothing": 0.1}
+        ),
+        "reference-accuracy": Candidate(
+            "cat-50, Stable Diffusion source-balanced, logit-adjusted per source",
+            width=32,
+            passes=8,
+            arm="stable-source-balanced-adjusted",
+        ),
+    },
 }
 
 
@@ -189,12 +204,16 @@ def run(name, candidate, data, seed, device=None):
         return json.loads(path.read_text(encoding="utf-8"))
     device = choose_device(device)
     recipe = candidate.recipe(len(data.y_train))
-    model = create_classifier(10, candidate.width, channel_statistics(data.X_train), seed).to(device)
+    split = split_from_name(REFERENCE_SPLIT, data.y_train, data.class_names)
+    training_set = make_training_set(candidate.arm, data, split, seed)
+    X, y = training_set.X, training_set.y
+    model = create_classifier(10, candidate.width, channel_statistics(X), seed).to(device)
     flops = count_training_flops(model, recipe)
-    context = candidate.around(model, data.X_train) if candidate.around else contextlib.nullcontext()
+    context = candidate.around(model, X) if candidate.around else contextlib.nullcontext()
     with context as finish:
         history = train_classifier(
-            model, data.X_train, data.y_train, recipe, seed=seed, device=device, description=f"{name}, seed {seed}",
+            model, X, y, recipe, seed=seed, device=device, description=f"{name}, seed {seed}",
+            groups=training_set.groups, logit_adjusted=ARMS[candidate.arm].logit_adjusted,
             # What hooks into the loop does not come back from a checkpoint.
             checkpoint=None if candidate.around else Path("models", "checkpoints", path.with_suffix(".pt").name),
         )  # fmt: skip
@@ -209,6 +228,7 @@ def run(name, candidate, data, seed, device=None):
         "seed": seed,
         "width": candidate.width,
         "passes": candidate.passes,
+        "trained_on": candidate.arm,
         "recipe": asdict(recipe),
         "pflops": flops / 1e15,
         "seconds": sum(epoch["seconds"] for epoch in history),

@@ -13,6 +13,7 @@ import pytest
 import Experiment
 import Report
 from ImbalancedCIFAR10 import split_from_name
+from RunNotebooks import NOTEBOOKS
 
 REPOSITORY = Path(Report.__file__).parent
 
@@ -90,9 +91,10 @@ def test_counts_shown_are_those_trained_on(tiny_data, tiny_cache):
     assert (counts["every class gets some"][1] > 0).all()
 
 
-def test_the_notebook_runs_from_top_to_bottom_and_names_its_data():
+def test_the_notebooks_run_from_top_to_bottom_and_name_their_data():
     """On the digits: a proxy that refuses keeps the test from downloading CIFAR-10."""
-    shutil.copy(REPOSITORY / "Main.ipynb", "Main.ipynb")
+    for name in NOTEBOOKS:
+        shutil.copy(REPOSITORY / name, name)
     refusing = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     environment = os.environ | refusing | {
         "PYTHONPATH": str(REPOSITORY), "CIFAR10_ROOT": str(Path("none").absolute()), "OMP_NUM_THREADS": "1",
@@ -111,12 +113,20 @@ def test_the_notebook_runs_from_top_to_bottom_and_names_its_data():
         "digits_samples.png",
         "digits_comparison.png",
         "digits_cm_nsd.png",
+        "digits_gan_training_loss.png",
+        "digits_gan_samples.png",
+        "digits_gan_progress.png",
+        "digits_gan_memorisation.png",
+        "digits_fid.png",
+        "digits_cm_gan.png",
+        "digits_test_gan.png",
     } <= names
     assert all(name.startswith("digits_") for name in names)
 
 
-def test_the_notebook_in_the_repository_has_no_output():
-    notebook = json.loads((REPOSITORY / "Main.ipynb").read_text())
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebooks_in_the_repository_have_no_output(name):
+    notebook = json.loads((REPOSITORY / name).read_text())
     assert all(not cell.get("outputs") for cell in notebook["cells"])
     tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
     assert tags.count(["parameters"]) == 1
