@@ -382,7 +382,8 @@ def generation_table(judged):
     rows.append(("new real images (the test set's)", "", "", "", "", f"{100 * new:.1f}"))
     return (
         f"Images of class {judged['class']}: {first['generated_images']:,} of each method against "
-        f"{first['real_images']:,} test images. Features: {first['features']}.\n\n" + markdown_table(head, rows)
+        f"{first['real_images']:,} test images. Features: {first['features']}.\n\n"
+        + markdown_table(head, rows)
     )
 
 
