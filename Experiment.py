@@ -603,6 +603,11 @@ def prepare_generator(data, split, profile="auto", device=None):
 JUDGED = ("non-synthetic", "gan", "stable")
 
 
+def generation_path(profile_name, data_name, split_name):
+    """``results/<profile>/<split>/generated-images.json``: the quality of each method's images."""
+    return gan_path(profile_name, data_name, split_name).with_name("generated-images.json")
+
+
 def generated_minority_images(arm_name, data, split, profile="auto", device=None):
     """What an arm (seed 0) adds to the first minority class: uint8 (n, 32, 32, 3)."""
     training_set = make_training_set(arm_name, data, split, 0, profile, device)
@@ -637,7 +642,7 @@ def judge_generated_images(data, split, profile="auto", device=None):
     profile_name, settings = resolve_profile(profile)
     device = choose_device(device)
     place = (profile_name, data.name, split.name)
-    path = gan_path(*place).with_name("generated-images.json")
+    path = generation_path(*place)
     if path.exists():
         return _read_result(path)
     c = split.minority_classes[0]

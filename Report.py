@@ -21,6 +21,7 @@ from Experiment import (
     classifier_features,
     gan_path,
     generated_minority_images,
+    generation_path,
     load_results,
     load_test_labels,
     make_training_set,
@@ -398,13 +399,18 @@ def evidence():
     return {name: results for name, results in found.items() if results}
 
 
-def readme_section():
-    """The text between the README's two markers, made from ``results/``."""
-    parts = []
-    for results in evidence().values():
-        parts += [conditions(results), results_table(results), "Paired tests (exact McNemar, first seed):",
-                  paired_table(results)]  # fmt: skip
-    return "\n\n".join(parts)
+def readme_sections():
+    """Name of each generated part of the README -> its text, made from ``results/``."""
+    arms, gan = [], []
+    for profile_name, results in evidence().items():
+        place = (profile_name, "cifar10", REFERENCE_SPLIT)
+        arms += [conditions(results), results_table(results), "Paired tests (exact McNemar, first seed):",
+                 paired_table(results)]  # fmt: skip
+        if gan_path(*place).exists():
+            gan.append(f"Profile `{profile_name}`: {gan_conditions(load_gan_result(*place))}")
+        if generation_path(*place).exists():
+            gan.append(generation_table(json.loads(generation_path(*place).read_text(encoding="utf-8"))))
+    return {"results": "\n\n".join(arms), "gan": "\n\n".join(gan)}
 
 
 def with_section(text, name, section):
@@ -428,8 +434,9 @@ def main(arguments=None):
         "--check", action="store_true", help="write nothing; fail if the README is not current"
     )
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    current = with_section(text, "results", readme_section())
+    current = text = README.read_text(encoding="utf-8")
+    for name, section in readme_sections().items():
+        current = with_section(current, name, section)
     if options.check:
         if current != text:
             parser.exit(1, "README.md does not show what results/ says. Run 'make report' and commit.\n")

@@ -70,7 +70,7 @@ def test_the_readme_is_replaced_between_its_markers_only():
 
 
 def test_a_readme_that_is_not_current_fails_the_check(monkeypatch):
-    monkeypatch.setattr(Report, "readme_section", lambda: "true")
+    monkeypatch.setattr(Report, "readme_sections", lambda: {"results": "true"})
     Path("README.md").write_text("<!-- results:begin (generated) -->\n\nfalse\n\n<!-- results:end -->\n")
     with pytest.raises(SystemExit) as stop:
         Report.main(["--check"])
