@@ -702,9 +702,9 @@ def profile_recipe(settings, rows, data):
 def number_of_looks(recipe, test_images):
     """How often a run looks at the test set: so seldom that it costs about 2 % of the run.
 
-    Judging an image costs about a quarter of training on it. Three looks are the fewest that make a curve.
+    Judging an image costs about half of training on it. Three looks are the fewest that make a curve.
     """
-    return max(3, int(0.02 * 4 * recipe.steps * recipe.batch_size / test_images))
+    return max(3, int(0.02 * 2 * recipe.steps * recipe.batch_size / test_images))
 
 
 def run_arm(

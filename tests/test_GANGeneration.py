@@ -558,7 +558,7 @@ def test_wrong_files_are_refused():
     ):
         load_generator("discriminator.pt")
     save_classifier(create_classifier(3, 4, ((127.5,) * 3, (63.75,) * 3), seed=0), "resnet.pt")
-    with pytest.raises(ValueError, match="another kind of file"):
+    with pytest.raises(ValueError, match="no file of this project for this purpose"):
         load_generator("resnet.pt")
     save_generator(tiny_generator(), "generator.pt")
     content = torch.load("generator.pt", weights_only=True)
