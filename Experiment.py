@@ -42,6 +42,7 @@ from GANGeneration import (
     GANCollapseError,
     GANOverSampler,
     count_flops,
+    load_generator,
     save_discriminator,
     save_generator,
     train_gan,
@@ -54,6 +55,7 @@ from GenerationQuality import (
     generation_quality,
     memorisation,
 )
+from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
 from StableDiffusionGeneration import (
@@ -63,7 +65,6 @@ from StableDiffusionGeneration import (
     describe_cache,
     generate_images,
     preset_at_hand,
-    source_balanced_strategy,
 )
 from Utils import (
     atomic_path,
@@ -153,7 +154,7 @@ class Arm:
         Whether it trains on the uncut data: the ceiling.
     needs_stable_diffusion : bool
     needs_gan : bool
-        Whether ``resample`` takes the path of the trained generator as a fourth argument.
+        Whether ``resample`` takes the trained generator as a fourth argument.
     story : bool
         Whether it belongs to the short story that ``Main.ipynb`` tells.
     """
@@ -202,10 +203,10 @@ def _gan(X, y, seed, generator):
 
 
 def _gan_source_balanced(X, y, seed, generator):
-    strategy = source_balanced_strategy(y)
-    return GANOverSampler(generator=generator, sampling_strategy=strategy, random_state=seed).fit_resample(
-        X, y
+    sampler = GANOverSampler(
+        generator=generator, sampling_strategy=source_balanced_strategy(y), random_state=seed
     )
+    return sampler.fit_resample(X, y)
 
 
 ARMS = {
@@ -257,7 +258,9 @@ ARMS = {
     ),
 }  # fmt: skip
 STORY = tuple(name for name, arm in ARMS.items() if arm.story)
-GAN_STORY = ("imbalanced", "gan", "gan-source-balanced", "gan-source-balanced-adjusted")
+GAN_STORY = (
+    "imbalanced", "logit-adjusted", "gan", "gan-source-balanced", "gan-source-balanced-adjusted",
+)  # fmt: skip
 
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
@@ -394,7 +397,9 @@ def make_training_set(arm_name, data, split, seed=0, profile="auto", device=None
     X, y = split.cut(data.X_train, data.y_train)
     if arm.resample is None:
         return TrainingSet(X, y, len(y))
-    generator = (prepare_generator(data, split, profile, device),) if arm.needs_gan else ()
+    generator = ()
+    if arm.needs_gan:
+        generator = (load_generator(prepare_generator(data, split, profile, device), device),)
     X_res, y_res = arm.resample(X, y, derive_seed(seed, 2) % 2**32, *generator)
     return TrainingSet(X_res, y_res, len(y))
 
@@ -451,11 +456,12 @@ def load_test_labels(profile_name, data_name, split_name):
     return np.array(_labels_path(profile_name, data_name, split_name).read_text().split(), dtype=int)
 
 
-def _read_result(path):
+def read_result(path):
+    """Content of a JSON file of ``results/``; ValueError with what to do if it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run the arm again.") from error
+        raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run again.") from error
 
 
 def load_results(profile_name, data_name, split_name):
@@ -470,7 +476,7 @@ def load_results(profile_name, data_name, split_name):
     for arm_name in ARMS:
         folder = result_path(profile_name, data_name, split_name, arm_name, 0).parent
         paths = sorted(folder.glob(f"{arm_name}-seed*.json"))
-        found = [_read_result(path) for path in paths]
+        found = [read_result(path) for path in paths]
         if found:
             results[arm_name] = sorted(found, key=lambda result: result["seed"])
     return results
@@ -483,7 +489,7 @@ def classifier_features(data, split, profile="auto", device=None):
     """Features of the ResNet-18 that the arm ``imbalanced`` trains: the measure of generated images.
 
     They know the training images that the split keeps and nothing else. The network is trained if its
-    weights are not there.
+    weights are not there, or are those of a profile with another width.
 
     Parameters
     ----------
@@ -499,7 +505,7 @@ def classifier_features(data, split, profile="auto", device=None):
     profile_name, settings = resolve_profile(profile)
     device = choose_device(device)
     weights = output_path("models", profile_name, data.name, split.name, "resnet_imbalanced.pt")
-    if not weights.exists():
+    if not weights.exists() or load_classifier(weights, device).width != settings.width:
         X, y = split.cut(data.X_train, data.y_train)
         recipe = profile_recipe(settings, len(y), data)
         model = create_classifier(len(data.class_names), settings.width, channel_statistics(X), seed=0)
@@ -525,8 +531,9 @@ def prepare_generator(data, split, profile="auto", device=None):
 
     One GAN serves every seed of the arms: the adversarial training belongs to split and profile. It
     sees what :meth:`ImbalancedCIFAR10.Split.cut` leaves, and nothing else. Which record's generator is
-    taken is decided by the Fréchet distance to those same images, every class weighted equally, in
-    the features of :func:`classifier_features`.
+    taken is decided by the Fréchet distance to them, every class weighted equally (the first
+    images of the full classes, the minority's several times), in the features of
+    :func:`classifier_features`.
 
     Parameters
     ----------
@@ -542,20 +549,23 @@ def prepare_generator(data, split, profile="auto", device=None):
     Raises
     ------
     ArmUnavailableError
-        If a class has fewer than 2 images.
-    GANCollapseError
-        See :func:`GANGeneration.train_gan`.
+        If a class has fewer than 2 images, or the training collapsed.
+    ValueError
+        If the GAN that is there was trained with other settings.
     """
     profile_name, _ = resolve_profile(profile)
     device = choose_device(device)
     place = (profile_name, data.name, split.name)
-    path = output_path("models", *place, "generator.pt")
-    if path.exists():
-        return path
+    path, result_at = output_path("models", *place, "generator.pt"), gan_path(*place)
+    settings = replace(GAN_SETTINGS[profile_name], flip=data.mirrored_images_keep_their_class)
+    if path.exists() and result_at.exists():
+        _require_same(result_at, read_result(result_at)["settings"], asdict(settings))
+        # The evidence profiles write to the same place: the file may be another one's.
+        if load_generator(path, device).channels == settings.channels:
+            return path
     X, y = split.cut(data.X_train, data.y_train)
     if np.bincount(y).min() < 2:
         raise ArmUnavailableError(f"a GAN needs 2 images of each class, but a class of {split.name} has 1")
-    settings = replace(GAN_SETTINGS[profile_name], flip=data.mirrored_images_keep_their_class)
     features = classifier_features(data, split, profile_name, device)
     rows = [
         np.resize(np.flatnonzero(y == c), settings.quality_images // len(data.class_names))
@@ -563,12 +573,16 @@ def prepare_generator(data, split, profile="auto", device=None):
     ]
     distance = frechet_distance_to(X[np.concatenate(rows)], features)
     folder = split_folder(data.name, split.name)
-    run = train_gan(
-        X, y, settings, seed=0, num_classes=len(data.class_names), device=device,
-        quality=lambda images, labels: distance(images),
-        checkpoint=Path("models", "checkpoints", profile_name, folder, "gan.pt"),
-        description=f"training the GAN, {folder}",
-    )  # fmt: skip
+    checkpoint = Path("models", "checkpoints", profile_name, folder, "gan.pt")
+    try:
+        run = train_gan(
+            X, y, settings, seed=0, num_classes=len(data.class_names), device=device, checkpoint=checkpoint,
+            quality=lambda images, labels: distance(images), description=f"training the GAN, {folder}",
+        )  # fmt: skip
+    except GANCollapseError as error:
+        raise ArmUnavailableError(
+            f"the GAN collapsed. {error} Change GAN_SETTINGS[{profile_name!r}] and remove {checkpoint}"
+        ) from error
     result = {
         "data": data.name,
         "split": split.name,
@@ -580,7 +594,7 @@ def prepare_generator(data, split, profile="auto", device=None):
             "discriminator": sum(p.numel() for p in run.discriminator.parameters()),
         },
         "petaflops": count_flops(settings, len(data.class_names)) * settings.steps / 1e15,
-        "chosen_by": f"Fréchet distance to the training images, classes weighted equally; {features.name}",
+        "chosen_by": f"Fréchet distance to the kept training images, classes weighted equally; {features.name}",
         "best_step": run.best_step,
         "seconds": {
             "training": sum(record["seconds"] for record in run.history),
@@ -590,11 +604,13 @@ def prepare_generator(data, split, profile="auto", device=None):
         "versions": {"torch": version("torch"), "commit": code_version()},
         "history": run.history,
     }
-    with atomic_path(gan_path(*place).with_name("gan-snapshots.npy")) as temporary:
+    generation_path(*place).unlink(missing_ok=True)  # it judges another generator
+    with atomic_path(result_at.with_name("gan-snapshots.npy")) as temporary:
         np.save(temporary, run.snapshots, allow_pickle=False)
-    save_json(gan_path(*place), result)
+    save_json(result_at, result)
     save_discriminator(run.discriminator, output_path("models", *place, "discriminator.pt"))
-    save_generator(run.generator, path)  # last: its presence says that the training is finished
+    save_generator(run.generator, path)  # its presence says that the training is finished
+    checkpoint.unlink()
     return path
 
 
@@ -622,7 +638,7 @@ def judge_generated_images(data, split, profile="auto", device=None):
     chosen by it. Memorisation is looked for among the kept training images, and new real images (the
     same test images) are put to the same test, for they too lie near some training image.
 
-    Evidence profiles judge with Inception's features where its weights can be had, else, like the other
+    The outcome is kept until the GAN is trained anew. Evidence profiles judge with Inception's features where its weights can be had, else, like the other
     profiles, with those of :func:`classifier_features`.
 
     Parameters
@@ -644,7 +660,7 @@ def judge_generated_images(data, split, profile="auto", device=None):
     place = (profile_name, data.name, split.name)
     path = generation_path(*place)
     if path.exists():
-        return _read_result(path)
+        return read_result(path)
     c = split.minority_classes[0]
     X, y = split.cut(data.X_train, data.y_train)
     kept, unseen = X[y == c], data.X_test[data.y_test == c]
@@ -699,6 +715,18 @@ def profile_recipe(settings, rows, data):
     )  # fmt: skip
 
 
+def _recipe_and_width(recipe, settings):
+    return asdict(recipe) | {"scales": list(recipe.scales), "width": settings.width}
+
+
+def _require_same(path, found, wanted):
+    """Raise ValueError if the settings in a result are not the present ones."""
+    differing = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
+    if differing:
+        details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
+        raise ValueError(f"{path} was obtained with other settings ({details}). Remove it to run anew.")
+
+
 def number_of_looks(recipe, test_images):
     """How often a run looks at the test set: so seldom that it costs about 2 % of the run.
 
@@ -735,7 +763,7 @@ def run_arm(
     Raises
     ------
     ValueError
-        For an unknown arm, split or profile.
+        For an unknown arm, split or profile, or a result that was obtained with another recipe.
     ArmUnavailableError
         If the arm needs images that are not to be had.
     """
@@ -752,17 +780,20 @@ def run_arm(
         from accelerate.utils import broadcast_object_list  # here: it takes seconds to import
 
         broadcast_object_list(finished)  # all or none must go on
+    recipe = profile_recipe(settings, len(split.kept_rows(data.y_train)), data)
     if finished[0]:
+        finished = read_result(path)
+        # Arms are compared with each other, so none may have been trained in another way.
+        _require_same(path, finished["configuration"], _recipe_and_width(recipe, settings))
         if main_process and not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
             save_arm_plots(arm_name, *place)  # killed after the result was written
-        return _read_result(path)
+        return finished
 
     if arm.needs_gan:
         prepare_generator(data, split, profile_name, device)  # its own time stands in gan.json
     started = time.perf_counter()
     training_set = make_training_set(arm_name, data, split, seed, profile_name, device)
     seconds_of_resampling = time.perf_counter() - started
-    recipe = profile_recipe(settings, len(split.kept_rows(data.y_train)), data)
 
     weights_name = arm.weights_name + (f"-seed{seed}" if seed else "")
     weights = output_path("models", *place, f"{weights_name}.pt")
@@ -806,9 +837,7 @@ def run_arm(
             "looks": len(seen), **{key: best[key] for key in ("epoch", "test_accuracy", "test_minority_recall")}
         },
         "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
-        "configuration": asdict(recipe) | {
-            "scales": list(recipe.scales),
-            "width": settings.width,
+        "configuration": _recipe_and_width(recipe, settings) | {
             "parameters": sum(p.numel() for p in model.parameters()),
             "logit_adjusted": arm.logit_adjusted,
             "processes": processes.num_processes if data_parallel else 1,
@@ -1012,7 +1041,7 @@ def main(arguments=None):
             processes if processes.use_distributed else None,
             options.data_parallel,
         )
-    except (ValueError, OSError, FloatingPointError, GANCollapseError, ArmUnavailableError) as error:
+    except (ValueError, OSError, FloatingPointError, ArmUnavailableError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     for (arm_name, split_name, seed), outcome in outcomes.items():
         if isinstance(outcome, str):

@@ -16,7 +16,10 @@ generative adversarial networks. Miyato and Koyama (2018), cGANs with projection
 Ye (2017), Geometric GAN (the hinge loss). Zhao et al. (2020), Differentiable augmentation for
 data-efficient GAN training. Zhang et al. (2019), Self-attention generative adversarial networks (two
 learning rates). Karras et al. (2018), Progressive growing of GANs (averaged generator). Brock et al.
-(2019), Large scale GAN training (truncation, standing statistics).
+(2019), Large scale GAN training (truncation, standing statistics). Dumoulin et al. (2017), A learned
+representation for artistic style (conditional normalisation). Heusel et al. (2017), GANs trained by a
+two time-scale update rule. Radford et al. (2016), Unsupervised representation learning with deep
+convolutional GANs.
 """
 
 import time
@@ -152,7 +155,7 @@ class Discriminator(nn.Module):
     Its output is a score of the image plus the inner product of the image's features with a vector
     of the class: what is real and what is real *for this class* are learned apart, and the first is
     learned from all classes together. At full resolution there is one strided convolution, as in DCGAN
-    (Radford et al. 2016), where theirs has a block: that is where the time would go.
+    (Radford et al. 2016), where theirs has a block: that is where the time would go. Two blocks follow.
 
     Parameters
     ----------
@@ -263,15 +266,15 @@ class GANSettings:
     batch_size : int
         Real images, and as many generated ones, of each discriminator update.
     channels : int
-        Of both networks at 32x32.
+        Of the generator at 32x32; the discriminator has twice as many at 16x16.
     latent_size : int
         128 as in Miyato et al. (2018).
     generator_learning_rate, discriminator_learning_rate : float
-        Of Adam with beta 0 and 0.9 (Miyato et al. 2018), falling linearly to 0 as there. The
-        discriminator's is the larger one, so that it needs no more updates than the generator
-        (Heusel et al. 2017; 1 to 4 in Zhang et al. 2019).
+        Of Adam with beta 0 and 0.9 (Miyato et al. 2018), falling linearly to 0 as there. Where the
+        discriminator is updated once a step, its rate is the larger one, so that it keeps up (Heusel et
+        al. 2017; 1 to 4 in Zhang et al. 2019).
     discriminator_steps : int
-        Discriminator updates per generator update.
+        Discriminator updates per generator update, which uses the last one's generated images.
     ema_decay : float
         Of the averaged generator; smaller in the first steps, see :func:`update_average`.
     augmentation : float
@@ -298,8 +301,8 @@ class GANSettings:
     quality_images: int = 5000
 
 
-# With a fixed amount of compute far below what a GAN would use up, small networks and small batches
-# give the most updates; the widths are multiples of 16, where bfloat16 convolutions are fast.
+# The compute is far below what a GAN could use. Small networks and batches then give the most updates; widths
+# are multiples of 16, where bfloat16 convolutions are fast.
 GAN_SETTINGS = {
     "smoke": GANSettings(steps=6, batch_size=20, channels=4, latent_size=16, records=2, quality_images=60),
     "quick": GANSettings(steps=2000, channels=16, records=6, quality_images=2000),
@@ -536,7 +539,7 @@ class GANRun:
         ``generator_loss``, ``score_of_real``, ``score_of_generated`` (means since the last record),
         ``quality`` (None without a measure), ``seconds``, ``seconds_of_quality``.
     snapshots : ndarray of uint8, shape (records, classes, 32, 32, 3)
-        The same latent for each class, drawn by the averaged generator at each record.
+        One fixed latent a class, drawn by the averaged generator at each record.
     best_step : int
         After which step ``generator`` was taken.
     """
@@ -569,8 +572,8 @@ def train_gan(
         equally many of each class. It chooses which record's generator is returned, so it must be
         made from training data alone.
     checkpoint : path, optional
-        Written at each record; a run killed at any moment continues from it to the same generator.
-        Removed at the end.
+        Written at each record; a run killed at any moment continues from it to the same generator. The
+        last one holds the finished run: remove it when its outcome is saved.
     device : str or torch.device, optional
     description : str
         Shown before the progress bar.
@@ -586,7 +589,7 @@ def train_gan(
         is damaged or belongs to another run.
     GANCollapseError
         If a loss is not finite, the discriminator's stays near zero, or the generator makes the same
-        image whatever the latent. The last checkpoint stays.
+        image of a class whatever the latent. The last checkpoint stays.
 
     Warns
     -----
@@ -596,10 +599,13 @@ def train_gan(
     X, y = map(np.ascontiguousarray, check_images(X, y))
     num_classes = int(y.max()) + 1 if num_classes is None else num_classes
     _check_training_data(X, y, num_classes)
-    if settings.steps < 1 or settings.batch_size < SMALLEST_BATCH or settings.channels < 1:
-        raise ValueError(
-            f"steps and channels must be at least 1, batch_size {SMALLEST_BATCH}: got {settings}."
-        )
+    smallest = {
+        "steps": 1, "channels": 1, "latent_size": 1, "discriminator_steps": 1, "records": 1,
+        "batch_size": SMALLEST_BATCH, "quality_images": num_classes,
+    }  # fmt: skip
+    for field, least in smallest.items():
+        if getattr(settings, field) < least:
+            raise ValueError(f"{field} must be at least {least}: got {getattr(settings, field)}.")
     seed, device = int(seed), choose_device(device)
     adversaries = Adversaries(num_classes, settings, seed, device)
     batches = BalancedBatches(X, y, device, settings.flip)
@@ -622,7 +628,12 @@ def train_gan(
             raise ValueError(
                 f"The checkpoint {checkpoint} belongs to another run ({details}). Remove it to start anew."
             )
-        adversaries.load_state_dict(content["adversaries"])
+        try:
+            adversaries.load_state_dict(content["adversaries"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"The networks in the checkpoint {checkpoint} are built differently. Remove it to start anew."
+            ) from error
         history, best = content["history"], content["best"]
         dead_steps += content["dead_steps"]
         snapshots = list(content["snapshots"].numpy())
@@ -635,7 +646,7 @@ def train_gan(
 
     with (
         tqdm(total=settings.steps, initial=step, desc=description, unit="step", mininterval=2) as bar,
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        _deterministic(),
     ):
         for end in (s for s in record_steps if s > step):
             started, first_step = time.perf_counter(), step
@@ -688,7 +699,7 @@ def train_gan(
                 D=f"{means[0]:.2f}", G=f"{means[1]:.2f}",
                 **({} if quality is None else {"quality": f"{record['quality']:.3g}"}),
             )  # fmt: skip
-            if checkpoint is not None and step < settings.steps:
+            if checkpoint is not None:
                 content = {
                     "run": run, "history": history, "snapshots": torch.from_numpy(np.stack(snapshots)),
                     "best": best, "dead_steps": int(dead_steps), "adversaries": adversaries.state_dict(),
@@ -697,8 +708,6 @@ def train_gan(
                     torch.save(content, temporary)
     generator = adversaries.average
     generator.load_state_dict(best["state"])
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
     return GANRun(generator, adversaries.discriminator.eval(), history, np.stack(snapshots), best["step"])
 
 
@@ -735,17 +744,24 @@ def _check_losses(sums, dead_steps, step):
 
 
 def _snapshot(generator, classes, seed, step):
-    """One image of each class from a fixed latent; raises if the latent makes no difference."""
+    """One image of each class from a fixed latent; raises if the latent makes no difference to a class."""
     several = 8
     images = sample_images(
         generator, classes.cpu().numpy().repeat(several), seed=derive_seed(seed, 4)
     ).reshape(len(classes), several, IMAGE_SIZE, IMAGE_SIZE, 3)
-    if np.all(images == images[:, :1]):
+    constant = (images == images[:, :1]).all(axis=(1, 2, 3, 4))
+    if constant.any():
         raise GANCollapseError(
-            f"By step {step} the generator makes the same image of a class whatever the latent. Lower "
-            "generator_learning_rate, or train for longer with another seed."
+            f"By step {step} the generator makes the same image of class "
+            f"{', '.join(map(str, classes.cpu()[constant].tolist()))} whatever the latent. Lower its learning rate in "
+            "the settings, or train with another seed."
         )
     return images[:, 0]
+
+
+def _deterministic():
+    # cuDNN would choose algorithms, some of which add up in an order that changes from run to run.
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
 
 
 def _copy(network):
@@ -820,7 +836,7 @@ def sample_images(generator, labels, *, seed, truncation=None, batch_size=500):
     while start < len(labels):
         rows = slice(start, start + batch_size)
         try:
-            with mixed_precision(device):
+            with mixed_precision(device), _deterministic():
                 batch = generator(latents[rows].to(device), targets[rows].to(device))
             pixels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             images[rows] = pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -122,13 +122,17 @@ def frechet_distance_to(real, features):
         distributions fitted to the features, 0 for equal ones. Both sets should have several times as
         many images as there are features; with fewer the distance comes out too large.
     """
-    real = features(real)
-    metric = FrechetInceptionDistance(feature=_given_features(real), reset_real_features=False)
-    metric.update(real, real=True)
+    distance = _frechet_distance_to(features(real))
+    return lambda images: distance(features(images))
 
-    def distance(images):
+
+def _frechet_distance_to(of_real):
+    metric = FrechetInceptionDistance(feature=_given_features(of_real), reset_real_features=False)
+    metric.update(of_real, real=True)
+
+    def distance(of_generated):
         metric.reset()
-        metric.update(features(images), real=False)
+        metric.update(of_generated, real=False)
         return float(metric.compute())
 
     return distance
@@ -145,7 +149,9 @@ def _kernel_distance(real, generated, seed):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")  # says: uses memory
         metric = KernelInceptionDistance(
-            feature=_given_features(real), subset_size=min(1000, len(real), len(generated))
+            # Halves at most: subsets that are the whole set would all be the same.
+            feature=_given_features(real),
+            subset_size=min(1000, len(real) // 2, len(generated) // 2),
         )
     metric.update(real, real=True)
     metric.update(generated, real=False)
@@ -215,14 +221,13 @@ def generation_quality(real, generated, features, *, seed=0):
         distances are called ``frechet_distance`` and ``kernel_distance``, for they are other numbers.
     """
     names = ("fid", "kid") if features.is_inception else ("frechet_distance", "kernel_distance")
-    frechet = frechet_distance_to(real, features)(generated)
     of_real, of_generated = features(real), features(generated)
     precision, recall = precision_and_recall(of_real, of_generated)
     return {
         "features": features.name,
         "real_images": len(real),
         "generated_images": len(generated),
-        names[0]: frechet,
+        names[0]: _frechet_distance_to(of_real)(of_generated),
         names[1]: _kernel_distance(of_real, of_generated, derive_seed(seed, 5)),
         "precision": precision,
         "recall": recall,

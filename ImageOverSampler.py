@@ -116,3 +116,32 @@ class ImageOverSampler(BaseOverSampler):
         -------
         ndarray of uint8, shape (count, height, width, 3)
         """
+
+
+def source_balanced_strategy(y, share=0.4):
+    """A ``sampling_strategy`` that gives every class some synthetic images.
+
+    If only the minority class has synthetic images, "looks synthetic" predicts that class, and a
+    classifier learns this cue in place of the class. With some synthetic images in every class the
+    cue loses its worth.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+        Labels of the imbalanced training set.
+    share : float, default 0.4
+        Synthetic images of a class that is not short of any, as a share of the largest class's size:
+        2,000 of 5,000.
+
+    Returns
+    -------
+    dict
+        Class number -> number of images wanted in all. Each class gets what it lacks to the largest
+        class's size, or ``share`` of that size if this is more.
+    """
+    classes, sizes = np.unique(y, return_counts=True)
+    largest = int(sizes.max())
+    return {
+        int(c): int(size) + max(largest - int(size), round(share * largest))
+        for c, size in zip(classes, sizes, strict=True)
+    }

@@ -18,8 +18,9 @@ test: $(ENVIRONMENT)  ## check the modules, the notebook and that the README sho
 data: $(ENVIRONMENT)  ## fetch CIFAR-10 and CIFAKE without running anything
 	$(RUN) -c "import Experiment as e; data = e.load_data(); print(data); print(e.prepare_stable_diffusion_images(data))"
 
-evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or full, then the report
+evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or full, the notebooks, then the report
 	$(RUN) Experiment.py --arm all --profile $(PROFILE)
+	$(RUN) RunNotebooks.py --profile $(PROFILE)
 	$(RUN) Report.py
 
 report: $(ENVIRONMENT)  ## redraw images/ and the tables of both READMEs from results/
@@ -32,7 +33,8 @@ lint: $(ENVIRONMENT)  ## style and simple faults
 
 clean:  ## remove the environment and what smoke and quick runs wrote; evidence and data stay
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
-	rm -rf results/smoke results/quick images/smoke images/quick models/smoke models/quick models/checkpoints
+	rm -rf results/smoke results/quick images/smoke images/quick models/smoke models/quick
+	rm -rf models/checkpoints/smoke models/checkpoints/quick
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18

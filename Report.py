@@ -5,7 +5,6 @@ python Report.py --check   fail if the README does not show what results/ says
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,6 +27,7 @@ from Experiment import (
     output_path,
     prepare_generator,
     prepare_stable_diffusion_images,
+    read_result,
     save_arm_plots,
     warning,
 )
@@ -51,10 +51,14 @@ PAIRS = (
     ("imbalanced", "non-synthetic"),
     ("imbalanced", "stable"),
     ("imbalanced", "gan"),
+    ("non-synthetic", "gan"),
+    ("gan", "stable"),
     ("gan", "gan-source-balanced"),
     ("stable", "stable-source-balanced"),
     ("stable", "logit-adjusted"),
+    ("logit-adjusted", "gan-source-balanced-adjusted"),
     ("logit-adjusted", "stable-source-balanced-adjusted"),
+    ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"),
 )
 
 
@@ -148,6 +152,13 @@ def conditions(results):
     """One sentence: under which conditions the results were obtained."""
     runs = [run for arm in results.values() for run in arm]
     first = runs[0]
+    for run in runs:
+        for key in ("optimizer", "width", "steps", "batch_size", "scales"):
+            if run["configuration"].get(key) != first["configuration"].get(key):
+                raise ValueError(
+                    f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
+                    f"ways ({key}). Remove the older result and run the arm again."
+                )
     configuration, hardware = first["configuration"], first["hardware"]
     seeds = sorted({run["seed"] for run in runs})
     minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
@@ -286,7 +297,7 @@ def sample_figure(data, split, columns=10):
 
 def load_gan_result(profile_name, data_name, split_name):
     """What :func:`Experiment.prepare_generator` wrote to ``gan.json``."""
-    return json.loads(gan_path(profile_name, data_name, split_name).read_text(encoding="utf-8"))
+    return read_result(gan_path(profile_name, data_name, split_name))
 
 
 def gan_conditions(result):
@@ -320,15 +331,13 @@ def gan_quality_figure(data, split, profile_name):
 
 
 def gan_progress_figure(data, split, profile_name):
-    """The same latents over training: a row for each record, a column for each class."""
+    """The same latents over training: a row for some records, a column for each class."""
     result = load_gan_result(profile_name, data.name, split.name)
     path = gan_path(profile_name, data.name, split.name).with_name("gan-snapshots.npy")
     snapshots = np.load(path, allow_pickle=False)
-    rows = {
-        f"step {record['step']:,}": images
-        for record, images in zip(result["history"], snapshots, strict=True)
-    }
-    return plot_image_rows(rows, title(", ".join(data.class_names), data, split))
+    shown = np.unique(np.linspace(0, len(snapshots) - 1, 6).astype(int))
+    rows = {f"step {result['history'][k]['step']:,}": snapshots[k] for k in shown}
+    return plot_image_rows(rows, title(f"Columns: {', '.join(data.class_names)}", data, split))
 
 
 def gan_sample_figure(data, split, profile_name, device=None, columns=10):
@@ -348,8 +357,12 @@ def gan_memorisation_figure(data, split, profile_name, device=None):
     X, y = split.cut(data.X_train, data.y_train)
     kept = X[y == c]
     generated = generated_minority_images("gan", data, split, profile_name, device)
-    memory = memorisation(kept, generated, classifier_features(data, split, profile_name, device))
-    subject = f"Generated {data.class_names[c]} images and the nearest of the {len(kept)} real ones"
+    features = classifier_features(data, split, profile_name, device)
+    memory = memorisation(kept, generated, features)
+    subject = (
+        f"Generated {data.class_names[c]} images and the nearest of the {len(kept)} real ones; near copies: "
+        f"{memory.share_of_copies:.1%}\n({features.name})"
+    )
     return memorisation_figure(kept, generated, memory, title(subject, data, split))
 
 
@@ -383,8 +396,9 @@ def generation_table(judged):
     rows.append(("new real images (the test set's)", "", "", "", "", f"{100 * new:.1f}"))
     return (
         f"Images of class {judged['class']}: {first['generated_images']:,} of each method against "
-        f"{first['real_images']:,} test images. Features: {first['features']}.\n\n"
-        + markdown_table(head, rows)
+        f"{first['real_images']:,} test images; near copies are counted among all that were generated. Features: "
+        f"{first['features']}. With so few images the distances come out too large: compare them with each other "
+        "only.\n\n" + markdown_table(head, rows)
     )
 
 
@@ -409,8 +423,8 @@ def readme_sections():
         if gan_path(*place).exists():
             gan.append(f"Profile `{profile_name}`: {gan_conditions(load_gan_result(*place))}")
         if generation_path(*place).exists():
-            gan.append(generation_table(json.loads(generation_path(*place).read_text(encoding="utf-8"))))
-    return {"results": "\n\n".join(arms), "gan": "\n\n".join(gan)}
+            gan.append(generation_table(read_result(generation_path(*place))))
+    return {"results": "\n\n".join(arms), "gan": "\n\n".join(gan) or "*Not run yet.*"}
 
 
 def with_section(text, name, section):

@@ -56,8 +56,9 @@ def run_notebook(name, profile_name, data_name):
         notebook.metadata.papermill["output_path"] = str(output)
         nbformat.write(notebook, temporary)
         if temporary.stat().st_size > MOST_BYTES:
+            temporary.replace(output.with_name(f"failed-{output.name}"))
             raise RuntimeError(
-                f"{output} would have {temporary.stat().st_size:,} bytes, more than {MOST_BYTES:,}."
+                f"{output} would have more than {MOST_BYTES:,} bytes. It is kept as failed-{output.name}."
             )
     return output
 

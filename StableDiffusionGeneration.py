@@ -417,7 +417,7 @@ class StableDiffusionOverSampler(ImageOverSampler):
         The cache, see :func:`save_generated_images`. Its labels are the class numbers in ``y``.
     sampling_strategy : str or dict, default 'auto'
         As in imbalanced-learn. ``'auto'`` makes the reference study's data set: synthetic images for
-        the minority class only. :func:`source_balanced_strategy` gives every class some.
+        the minority class only. :func:`ImageOverSampler.source_balanced_strategy` gives every class some.
     random_state : int, RandomState instance or None, default None
         Which images are drawn.
 
@@ -443,35 +443,6 @@ class StableDiffusionOverSampler(ImageOverSampler):
         if len(rows) < count:
             raise ValueError(f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for.")
         return self._images[np.random.default_rng(seed).choice(rows, count, replace=False)]
-
-
-def source_balanced_strategy(y, share=0.4):
-    """A ``sampling_strategy`` that gives every class some synthetic images.
-
-    If only the minority class has synthetic images, "looks synthetic" predicts that class, and a
-    classifier learns this cue in place of the class. With some synthetic images in every class the
-    cue loses its worth.
-
-    Parameters
-    ----------
-    y : ndarray of int, shape (n,)
-        Labels of the imbalanced training set.
-    share : float, default 0.4
-        Synthetic images of a class that is not short of any, as a share of the largest class's size:
-        2,000 of 5,000.
-
-    Returns
-    -------
-    dict
-        Class number -> number of images wanted in all. Each class gets what it lacks to the largest
-        class's size, or ``share`` of that size if this is more.
-    """
-    classes, sizes = np.unique(y, return_counts=True)
-    largest = int(sizes.max())
-    return {
-        int(c): int(size) + max(largest - int(size), round(share * largest))
-        for c, size in zip(classes, sizes, strict=True)
-    }
 
 
 # --- Command line -------------------------------------------------------------------------------

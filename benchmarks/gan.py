@@ -6,7 +6,7 @@ The DCGAN is what the reference study trains: latent 100, 64 feature maps, CIFAR
 64x64 with PIL in a DataLoader, float32, Adam 2e-4 (0.5, 0.999), cross-entropy against 0.9 and 0.1, noise
 on the discriminator's input. The two take turns, so that a machine that gets slower slows both down.
 Images per second are real images, each with a generated one beside it. Memory is the peak of a process of
-its own (on CUDA: of what PyTorch allocated), data included.
+its own (on CUDA: of what PyTorch allocated), data included, the DataLoader's workers not.
 
 References
 ----------
@@ -216,7 +216,7 @@ def main(arguments=None):
         answer = context.Queue()
         process = context.Process(target=peak_memory, args=(name, options, answer))
         process.start()
-        memory = answer.get()
+        memory = answer.get(timeout=600)
         process.join()
         built[name] = build()
         seconds_of(built[name], 2, device)  # warm-up

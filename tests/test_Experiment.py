@@ -299,6 +299,16 @@ def test_an_arm_interrupted_in_training_continues_to_the_same_result(
     assert outcome_of(resumed) == outcome_of(smoke("logit-adjusted", tiny_data))
 
 
+def test_a_result_of_another_recipe_is_neither_used_nor_overwritten(tiny_data, monkeypatch):
+    run_arm("imbalanced", tiny_data, SPLIT, profile="smoke", device="cpu")
+    other = dataclasses.replace(Experiment.PROFILES["smoke"], steps=7)
+    monkeypatch.setitem(Experiment.PROFILES, "smoke", other)
+    with pytest.raises(
+        ValueError, match="imbalanced-seed0.json was obtained with other settings .steps: 6 there, 7"
+    ):
+        run_arm("imbalanced", tiny_data, SPLIT, profile="smoke", device="cpu")
+
+
 def test_an_arm_killed_before_its_result_was_written_has_none_and_can_be_run_again(tiny_data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "save_json", interrupt)

@@ -1,6 +1,7 @@
 """The GAN: its networks, its augmentation, its training, its sampler."""
 
 import dataclasses
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_every_layer_of_the_discriminator_has_a_singular_value_near_1_after_trai
         assert not torch.equal(layer.weight, old)
 
 
-def test_a_linear_discriminator_layer_follows_its_definition():
+def test_the_score_follows_its_definition():
     """Score and projection: psi(phi(x)) + <embedding of the class, phi(x)> with sum-pooled phi."""
     discriminator = Discriminator(3, channels=4).eval()
     images, labels = torch.randn(2, 3, 32, 32).clamp(-1, 1), torch.tensor([0, 2])
@@ -287,12 +288,14 @@ def test_the_best_record_by_the_given_measure_is_returned(toy):
     assert np.array_equal(images, judged[1])
 
 
-@pytest.mark.parametrize("killed_at", [0, 1, 2])
+@pytest.mark.parametrize("killed_at", [3, 4, 7])
 def test_a_killed_training_continues_to_the_same_generator(toy, monkeypatch, killed_at):
+    settings = dataclasses.replace(TINY, steps=9, records=3)
+
     def quality(images, labels):
         return float(images.mean())
 
-    whole = train_gan(*toy, TINY, seed=0, quality=quality)
+    whole = train_gan(*toy, settings, seed=0, quality=quality)
 
     class KilledError(Exception):
         pass
@@ -301,21 +304,56 @@ def test_a_killed_training_continues_to_the_same_generator(toy, monkeypatch, kil
 
     def step(self, batches, batch_size, step, seed):
         steps.append(step)
-        if len(steps) == killed_at + 2:
+        if len(steps) == killed_at + 1:
             raise KilledError
         return original(self, batches, batch_size, step, seed)
 
     monkeypatch.setattr(Adversaries, "step", step)
     with pytest.raises(KilledError):
-        train_gan(*toy, TINY, seed=0, quality=quality, checkpoint="gan.pt")
+        train_gan(*toy, settings, seed=0, quality=quality, checkpoint="gan.pt")
     assert Path("gan.pt").exists()
-    resumed = train_gan(*toy, TINY, seed=0, quality=quality, checkpoint="gan.pt")
-    assert steps == [*range(killed_at + 2), *range(killed_at + 1, 4)], "finished records are not repeated"
+    resumed = train_gan(*toy, settings, seed=0, quality=quality, checkpoint="gan.pt")
+    last_record = killed_at // 3 * 3
+    assert steps == [*range(killed_at + 1), *range(last_record, 9)], "finished records are not repeated"
     assert equal(resumed.generator.state_dict(), whole.generator.state_dict())
     assert equal(resumed.discriminator.state_dict(), whole.discriminator.state_dict())
     assert without_seconds(resumed.history) == without_seconds(whole.history)
     assert np.array_equal(resumed.snapshots, whole.snapshots)
-    assert not Path("gan.pt").exists()
+    # The checkpoint holds the finished run until whoever asked for it has saved the outcome.
+    del steps[:]
+    again = train_gan(*toy, settings, seed=0, quality=quality, checkpoint="gan.pt")
+    assert not steps and equal(again.generator.state_dict(), whole.generator.state_dict())
+
+
+def test_a_checkpoint_keeps_the_halved_batch_and_the_dead_steps(toy, monkeypatch):
+    monkeypatch.setattr(GANGeneration, "DEAD_STEPS", 4)
+    sizes = []
+
+    def step(self, batches, batch_size, step, seed):
+        sizes.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if step == 3 and len(sizes) < 6:
+            raise KeyboardInterrupt
+        return torch.tensor([0.0, 1.0, 0.0, 0.0])
+
+    monkeypatch.setattr(Adversaries, "step", step)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="halved to 4"):
+        train_gan(*toy, TINY, seed=0, checkpoint="gan.pt")
+    with pytest.raises(GANCollapseError, match="for 4 steps up to step 4"):
+        train_gan(*toy, TINY, seed=0, checkpoint="gan.pt")
+    assert sizes == [8, 4, 4, 4, 4, 4]
+
+
+def test_a_checkpoint_of_other_networks_is_refused(toy, monkeypatch):
+    leave_checkpoint(toy, monkeypatch)
+    content = torch.load("gan.pt", weights_only=True)
+    del content["adversaries"]["discriminator"]["score.bias"]
+    torch.save(content, "gan.pt")
+    with pytest.raises(
+        ValueError, match=r"networks in the checkpoint gan\.pt are built differently. Remove it"
+    ):
+        train_gan(*toy, TINY, seed=0, checkpoint="gan.pt")
 
 
 def leave_checkpoint(toy, monkeypatch):
@@ -394,8 +432,11 @@ def test_bad_training_data_is_one_clear_error(toy):
         train_gan(X, y, TINY, seed=0, num_classes=2)
     with pytest.raises(TypeError, match="uint8"):
         train_gan(X / 255, y, TINY, seed=0)
-    with pytest.raises(ValueError, match="batch_size 4"):
-        train_gan(X, y, dataclasses.replace(TINY, batch_size=1), seed=0)
+    for field, value, least in (
+        ("batch_size", 1, 4), ("records", 0, 1), ("discriminator_steps", 0, 1), ("quality_images", 2, 3),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{field} must be at least {least}: got {value}"):
+            train_gan(X, y, dataclasses.replace(TINY, **{field: value}), seed=0)
 
 
 def with_losses(monkeypatch, values):
@@ -435,8 +476,22 @@ def test_a_generator_that_ignores_its_latent_is_a_collapse(toy, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(GANGeneration, "settle_statistics", lambda *arguments: None)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # hardly any weight has a gradient
-    with pytest.raises(GANCollapseError, match="By step 1 the generator makes the same image"):
+    with pytest.raises(
+        GANCollapseError, match="By step 1 the generator makes the same image of class 0, 1, 2"
+    ):
         train_gan(*toy, TINY, seed=0)
+
+
+def test_a_single_class_that_ignores_its_latent_is_a_collapse():
+    generator, original = tiny_generator(), Generator.forward
+
+    def forward(latents, labels):
+        images = original(generator, latents, labels)
+        return torch.where((labels == 2)[:, None, None, None], torch.zeros(()), images)
+
+    generator.forward = forward
+    with pytest.raises(GANCollapseError, match="same image of class 2 whatever"):
+        GANGeneration._snapshot(generator, torch.arange(3), 0, 7)
 
 
 @pytest.mark.parametrize(
@@ -658,6 +713,61 @@ def test_one_gan_serves_every_seed_of_the_arms(tiny_data, monkeypatch):
     Experiment.run_arm("gan", tiny_data, "cat-5", 0, "smoke", "cpu")
     monkeypatch.setattr(Experiment, "train_gan", lambda *a, **o: pytest.fail("it was trained again"))
     Experiment.run_arm("gan-source-balanced", tiny_data, "cat-5", 1, "smoke", "cpu")
+
+
+def test_a_training_that_could_not_be_saved_is_not_lost(tiny_data, monkeypatch):
+    split = split_from_name("cat-5", tiny_data.y_train)
+
+    def no_space(*arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "save_json", no_space)
+        with pytest.raises(OSError, match="No space"):
+            Experiment.prepare_generator(tiny_data, split, "smoke", "cpu")
+    monkeypatch.setattr(Experiment, "count_flops", lambda *arguments: 1)  # it makes a step too
+    monkeypatch.setattr(Adversaries, "step", lambda *arguments: pytest.fail("it was trained again"))
+    assert Experiment.prepare_generator(tiny_data, split, "smoke", "cpu").exists()
+    assert not list(Path("models/checkpoints").rglob("gan.pt"))
+
+
+def test_a_gan_of_other_settings_is_neither_used_nor_overwritten(tiny_data, monkeypatch):
+    split = split_from_name("cat-5", tiny_data.y_train)
+    path = Experiment.prepare_generator(tiny_data, split, "smoke", "cpu")
+    content = path.read_bytes()
+    other = dataclasses.replace(GAN_SETTINGS["smoke"], steps=7)
+    monkeypatch.setitem(GAN_SETTINGS, "smoke", other)
+    with pytest.raises(
+        ValueError, match=r"gan\.json was obtained with other settings .steps: 6 there, 7 now"
+    ):
+        Experiment.prepare_generator(tiny_data, split, "smoke", "cpu")
+    assert path.read_bytes() == content
+
+
+def test_profiles_that_share_a_place_do_not_share_a_generator(tiny_data, monkeypatch):
+    """cpu and full write their generators to the same plain name; each recognises the other's."""
+    monkeypatch.setattr(Experiment, "REFERENCE_SPLIT", "cat-5")
+    for name, channels in (("cpu", 4), ("full", 5)):
+        profile = dataclasses.replace(Experiment.PROFILES["smoke"], evidence=True, width=channels)
+        monkeypatch.setitem(Experiment.PROFILES, name, profile)
+        settings = dataclasses.replace(GAN_SETTINGS["smoke"], channels=channels)
+        monkeypatch.setitem(GAN_SETTINGS, name, settings)
+    split = split_from_name("cat-5", tiny_data.y_train)
+    for name, channels in (("cpu", 4), ("full", 5), ("cpu", 4)):
+        path = Experiment.prepare_generator(tiny_data, split, name, "cpu")
+        assert path == Path("models/generator.pt")
+        assert load_generator(path).channels == channels
+        assert Path(f"results/{name}/cat-5/gan.json").exists()
+        assert Experiment.classifier_features(tiny_data, split, name, "cpu").name.startswith(
+            f"ResNet-18 of width {channels},"
+        )
+
+
+def test_a_collapsed_gan_stops_its_own_arms_only(tiny_data, monkeypatch):
+    with_losses(monkeypatch, [1.0, float("nan"), 0.0, 0.0])
+    outcomes = Experiment.run_arms(["gan", "imbalanced"], tiny_data, ["cat-5"], profile="smoke", device="cpu")
+    assert re.search("the GAN collapsed.*stopped being finite.*remove models", outcomes["gan", "cat-5", 0])
+    assert outcomes["imbalanced", "cat-5", 0]["arm"] == "imbalanced"
 
 
 def test_a_class_with_one_image_makes_the_arm_unavailable(tiny_data):

@@ -1,7 +1,9 @@
-"""The benchmark of Stable Diffusion's presets, without measuring."""
+"""The benchmarks: what the presets of Stable Diffusion cost, and that the GAN's runs."""
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,18 @@ def test_the_presets_cost_what_they_promise(capsys):
     }  # fmt: skip
     table = capsys.readouterr().out
     assert table.startswith("| preset |") and table.count("not measured") == 4
+
+
+def test_the_benchmark_of_the_gan_compares_the_two_in_turns():
+    # In a process of its own: it starts processes, which import what is run.
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gan.py"), "--profile", "smoke", "--batch-size", "4",
+               "--workers", "0", "--rounds", "2", "--seconds", "0.01", "--device", "cpu"]  # fmt: skip
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    result = json.loads(Path("results/benchmarks/gan.json").read_text())
+    speeds = {name: row["images_per_second"] for name, row in result["rows"].items()}
+    ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["reference"], strict=True)]
+    assert result["ratio_of_each_turn"] == pytest.approx(ratios) and len(ratios) == 2
+    # 2.5 * 10^9 operations for an image through a DCGAN of 64 feature maps, counted with its three passes.
+    assert result["rows"]["reference"]["gigaflops_per_image"] == pytest.approx(2.48, rel=0.01)
+    assert f"{result['ratio']:.2f} times" in answer.stdout

@@ -15,13 +15,13 @@ from sklearn.base import clone
 from torchvision.transforms import v2
 
 import NonSyntheticGeneration
+from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import minority_split
 from NonSyntheticGeneration import AugmentationOverSampler
 from StableDiffusionGeneration import (
     StableDiffusionOverSampler,
     load_generated_images,
     save_generated_images,
-    source_balanced_strategy,
 )
 
 SAMPLERS = {
