@@ -638,8 +638,8 @@ def judge_generated_images(data, split, profile="auto", device=None):
     chosen by it. Memorisation is looked for among the kept training images, and new real images (the
     same test images) are put to the same test, for they too lie near some training image.
 
-    The outcome is kept until the GAN is trained anew. Evidence profiles judge with Inception's features where its weights can be had, else, like the other
-    profiles, with those of :func:`classifier_features`.
+    The outcome is kept until the GAN is trained anew. Evidence profiles judge with Inception's features where
+    its weights can be had, else, like the other profiles, with those of :func:`classifier_features`.
 
     Parameters
     ----------
@@ -1027,10 +1027,15 @@ def main(arguments=None):
             with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
                 if any(ARMS[name].needs_stable_diffusion for name in arm_names):
                     prepare_stable_diffusion_images(data)
+            profile_name, _ = resolve_profile(options.profile)
             for split in splits:
-                with contextlib.suppress(ArmUnavailableError):
-                    if any(ARMS[name].needs_gan for name in arm_names):
-                        prepare_generator(data, split, options.profile, options.device)
+                unfinished = [
+                    name for name in arm_names for seed in options.seed
+                    if not result_path(profile_name, data.name, split.name, name, seed).exists()
+                ]  # fmt: skip
+                if any(ARMS[name].needs_gan for name in unfinished):
+                    with contextlib.suppress(ArmUnavailableError):
+                        prepare_generator(data, split, profile_name, options.device)
         outcomes = run_arms(
             arm_names,
             data,
