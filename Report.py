@@ -35,6 +35,7 @@ from GANGeneration import load_generator, sample_images
 from GenerationQuality import memorisation, memorisation_figure
 from Utils import (
     atomic_path,
+    hardware_text,
     markdown_table,
     mcnemar_test,
     plot_adversarial_training,
@@ -173,8 +174,7 @@ def conditions(results):
         f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation "
         f"unless the column says so; seed"
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
-        f"{first['versions']['torch']} on {hardware['device'].upper()} ({hardware['name']}, "
-        f"{hardware['cpu_threads']} threads), median {minutes:.0f} minutes of training an arm on a machine "
+        f"{first['versions']['torch']} on {hardware_text(hardware)}, median {minutes:.0f} minutes of training an arm on a machine "
         f"that did other work meanwhile. All scores are percentages. With {support:,} test images of the "
         f"minority, a recall near a half is uncertain by {100 * (recall.high - recall.low) / 2:.0f} points "
         "(95 %) from the choice of test images alone; the choice of seed comes on top."
@@ -309,8 +309,7 @@ def gan_conditions(result):
         f"discriminator was updated, {last['images_seen']:,} in all, every class equally often; "
         f"{parameters['generator']:,} and {parameters['discriminator']:,} parameters (generator, discriminator); "
         f"{result['petaflops']:.2g} PFLOPs in {result['seconds']['training'] / 60:.0f} minutes on "
-        f"{result['hardware']['device'].upper()} ({result['hardware']['name']}, "
-        f"{result['hardware']['cpu_threads']} threads). The generator of step {result['best_step']:,} was "
+        f"{hardware_text(result['hardware'])}. The generator of step {result['best_step']:,} was "
         f"taken (quality {best['quality']:.3g}), by this measure: {result['chosen_by']}."
     )
 

@@ -144,6 +144,12 @@ def describe_hardware(device):
 # --- Files and downloads ------------------------------------------------------------------------
 
 
+def hardware_text(hardware):
+    """What :func:`describe_hardware` found, for a sentence: ``CPU (AMD EPYC, 2 threads)``."""
+    threads = hardware["cpu_threads"]
+    return f"{hardware['device'].upper()} ({hardware['name']}, {threads} thread{'s' if threads != 1 else ''})"
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside ``path`` that takes its name only if the block succeeds.

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ClassifierNetwork import Recipe, channel_statistics, create_classifier, train_classifier
 from Experiment import code_version
 from ImbalancedCIFAR10 import default_root, load_cifar10
-from Utils import choose_device, describe_hardware, markdown_table, save_json
+from Utils import choose_device, describe_hardware, hardware_text, markdown_table, save_json
 
 PATH = Path("results", "benchmarks", "classifier.json")
 WIDTH = 42  # the reference's
@@ -123,8 +123,7 @@ def table(result):
     hardware = result["hardware"]
     head = ("loop", "images/s", "ratio: median (of each round)", "peak memory (GiB)")
     return markdown_table(head, rows) + (
-        f"\n\nResNet-18 of width {result['width']}, {hardware['device'].upper()} ({hardware['name']}, "
-        f"{hardware['cpu_threads']} threads), PyTorch {result['torch']}."
+        f"\n\nResNet-18 of width {result['width']}, {hardware_text(hardware)}, PyTorch {result['torch']}."
     )
 
 

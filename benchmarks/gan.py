@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from Experiment import code_version
 from GANGeneration import GAN_SETTINGS, Adversaries, BalancedBatches, count_flops
-from Utils import choose_device, describe_hardware, markdown_table, save_json, uses_bfloat16
+from Utils import choose_device, describe_hardware, hardware_text, markdown_table, save_json, uses_bfloat16
 
 PATH = Path("results", "benchmarks", "gan.json")
 LATENT, MAPS = 100, 64
@@ -193,7 +193,7 @@ def table(result):
     rounds = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_each_turn"])
     return markdown_table(("training step", "images/s", "GFLOPs an image", "peak memory (GiB)"), rows) + (
         f"\n\nOurs does **{result['ratio']:.2f} times** as many images a second (turns: {rounds}); "
-        f"{hardware['device'].upper()} ({hardware['name']}, {hardware['cpu_threads']} threads), "
+        f"{hardware_text(hardware)}, "
         f"PyTorch {result['torch']}."
     )
 

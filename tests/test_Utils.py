@@ -20,6 +20,7 @@ from Utils import (
     classification_metrics,
     derive_seed,
     describe_hardware,
+    hardware_text,
     is_reachable,
     markdown_table,
     mcnemar_test,
@@ -368,3 +369,10 @@ def test_the_comparison_has_a_bar_for_each_arm_and_a_dot_for_each_run():
     assert labels == {1: "first", 0: "second"}
     assert len(accuracy.lines) == 3  # two arms' dots and the reference
     assert all(ax.get_xlabel() for ax in figure.axes)
+
+
+def test_hardware_reads_well_in_a_sentence():
+    assert (
+        hardware_text({"device": "cpu", "name": "AMD EPYC", "cpu_threads": 1}) == "CPU (AMD EPYC, 1 thread)"
+    )
+    assert hardware_text({"device": "cuda", "name": "H100", "cpu_threads": 16}) == "CUDA (H100, 16 threads)"
