@@ -141,13 +141,13 @@ def describe_hardware(device):
     return {"device": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
 
 
-# --- Files and downloads ------------------------------------------------------------------------
-
-
 def hardware_text(hardware):
     """What :func:`describe_hardware` found, for a sentence: ``CPU (AMD EPYC, 2 threads)``."""
     threads = hardware["cpu_threads"]
     return f"{hardware['device'].upper()} ({hardware['name']}, {threads} thread{'s' if threads != 1 else ''})"
+
+
+# --- Files and downloads ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
