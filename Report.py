@@ -334,12 +334,12 @@ def gan_progress_figure(data, split, profile_name):
     result = load_gan_result(profile_name, data.name, split.name)
     path = gan_path(profile_name, data.name, split.name).with_name("gan-snapshots.npy")
     snapshots = np.load(path, allow_pickle=False)
-    shown = np.unique(np.linspace(0, len(snapshots) - 1, 6).astype(int))
+    shown = np.unique(np.linspace(0, len(snapshots) - 1, 5).astype(int))
     rows = {f"step {result['history'][k]['step']:,}": snapshots[k] for k in shown}
     return plot_image_rows(rows, title(f"Columns: {', '.join(data.class_names)}", data, split))
 
 
-def gan_sample_figure(data, split, profile_name, device=None, columns=10):
+def gan_sample_figure(data, split, profile_name, device=None, columns=8):
     """Generated images of each class, and the kept real images of the first minority class on top."""
     c = split.minority_classes[0]
     X, y = split.cut(data.X_train, data.y_train)
