@@ -6,6 +6,7 @@ The executed copies go to ``results/<profile>/``; the notebooks themselves stay 
 """
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -78,6 +79,8 @@ def main(arguments=None):
         line = "*" * 100
         print(f"{line}\n{caught[-1].message}\n{line}", flush=True)
     print(f"Profile {profile_name}: {profile.purpose}.", flush=True)
+    # A library's hint about progress bars would stand in the copies, with its place on this machine.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     for name in NOTEBOOKS:
         print(f"Executing {name} ...", flush=True)
         print(f"Executed copy: {run_notebook(name, profile_name, data.name)}", flush=True)
