@@ -683,11 +683,14 @@ def test_each_arm_is_reported_in_a_line(digits, monkeypatch, capsys):
     ],
 )
 def test_story_is_the_default_and_all_means_every_arm(arguments, expected, digits, monkeypatch):
-    ran = []
+    ran, prepared = [], []
     monkeypatch.setattr(Experiment, "load_data", lambda: digits)
     monkeypatch.setattr(Experiment, "run_arm", lambda arm_name, *rest: ran.append(arm_name) or "not run here")
+    monkeypatch.setattr(Experiment, "prepare_generator", lambda *arguments: prepared.append(arguments))
     Experiment.main(arguments)
     assert tuple(ran) == expected
+    # Once, before the arms: processes that ran them at the same time would each train the GAN.
+    assert len(prepared) == any(ARMS[name].needs_gan for name in expected)
 
 
 def test_the_story_needs_neither_smote_nor_the_ceiling():
