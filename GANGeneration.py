@@ -929,7 +929,7 @@ class GANOverSampler(ImageOverSampler):
         classes of ``y``. Default: one is trained on the given images by ``fit`` or ``fit_resample``
         and kept as ``generator_``, and trained anew only for other images.
     settings : GANSettings, optional
-        For the training. Default: those of the profile ``cpu`` (about 45 minutes on two CPU cores).
+        For the training. Default: those of the profile ``cpu`` (about 50 minutes on two CPU cores).
     truncation : float, optional
         See :func:`sample_images`.
     sampling_strategy : str or dict, default 'auto'
