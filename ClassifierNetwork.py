@@ -31,7 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ImageOverSampler import check_images
-from Utils import atomic_path, choose_device, derive_seed, load_torch_file, mixed_precision, seeded
+from Utils import (
+    atomic_path,
+    choose_device,
+    derive_seed,
+    describe_differences,
+    deterministic_convolutions,
+    load_torch_file,
+    mixed_precision,
+    seeded,
+)
 
 # --- Network ------------------------------------------------------------------------------------
 
@@ -537,7 +546,7 @@ def train_classifier(
             mininterval=2,
             disable=process > 0,
         ) as bar,
-        _deterministic_convolutions(),
+        deterministic_convolutions(),
     ):
         while step < recipe.steps:
             epoch = len(history) + 1
@@ -623,21 +632,15 @@ def _average(tensors):
 def _resume(checkpoint, run, model, optimizers, schedulers):
     """Load a checkpoint into the objects and return its history."""
     content = load_torch_file(checkpoint, {"run", "history", "model", "optimizers", "schedulers"})
-    differing = {k: (content["run"].get(k), v) for k, v in run.items() if content["run"].get(k) != v}
-    if differing:
-        details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
+    if differences := describe_differences(content["run"], run):
         raise ValueError(
-            f"The checkpoint {checkpoint} belongs to another run ({details}). Remove it to start anew."
+            f"The checkpoint {checkpoint} belongs to another run ({differences}). Remove it to start anew."
         )
     model.load_state_dict(content["model"])
     for kind, objects in (("optimizers", optimizers), ("schedulers", schedulers)):
         for thing, state in zip(objects, content[kind], strict=True):
             thing.load_state_dict(state)
     return content["history"]
-
-
-def _deterministic_convolutions():
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
 
 
 # --- Evaluation ---------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ from Utils import (
     choose_device,
     classification_metrics,
     derive_seed,
+    describe_differences,
     describe_hardware,
     plot_confusion_matrix,
     plot_learning_curves,
@@ -721,10 +722,8 @@ def _recipe_and_width(recipe, settings):
 
 def _require_same(path, found, wanted):
     """Raise ValueError if the settings in a result are not the present ones."""
-    differing = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
-    if differing:
-        details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
-        raise ValueError(f"{path} was obtained with other settings ({details}). Remove it to run anew.")
+    if differences := describe_differences(found, wanted):
+        raise ValueError(f"{path} was obtained with other settings ({differences}). Remove it to run anew.")
 
 
 def number_of_looks(recipe, test_images):

@@ -39,7 +39,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ImageOverSampler import ImageOverSampler, check_images
-from Utils import atomic_path, choose_device, derive_seed, load_torch_file, mixed_precision, seeded
+from Utils import (
+    atomic_path,
+    choose_device,
+    derive_seed,
+    describe_differences,
+    deterministic_convolutions,
+    load_torch_file,
+    mixed_precision,
+    seeded,
+)
 
 IMAGE_SIZE = 32
 
@@ -622,11 +631,9 @@ def train_gan(
         content = load_torch_file(
             checkpoint, {"run", "history", "snapshots", "best", "dead_steps", "adversaries"}
         )
-        differing = {k: (content["run"].get(k), v) for k, v in run.items() if content["run"].get(k) != v}
-        if differing:
-            details = "; ".join(f"{k}: {old} there, {new} now" for k, (old, new) in differing.items())
+        if differences := describe_differences(content["run"], run):
             raise ValueError(
-                f"The checkpoint {checkpoint} belongs to another run ({details}). Remove it to start anew."
+                f"The checkpoint {checkpoint} belongs to another run ({differences}). Remove it to start anew."
             )
         try:
             adversaries.load_state_dict(content["adversaries"])
@@ -646,7 +653,7 @@ def train_gan(
 
     with (
         tqdm(total=settings.steps, initial=step, desc=description, unit="step", mininterval=2) as bar,
-        _deterministic(),
+        deterministic_convolutions(),
     ):
         for end in (s for s in record_steps if s > step):
             started, first_step = time.perf_counter(), step
@@ -759,11 +766,6 @@ def _snapshot(generator, classes, seed, step):
     return images[:, 0]
 
 
-def _deterministic():
-    # cuDNN would choose algorithms, some of which add up in an order that changes from run to run.
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-
-
 def _copy(network):
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
@@ -836,7 +838,7 @@ def sample_images(generator, labels, *, seed, truncation=None, batch_size=500):
     while start < len(labels):
         rows = slice(start, start + batch_size)
         try:
-            with mixed_precision(device), _deterministic():
+            with mixed_precision(device), deterministic_convolutions():
                 batch = generator(latents[rows].to(device), targets[rows].to(device))
             pixels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             images[rows] = pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -147,6 +147,28 @@ def hardware_text(hardware):
     return f"{hardware['device'].upper()} ({hardware['name']}, {threads} thread{'s' if threads != 1 else ''})"
 
 
+def deterministic_convolutions():
+    """Context in which cuDNN takes only algorithms that add up in the same order in every run."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+
+
+def describe_differences(found, wanted):
+    """Say how settings differ: ``steps: 6 there, 7 now``; several are joined by ``; ``.
+
+    Parameters
+    ----------
+    found : dict
+        What a file holds; it may hold more.
+    wanted : dict
+
+    Returns
+    -------
+    str
+        Empty if ``found`` has every value of ``wanted``.
+    """
+    return "; ".join(f"{k}: {found.get(k)} there, {v} now" for k, v in wanted.items() if found.get(k) != v)
+
+
 # --- Files and downloads ------------------------------------------------------------------------
 
 
