@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ClassifierNetwork
 from ClassifierNetwork import (
     AugmentedBatches,
+    KernelMuon,
     Recipe,
     channel_statistics,
     count_training_flops,
@@ -110,13 +112,25 @@ def compiled(model, X):
 
 
 @contextlib.contextmanager
+def three_iterations(model, X):
+    """Orthogonalise Muon's updates by three Newton-Schulz iterations instead of five (Jordan 2024)."""
+    ClassifierNetwork.KernelMuon = partial(KernelMuon, ns_steps=3)
+    try:
+        yield
+    finally:
+        ClassifierNetwork.KernelMuon = KernelMuon
+
+
+@contextlib.contextmanager
 def averaged_weights(model, X, decay=0.99):
     """Judge an exponential moving average of the weights, with batch-norm statistics made for it."""
     average = None
 
     def update(optimizer, *_):
         nonlocal average
-        if isinstance(optimizer, torch.optim.SGD):  # one of the two optimisers, once a step
+        # One of the two optimisers, once a step, and not while operations are counted.
+        counting = optimizer.param_groups[0]["params"][0].is_meta
+        if isinstance(optimizer, torch.optim.SGD) and not counting:
             if average is None:
                 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
             average.update_parameters(model)
@@ -174,6 +188,14 @@ SERIES = {
             "batches of 512, learning rates 2 (SGD) and 4 times (Muon) as high",
             changes={"batch_size": 512, "learning_rate": 0.2, "muon_learning_rate": 0.12},
         ),
+        "batch-256": Candidate(
+            "batches of 256, learning rates 1.5 times as high",
+            passes=7,
+            changes={"batch_size": 256, "learning_rate": 0.15, "muon_learning_rate": 0.045},
+        ),
+        "three-iterations": Candidate(
+            "three Newton-Schulz iterations in Muon instead of five", passes=6.9, around=three_iterations
+        ),
         "muon-rate": Candidate("twice Muon's learning rate", changes={"muon_learning_rate": 0.06}),
         "averaged": Candidate("moving average of the weights (decay 0.99)", around=averaged_weights),
         "late-peak": Candidate("peak of the rates after a fifth of the run", changes={"warmup": 0.2}),
@@ -208,9 +230,9 @@ def run(name, candidate, data, seed, device=None):
     training_set = make_training_set(candidate.arm, data, split, seed)
     X, y = training_set.X, training_set.y
     model = create_classifier(10, candidate.width, channel_statistics(X), seed).to(device)
-    flops = count_training_flops(model, recipe)
     context = candidate.around(model, X) if candidate.around else contextlib.nullcontext()
     with context as finish:
+        flops = count_training_flops(model, recipe)
         history = train_classifier(
             model, X, y, recipe, seed=seed, device=device, description=f"{name}, seed {seed}",
             groups=training_set.groups, logit_adjusted=ARMS[candidate.arm].logit_adjusted,
