@@ -113,7 +113,7 @@ class Profile:
 MOST_PASSES = 60  # over the imbalanced set; only the small digits reach it
 PROFILES = {
     "smoke": Profile(4, 6, False, "seconds: does it run? Its numbers mean nothing"),
-    "quick": Profile(16, 1000, False, "a first look on a CPU: about 2 minutes an arm on two cores"),
+    "quick": Profile(16, 700, False, "a first look on a CPU: about 90 seconds an arm on two cores"),
     "cpu": Profile(16, 3200, True, "evidence from two CPU cores: about 6 minutes an arm"),
     "full": Profile(64, 14000, True, "evidence from a CUDA GPU: 40 passes, near the reference's 50"),
 }
