@@ -605,6 +605,7 @@ def prepare_generator(data, split, profile="auto", device=None):
         "versions": {"torch": version("torch"), "commit": code_version()},
         "history": run.history,
     }
+    path.unlink(missing_ok=True)  # a former generator must not pass for the one of this result
     generation_path(*place).unlink(missing_ok=True)  # it judges another generator
     with atomic_path(result_at.with_name("gan-snapshots.npy")) as temporary:
         np.save(temporary, run.snapshots, allow_pickle=False)

@@ -14,8 +14,6 @@ Radford et al. (2016), Unsupervised representation learning with deep convolutio
 """
 
 import argparse
-import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -169,29 +167,18 @@ def seconds_of(contestant, steps, device):
     return time.perf_counter() - started
 
 
-def peak_memory(name, options, answer):
-    """Peak memory in bytes of three steps; runs in a process of its own."""
-    device = choose_device(options.device)
-    seconds_of(contestants(options, device)[name](), 3, device)
-    if device.type == "cuda":
-        answer.put(torch.cuda.max_memory_allocated(device))
-    else:
-        kilo = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, kilobytes on Linux
-        answer.put(kilo * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
 def table(result):
     """Markdown table of a result."""
     median, hardware = result["median_images_per_second"], result["hardware"]
     rows = [
         (
             f"{row['name']}, batch {row['batch_size']}", f"{median[name]:,.0f}",
-            f"{row['gigaflops_per_image']:.2f}", f"{row['peak_memory_gib']:.2f}",
+            f"{row['gigaflops_per_image']:.2f}",
         )
         for name, row in result["rows"].items()
     ]  # fmt: skip
     rounds = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_each_turn"])
-    return markdown_table(("training step", "images/s", "GFLOPs an image", "peak memory (GiB)"), rows) + (
+    return markdown_table(("training step", "images/s", "GFLOPs an image"), rows) + (
         f"\n\nOurs does **{result['ratio']:.2f} times** as many images a second (turns: {rounds}); "
         f"{hardware_text(hardware)}, "
         f"PyTorch {result['torch']}."
@@ -211,20 +198,13 @@ def main(arguments=None):
     device = choose_device(options.device)
 
     rows, built, steps = {}, {}, {}
-    context = multiprocessing.get_context("spawn")
     for name, build in contestants(options, device).items():
-        answer = context.Queue()
-        process = context.Process(target=peak_memory, args=(name, options, answer))
-        process.start()
-        memory = answer.get(timeout=600)
-        process.join()
         built[name] = build()
         seconds_of(built[name], 2, device)  # warm-up
         steps[name] = max(1, round(options.seconds / max(seconds_of(built[name], 1, device), 1e-3)))
         rows[name] = {
             "name": built[name].name, "batch_size": built[name].batch_size, "steps_per_turn": steps[name],
             "images_per_second": [], "gigaflops_per_image": built[name].flops_per_image() / 1e9,
-            "peak_memory_gib": memory / 2**30,
         }  # fmt: skip
     for _ in range(options.rounds):
         for name, contestant in built.items():

@@ -1,13 +1,18 @@
-"""The benchmarks: what the presets of Stable Diffusion cost, and that the GAN's runs."""
+"""The benchmarks: what the presets of Stable Diffusion and the recipes cost, and that the GAN's runs."""
 
+import contextlib
+import importlib
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
+
+from ClassifierNetwork import Recipe, count_training_flops, create_classifier
 
 
 def test_the_presets_cost_what_they_promise(capsys):
@@ -43,3 +48,52 @@ def test_the_benchmark_of_the_gan_compares_the_two_in_turns():
     # 2.5 * 10^9 operations for an image through a DCGAN of 64 feature maps, counted with its three passes.
     assert result["rows"]["reference"]["gigaflops_per_image"] == pytest.approx(2.48, rel=0.01)
     assert f"{result['ratio']:.2f} times" in answer.stdout
+
+
+# --- What accuracy costs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def time_to_accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("time_to_accuracy")
+
+
+def petaflops(candidate):
+    """Of a run on 50,000 images."""
+    model = create_classifier(10, candidate.width, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    X = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    with candidate.around(model, X) if candidate.around else contextlib.nullcontext():
+        return count_training_flops(model, candidate.recipe(50_000)) / 1e15
+
+
+def test_the_lines_of_the_ablation_cost_about_the_same(time_to_accuracy):
+    lines = time_to_accuracy.SERIES["ablation"]
+    costs = {name: petaflops(candidate) for name, candidate in lines.items() if name != "compiled"}
+    assert {name for name, cost in costs.items() if not 0.041 < cost < 0.048} == set()
+
+
+def test_the_targets_keep_within_their_budgets(time_to_accuracy):
+    targets = time_to_accuracy.SERIES["target"]
+    assert petaflops(targets["balanced-94"]) < 0.7
+    # A tenth of 50 passes over 50,000 images with SGD at the reference's width.
+    reference = Recipe(steps=round(50 * 50_000 / 128), batch_size=128, optimizer="sgd", scales=(1.0,))
+    model = create_classifier(10, 42, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    assert petaflops(targets["reference-accuracy"]) < count_training_flops(model, reference) / 1e15 / 10
+
+
+def test_a_recipe_is_measured_once_and_shown(time_to_accuracy, tiny_data, monkeypatch):
+    tiny = time_to_accuracy.Candidate(
+        "tiny", width=2, passes=1, changes={"batch_size": 20}, around=time_to_accuracy.averaged_weights
+    )
+    monkeypatch.setattr(time_to_accuracy, "REFERENCE_SPLIT", "1-0.5")
+    monkeypatch.setitem(time_to_accuracy.SERIES, "target", {"tiny": tiny})
+    first = time_to_accuracy.run("tiny", tiny, tiny_data, seed=0)
+    assert first["recipe"]["steps"] == len(tiny_data.y_train) // 20 and 0 <= first["accuracy"] <= 1
+    assert first["pflops"] > 0
+    monkeypatch.setattr(time_to_accuracy, "train_classifier", None)  # a second training would fail
+    assert time_to_accuracy.run("tiny", tiny, tiny_data, seed=0) == json.loads(json.dumps(first))
+    assert (
+        f"| tiny | 2 | 1 | {first['pflops']:.3f} | {100 * first['accuracy']:.2f}"
+        in time_to_accuracy.table("target")
+    )
