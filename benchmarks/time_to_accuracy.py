@@ -75,6 +75,10 @@ class Candidate:
         batch_size = self.changes.get("batch_size", Recipe.batch_size)
         return Recipe(steps=round(self.passes * n / batch_size), **self.changes)
 
+    def context(self, model, X):
+        """What the model's training, and the count of its operations, take place in."""
+        return self.around(model, X) if self.around else contextlib.nullcontext()
+
 
 # --- What was tried and is not in the training loop ---------------------------------------------
 
@@ -232,8 +236,7 @@ def run(name, candidate, data, seed, device=None):
     training_set = make_training_set(candidate.arm, data, split, seed)
     X, y = training_set.X, training_set.y
     model = create_classifier(10, candidate.width, channel_statistics(X), seed).to(device)
-    context = candidate.around(model, X) if candidate.around else contextlib.nullcontext()
-    with context as finish:
+    with candidate.context(model, X) as finish:
         flops = count_training_flops(model, recipe)
         history = train_classifier(
             model, X, y, recipe, seed=seed, device=device, description=f"{name}, seed {seed}",
