@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -113,9 +114,9 @@ class Profile:
 MOST_PASSES = 60  # over the imbalanced set; only the small digits reach it
 PROFILES = {
     "smoke": Profile(4, 6, False, "seconds: does it run? Its numbers mean nothing"),
-    "quick": Profile(16, 700, False, "a first look on a CPU: about 90 seconds an arm on two cores"),
-    "cpu": Profile(16, 3200, True, "evidence from two CPU cores: about 6 minutes an arm"),
-    "full": Profile(64, 14000, True, "evidence from a CUDA GPU: 40 passes, near the reference's 50"),
+    "quick": Profile(16, 350, False, "a first look on a CPU: about 90 seconds an arm on two cores"),
+    "cpu": Profile(16, 2000, True, "evidence from two CPU cores: 5 to 10 minutes an arm"),
+    "full": Profile(64, 7000, True, "evidence from a CUDA GPU: 40 passes, near the reference's 50"),
 }
 
 
@@ -511,12 +512,13 @@ def classifier_features(data, split, profile="auto", device=None):
         recipe = profile_recipe(settings, len(y), data)
         model = create_classifier(len(data.class_names), settings.width, channel_statistics(X), seed=0)
         folder = split_folder(data.name, split.name)
+        checkpoint = Path("models", "checkpoints", profile_name, folder, "features.pt")
         train_classifier(
-            model, X, y, recipe, seed=0, device=device,
-            checkpoint=Path("models", "checkpoints", profile_name, folder, "features.pt"),
+            model, X, y, recipe, seed=0, device=device, checkpoint=checkpoint,
             description=f"the network that judges images, {folder}",
         )  # fmt: skip
         save_classifier(model, weights)
+        checkpoint.unlink()
     network = load_classifier(weights, device)
     name = f"ResNet-18 of width {network.width}, trained on {split.name} of {data.name}"
     return ImageFeatures(network.features, name, device)
@@ -555,7 +557,7 @@ def prepare_generator(data, split, profile="auto", device=None):
         If the GAN that is there was trained with other settings.
     """
     profile_name, _ = resolve_profile(profile)
-    device = choose_device(device)
+    device, commit = choose_device(device), code_version()
     place = (profile_name, data.name, split.name)
     path, result_at = output_path("models", *place, "generator.pt"), gan_path(*place)
     settings = replace(GAN_SETTINGS[profile_name], flip=data.mirrored_images_keep_their_class)
@@ -602,7 +604,7 @@ def prepare_generator(data, split, profile="auto", device=None):
             "judging": sum(record["seconds_of_quality"] for record in run.history),
         },
         "hardware": describe_hardware(device),
-        "versions": {"torch": version("torch"), "commit": code_version()},
+        "versions": {"torch": version("torch"), "commit": commit},
         "history": run.history,
     }
     path.unlink(missing_ok=True)  # a former generator must not pass for the one of this result
@@ -730,7 +732,8 @@ def _require_same(path, found, wanted):
 def number_of_looks(recipe, test_images):
     """How often a run looks at the test set: so seldom that it costs about 2 % of the run.
 
-    Judging an image costs about half of training on it. Three looks are the fewest that make a curve.
+    Judging an image costs about half of training on it. Three looks are the fewest that make a curve; in
+    short runs they cost more.
     """
     return max(3, int(0.02 * 2 * recipe.steps * recipe.batch_size / test_images))
 
@@ -769,7 +772,7 @@ def run_arm(
     """
     arm = find_arm(arm_name)
     profile_name, settings = resolve_profile(profile)
-    device, seed = choose_device(device), int(seed)
+    device, seed, commit = choose_device(device), int(seed), code_version()
     split = split_from_name(split_name or default_split(data), data.y_train, data.class_names)
     place = (profile_name, data.name, split.name)
     path = result_path(*place, arm_name, seed)
@@ -837,6 +840,8 @@ def run_arm(
             "looks": len(seen), **{key: best[key] for key in ("epoch", "test_accuracy", "test_minority_recall")}
         },
         "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
+        # Tells whether two results had the same generator's images.
+        "checksum_of_training_set": zlib.crc32(training_set.X, zlib.crc32(training_set.y)),
         "configuration": _recipe_and_width(recipe, settings) | {
             "parameters": sum(p.numel() for p in model.parameters()),
             "logit_adjusted": arm.logit_adjusted,
@@ -853,7 +858,7 @@ def run_arm(
         "hardware": describe_hardware(device),
         "versions": {
             name: version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn", "imbalanced-learn")
-        } | {"python": sys.version.split()[0], "commit": code_version()},
+        } | {"python": sys.version.split()[0], "commit": commit},
         "history": history,
         # One class number an image in the test set's order: whoever wants another metric or a
         # paired test can compute it without training anything.
@@ -863,6 +868,7 @@ def run_arm(
         save_classifier(model, weights)
         save_test_labels(profile_name, data, split.name)
         save_json(path, result)  # last: its presence says that the arm is finished
+        checkpoint.unlink()
         save_arm_plots(arm_name, profile_name, data.name, split.name)
     return result
 

@@ -439,7 +439,11 @@ def plot_image_rows(rows, title):
     """
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(0.95 * columns + 2.2, 1.0 * len(rows) + 0.6), squeeze=False
+        len(rows),
+        columns,
+        figsize=(0.95 * columns + 2.2, 1.0 * len(rows) + 0.6),
+        squeeze=False,
+        layout="constrained",
     )
     for ax in axes.flat:
         ax.set_axis_off()

@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ClassifierNetwork
 from ClassifierNetwork import (
     AugmentedBatches,
-    KernelMuon,
     Recipe,
     channel_statistics,
     count_training_flops,
@@ -116,16 +114,6 @@ def compiled(model, X):
 
 
 @contextlib.contextmanager
-def three_iterations(model, X):
-    """Orthogonalise Muon's updates by three Newton-Schulz iterations instead of five (Jordan 2024)."""
-    ClassifierNetwork.KernelMuon = partial(KernelMuon, ns_steps=3)
-    try:
-        yield
-    finally:
-        ClassifierNetwork.KernelMuon = KernelMuon
-
-
-@contextlib.contextmanager
 def averaged_weights(model, X, decay=0.99):
     """Judge an exponential moving average of the weights, with batch-norm statistics made for it."""
     average = None
@@ -172,51 +160,53 @@ def alternating_flips(model, X):
 
 # --- Candidates ---------------------------------------------------------------------------------
 
-FULL_SIZE = {"scales": (1.0,)}
+# What the lines of the ablation depart from: the former defaults, and Muon and growing images as today.
+BASE = {"batch_size": 128, "learning_rate": 0.1, "muon_learning_rate": 0.03, "muon_iterations": 5}
 BATCH_256 = {"batch_size": 256, "learning_rate": 0.15, "muon_learning_rate": 0.045}
-FASTER = "batches of 256, three iterations in Muon"
+FULL_SIZE = {"scales": (1.0,)}
+
+
+def departure(what, passes=6.6, around=None, **changes):
+    """A line of the ablation: the base, but for the changes."""
+    return Candidate(what, passes=passes, changes=BASE | changes, around=around)
+
+
 SERIES = {
-    # All for about the same compute. Every line differs from the default in what it says and nothing else.
+    # All for about the same compute. Every line differs from the base in what it says and nothing else.
     "ablation": {
-        "default": Candidate("the default recipe"),
-        "former": Candidate(
+        "default": departure("the base: Muon, images that grow, batches of 128"),
+        "former": departure(
             "the field's usual one: SGD, images of full size, peak after a fifth, crops that move by 4",
-            passes=4,
-            changes={"optimizer": "sgd", "warmup": 0.2, "padding": 4, **FULL_SIZE},
+            passes=4, optimizer="sgd", warmup=0.2, padding=4, **FULL_SIZE,
         ),
-        "no-muon": Candidate("SGD for all weights", passes=7, changes={"optimizer": "sgd"}),
-        "full-size": Candidate("images of full size all the time", passes=4, changes=FULL_SIZE),
-        "whitened": Candidate("whitened, frozen first layer", around=whitened_stem),
-        "padding-4": Candidate("crops that move by 4 pixels instead of 2", changes={"padding": 4}),
-        "smoothing": Candidate("label smoothing 0.1", changes={"label_smoothing": 0.1}),
-        "alternating-flips": Candidate("each image mirrored every other epoch", around=alternating_flips),
-        "batch-512": Candidate(
+        "no-muon": departure("SGD for all weights", passes=7, optimizer="sgd"),
+        "full-size": departure("images of full size all the time", passes=4, **FULL_SIZE),
+        "whitened": departure("whitened, frozen first layer", around=whitened_stem),
+        "padding-4": departure("crops that move by 4 pixels instead of 2", padding=4),
+        "smoothing": departure("label smoothing 0.1", label_smoothing=0.1),
+        "alternating-flips": departure("each image mirrored every other epoch", around=alternating_flips),
+        "batch-512": departure(
             "batches of 512, learning rates 2 (SGD) and 4 times (Muon) as high",
-            changes={"batch_size": 512, "learning_rate": 0.2, "muon_learning_rate": 0.12},
+            batch_size=512, learning_rate=0.2, muon_learning_rate=0.12,
         ),
-        "batch-256": Candidate(
-            "batches of 256, learning rates 1.5 times as high",
-            passes=7,
-            changes=BATCH_256,
+        "batch-256": departure("batches of 256, learning rates 1.5 times as high", passes=7, **BATCH_256),
+        "three-iterations": departure(
+            "three Newton-Schulz iterations in Muon instead of five", passes=6.9, muon_iterations=3
         ),
-        "three-iterations": Candidate(
-            "three Newton-Schulz iterations in Muon instead of five", passes=6.9, around=three_iterations
-        ),
-        "faster": Candidate(FASTER, passes=7.1, changes=BATCH_256, around=three_iterations),
-        "muon-rate": Candidate("twice Muon's learning rate", changes={"muon_learning_rate": 0.06}),
-        "averaged": Candidate("moving average of the weights (decay 0.99)", around=averaged_weights),
-        "late-peak": Candidate("peak of the rates after a fifth of the run", changes={"warmup": 0.2}),
-        "frozen-scales": Candidate("batch-norm scales not trained", around=frozen_norm_scales),
-        "compiled": Candidate("torch.compile", around=compiled),
+        "faster": Candidate("the last two together: the default recipe", passes=7.1),
+        "muon-rate": departure("twice Muon's learning rate", muon_learning_rate=0.06),
+        "averaged": departure("moving average of the weights (decay 0.99)", around=averaged_weights),
+        "late-peak": departure("peak of the rates after a fifth of the run", warmup=0.2),
+        "frozen-scales": departure("batch-norm scales not trained", around=frozen_norm_scales),
+        "compiled": departure("torch.compile", around=compiled),
     },
     "target": {
         "balanced-94": Candidate(
-            f"balanced, label smoothing 0.1, {FASTER}", width=40, passes=16,
-            changes={"label_smoothing": 0.1, **BATCH_256}, around=three_iterations,
+            "balanced, label smoothing 0.1", width=40, passes=16, changes={"label_smoothing": 0.1}
         ),
         "reference-accuracy": Candidate(
-            f"cat-50, Stable Diffusion source-balanced, logit-adjusted per source, {FASTER}", width=32, passes=10,
-            changes=BATCH_256, around=three_iterations, arm="stable-source-balanced-adjusted",
+            "cat-50, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,
+            arm="stable-source-balanced-adjusted",
         ),
     },
 }  # fmt: skip
@@ -230,20 +220,21 @@ def run(name, candidate, data, seed, device=None):
     path = FOLDER / f"{name}-seed{seed}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    device = choose_device(device)
+    device, commit = choose_device(device), code_version()
     recipe = candidate.recipe(len(data.y_train))
     split = split_from_name(REFERENCE_SPLIT, data.y_train, data.class_names)
     training_set = make_training_set(candidate.arm, data, split, seed)
     X, y = training_set.X, training_set.y
     model = create_classifier(10, candidate.width, channel_statistics(X), seed).to(device)
+    checkpoint = None  # a moving average would not come back from one
+    if candidate.around is not averaged_weights:
+        checkpoint = Path("models", "checkpoints", path.with_suffix(".pt").name)
     with candidate.context(model, X) as finish:
         flops = count_training_flops(model, recipe)
         history = train_classifier(
             model, X, y, recipe, seed=seed, device=device, description=f"{name}, seed {seed}",
             groups=training_set.groups, logit_adjusted=ARMS[candidate.arm].logit_adjusted,
-            # A moving average does not come back from a checkpoint.
-            checkpoint=None if candidate.around is averaged_weights
-            else Path("models", "checkpoints", path.with_suffix(".pt").name),
+            checkpoint=checkpoint,
         )  # fmt: skip
         if finish:
             finish()
@@ -266,9 +257,11 @@ def run(name, candidate, data, seed, device=None):
         "bfloat16": uses_bfloat16(device),
         "hardware": describe_hardware(device),
         "torch": torch.__version__,
-        "commit": code_version(),
+        "commit": commit,
     }
     save_json(path, result)
+    if checkpoint is not None:
+        checkpoint.unlink()
     return result
 
 
@@ -296,10 +289,10 @@ def table(series):
     if timed:
         header.insert(4, "minutes")
     rows, hardware = [], {}
-    for runs in load_runs(series).values():
+    for name, runs in load_runs(series).items():
         first = runs[0]
         cells = [
-            first["what"], str(first["width"]), f"{first['passes']:g}", f"{first['pflops']:.3f}",
+            SERIES[series][name].what, str(first["width"]), f"{first['passes']:g}", f"{first['pflops']:.3f}",
             percent([run["accuracy"] for run in runs], 2),
             percent([run["accuracy_with_averaged_flips"] for run in runs], 2),
             str(len(runs)),

@@ -359,7 +359,7 @@ def test_the_number_of_steps_is_exact_though_the_last_epoch_is_cut_short():
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     rates = [epoch["learning_rate"] for epoch in train(small_model(), Recipe(steps=20, batch_size=20))]
     peak = int(np.argmax(rates))
-    assert max(rates) == pytest.approx(0.1, rel=0.1)
+    assert max(rates) == pytest.approx(Recipe.learning_rate, rel=0.1)
     assert peak <= 2, "warm-up is a tenth of the steps"
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -615,7 +615,7 @@ X, y = data["X"], data["y"]
 model = create_classifier(10, 4, channel_statistics(X), seed=0)
 history = train_classifier(
     model, X, y, Recipe(steps=8, batch_size=8, micro_batch_size=4), seed=0, groups=y % 2, logit_adjusted=True,
-    test_data=(X, y), device="cpu", data_parallel=state.use_distributed, checkpoint="run.pt",
+    test_data=(X, y), device="cpu", data_parallel=state.use_distributed, checkpoint=f"run-{state.num_processes}.pt",
 )
 accuracy = float((evaluate_classifier(model, X, y).predictions == y).mean())
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
@@ -648,7 +648,6 @@ def test_two_processes_train_as_one_does_at_the_same_batch():
             assert epoch["train_accuracy"] == expected["train_accuracy"]
             assert epoch["step"] == expected["step"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=2e-3)
-    assert not Path("run.pt").exists()
 
 
 # --- Killed and resumed -------------------------------------------------------------------------
@@ -693,7 +692,6 @@ def test_a_killed_process_is_continued_to_the_same_weights():
     history = train(uninterrupted, recipe)
     assert equal_weights(resumed, uninterrupted)
     assert without_seconds(resumed_history) == without_seconds(history)
-    assert not Path("run.pt").exists()
 
 
 @pytest.mark.parametrize("adjusted", [False, True])
@@ -720,7 +718,13 @@ def test_runs_interrupted_in_different_epochs_continue_to_the_same_weights(monke
     resumed = small_model(seed=99)
     assert without_seconds(train(resumed, checkpoint="run.pt", **options)) == without_seconds(history)
     assert equal_weights(resumed, uninterrupted)
-    assert list(Path().iterdir()) == []
+
+    # The checkpoint holds the finished run until whoever asked for it has saved the outcome.
+    monkeypatch.setattr(ClassifierNetwork, "_forward_and_backward", None)  # one more step would fail
+    again = small_model(seed=98)
+    assert without_seconds(train(again, checkpoint="run.pt", **options)) == without_seconds(history)
+    assert equal_weights(again, uninterrupted)
+    assert [path.name for path in Path().iterdir()] == ["run.pt"]
 
 
 def interrupted_run(monkeypatch, path="run.pt", **options):
@@ -794,16 +798,9 @@ BAD_FILES = ["truncated", "empty", "text", "another torch file", "a pickled obje
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run_as_code(kind):
     write_bad_file(kind)
-    with pytest.raises(ValueError, match=r"bad\.pt .*no file of this project"):
+    with pytest.raises(ValueError, match=r"bad\.pt .*no file of this project.*[Rr]emove"):
         train(small_model(), checkpoint="bad.pt")
     assert [path.name for path in Path().iterdir()] == ["bad.pt"]
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_the_refusal_of_a_damaged_checkpoint_says_what_to_do(kind):
-    write_bad_file(kind)
-    with pytest.raises(ValueError, match="(?i)remove"):
-        train(small_model(), checkpoint="bad.pt")
 
 
 def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint():

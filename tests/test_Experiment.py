@@ -299,6 +299,16 @@ def test_an_arm_interrupted_in_training_continues_to_the_same_result(
     assert outcome_of(resumed) == outcome_of(smoke("logit-adjusted", tiny_data))
 
 
+def test_an_arm_killed_before_its_result_is_written_is_not_trained_again(tiny_data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "save_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            smoke("imbalanced", tiny_data)
+    monkeypatch.setattr(ClassifierNetwork.AugmentedBatches, "epoch", None)  # one more epoch would fail
+    assert smoke("imbalanced", tiny_data)["history"][-1]["step"] == 6
+    assert not files("models/checkpoints")
+
+
 def test_a_result_of_another_recipe_is_neither_used_nor_overwritten(tiny_data, monkeypatch):
     run_arm("imbalanced", tiny_data, SPLIT, profile="smoke", device="cpu")
     other = dataclasses.replace(Experiment.PROFILES["smoke"], steps=7)
@@ -457,7 +467,7 @@ def test_auto_is_full_with_cuda_and_quick_without(monkeypatch, cuda, expected):
     assert resolve_profile("auto") == (expected, PROFILES[expected])
 
 
-@pytest.mark.parametrize(("profile", "steps"), [("quick", MOST_PASSES * 10), ("smoke", 6)])
+@pytest.mark.parametrize(("profile", "steps"), [("quick", MOST_PASSES * 5), ("smoke", 6)])
 def test_small_data_sets_are_not_passed_over_more_than_sixty_times(digits, monkeypatch, profile, steps):
     recipes = []
 
@@ -467,7 +477,7 @@ def test_small_data_sets_are_not_passed_over_more_than_sixty_times(digits, monke
 
     monkeypatch.setattr(Experiment, "train_classifier", spy)
     with pytest.raises(KeyboardInterrupt):
-        run_arm("imbalanced", digits, profile=profile)  # 1,298 kept images are 10 batches of 128
+        run_arm("imbalanced", digits, profile=profile)  # 1,298 kept images are 5 batches of 256
     assert recipes[0].steps == steps
 
 
