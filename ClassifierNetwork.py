@@ -183,7 +183,7 @@ class AugmentedBatches:
     device : torch.device
     seed : int
         Order, crops and flips.
-    padding : int, default 4
+    padding : int, default 2
         Pixels by which crops may move, filled by reflection.
     flip : bool, default True
         Whether to mirror half of the images left to right.
@@ -192,7 +192,7 @@ class AugmentedBatches:
         all processes are the batch that one process alone would see.
     """
 
-    def __init__(self, X, batch_size, device, seed, *, padding=4, flip=True, share=(0, 1)):
+    def __init__(self, X, batch_size, device, seed, *, padding=2, flip=True, share=(0, 1)):
         self.n, self.height, self.width = X.shape[:3]
         self.batch_size = min(batch_size, self.n)
         self.device, self.seed, self.padding, self.flip = device, seed, padding, flip

@@ -5,6 +5,7 @@ python Report.py --check   fail if the README does not show what results/ says
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -174,8 +175,8 @@ def conditions(results):
         f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation "
         f"unless the column says so; seed"
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
-        f"{first['versions']['torch']} on {hardware_text(hardware)}, median {minutes:.0f} minutes of training an arm on a machine "
-        f"that did other work meanwhile. All scores are percentages. With {support:,} test images of the "
+        f"{first['versions']['torch']} on {hardware_text(hardware)}, median {minutes:.0f} minutes of training an arm, "
+        f"whatever else the machine did meanwhile. All scores are percentages. With {support:,} test images of the "
         f"minority, a recall near a half is uncertain by {100 * (recall.high - recall.low) / 2:.0f} points "
         "(95 %) from the choice of test images alone; the choice of seed comes on top."
     )
@@ -279,15 +280,11 @@ def sample_figure(data, split, columns=10):
     """
     c = split.minority_classes[0]
     X, y = split.cut(data.X_train, data.y_train)
-    rows = {"real (all that is left)": X[y == c][:columns]}
+    real = X[y == c]
+    rows = {f"real ({min(columns, len(real))} of {len(real)} left)": real[:columns]}
     for name in ("non-synthetic-reference", "non-synthetic", "stable"):
-        try:
-            training_set = make_training_set(name, data, split)
-        except ArmUnavailableError:
-            continue
-        synthetic = training_set.X[training_set.real_rows :]
-        of_class = training_set.y[training_set.real_rows :] == c
-        rows[ARMS[name].title] = synthetic[of_class][:columns]
+        with contextlib.suppress(ArmUnavailableError):
+            rows[ARMS[name].title] = generated_minority_images(name, data, split)[:columns]
     subject = f"{data.class_names[c]}, real images and what each method adds"
     return plot_image_rows(rows, title(subject, data, split))
 

@@ -80,7 +80,8 @@ def main(arguments=None):
         print(f"{line}\n{caught[-1].message}\n{line}", flush=True)
     print(f"Profile {profile_name}: {profile.purpose}.", flush=True)
     # A library's hint about progress bars would stand in the copies, with its place on this machine.
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+    warnings_of_user = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = f"{warnings_of_user},ignore:IProgress not found".lstrip(",")
     for name in NOTEBOOKS:
         print(f"Executing {name} ...", flush=True)
         print(f"Executed copy: {run_notebook(name, profile_name, data.name)}", flush=True)

@@ -601,7 +601,7 @@ def plot_confusion_matrix(matrix, class_names, title):
     return figure
 
 
-def plot_comparison(rows, title, reference_accuracy=None):
+def plot_comparison(rows, title):
     """Minority recall, balanced accuracy and accuracy of each arm, with every single run as a dot.
 
     Parameters
@@ -610,8 +610,6 @@ def plot_comparison(rows, title, reference_accuracy=None):
         Title of the arm -> dict of ``minority_recall``, ``balanced_accuracy`` and ``accuracy``, each
         a list with one fraction per run. Drawn from top to bottom in the order given.
     title : str
-    reference_accuracy : float, optional
-        Accuracy of a model that is perfect on the other classes and never names the minority.
 
     Returns
     -------
@@ -635,8 +633,6 @@ def plot_comparison(rows, title, reference_accuracy=None):
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_xlabel(label)
         ax.grid(axis="x", alpha=0.3)
-    if reference_accuracy is not None:
-        axes[2].axvline(reference_accuracy, color="black", linestyle=":", linewidth=1)
     axes[0].set_yticks(positions, list(rows))
     figure.suptitle(title)
     return figure

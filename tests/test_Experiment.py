@@ -662,10 +662,13 @@ def test_wrong_names_are_found_before_the_data_is_loaded(arguments, monkeypatch)
         Experiment.main(arguments)
 
 
-def test_an_unknown_device_is_one_line_without_a_traceback(digits, monkeypatch):
+def test_an_unknown_device_is_one_line_without_a_traceback(digits, monkeypatch, capsys):
     monkeypatch.setattr(Experiment, "load_data", lambda: digits)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         Experiment.main(["--arm", "imbalanced", "--profile", "smoke", "--device", "abacus"])
+    assert end.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "abacus" in line
 
 
 def test_each_arm_is_reported_in_a_line(digits, monkeypatch, capsys):
