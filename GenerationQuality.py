@@ -89,8 +89,8 @@ class InceptionFeatures(ImageFeatures):
         weights = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
         if not weights.exists() and not is_reachable(INCEPTION_URL):
             raise FeaturesUnavailableError(
-                f"There is no {weights.name} in {weights.parent} and {INCEPTION_URL} does not answer. Use the "
-                "features of a network of your own (ImageFeatures), or put the file there."
+                f"There is no {weights.name} in the folder checkpoints of torch.hub.get_dir() and {INCEPTION_URL} does "
+                "not answer. Use the features of a network of your own (ImageFeatures), or put the file there."
             )
         try:
             network = FrechetInceptionDistance(feature=2048).inception.to(device)
