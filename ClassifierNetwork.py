@@ -17,7 +17,6 @@ via logit adjustment. Smith and Topin (2018), Super-convergence (the one-cycle s
 import copy
 import math
 import time
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from ImageOverSampler import check_images
 from Utils import (
     atomic_path,
+    checksum,
     choose_device,
     derive_seed,
     describe_differences,
@@ -292,7 +292,7 @@ class Recipe:
     muon_learning_rate, muon_momentum, muon_weight_decay : float
         Muon's: the peak of the same schedule; the decay is decoupled (times the learning rate).
     muon_iterations : int
-        Newton-Schulz iterations that make Muon's updates nearly orthogonal; three cost half of the usual
+        Newton-Schulz iterations that make Muon's updates nearly orthogonal; three cost less than the usual
         five and are enough (as Jordan's airbench has it too).
     warmup : float
         Share of the steps until the peak; from there the rates fall in a straight line.
@@ -530,8 +530,8 @@ def train_classifier(
     run = {  # what a checkpoint must agree with
         **asdict(recipe), "seed": seed, "width": model.width, "num_classes": model.num_classes,
         "logit_adjusted": logit_adjusted, "rows": len(X), "processes": processes,
-        "checksum": zlib.crc32(X, zlib.crc32(y)),
-        "checksum_of_groups": zlib.crc32(np.ascontiguousarray(groups, dtype=np.int64)) if logit_adjusted else 0,
+        "checksum": checksum(y, X),
+        "checksum_of_groups": checksum(groups.astype(np.int64)) if logit_adjusted else 0,
     }  # fmt: skip
     history = []
     if checkpoint is not None and Path(checkpoint).exists():
@@ -649,6 +649,9 @@ def _resume(checkpoint, run, model, optimizers, schedulers):
 # --- Evaluation ---------------------------------------------------------------------------------
 
 
+JUDGED_AT_ONCE = 128  # images
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Outcome of :func:`evaluate_classifier`.
@@ -666,7 +669,7 @@ class Evaluation:
     logits: np.ndarray
 
 
-def evaluate_classifier(model, X, y, *, batch_size=128, device=None):
+def evaluate_classifier(model, X, y, *, batch_size=JUDGED_AT_ONCE, device=None):
     """Loss and predictions on images.
 
     For test-time augmentation, average the logits of several calls, such as those on ``X`` and on its
@@ -679,7 +682,7 @@ def evaluate_classifier(model, X, y, *, batch_size=128, device=None):
     X : ndarray of uint8, shape (n, height, width, 3)
     y : ndarray of int, shape (n,)
     batch_size : int
-        Small ones suit a CPU's cache, and fill a GPU all the same.
+        Small ones suit a CPU's cache.
     device : str or torch.device, optional
 
     Returns
@@ -693,7 +696,7 @@ def evaluate_classifier(model, X, y, *, batch_size=128, device=None):
 
 
 @torch.inference_mode()
-def _evaluate(model, images, y, batch_size=128):
+def _evaluate(model, images, y, batch_size=JUDGED_AT_ONCE):
     was_training = model.training
     model.eval()
     parts = []

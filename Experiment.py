@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -69,6 +68,7 @@ from StableDiffusionGeneration import (
 )
 from Utils import (
     atomic_path,
+    checksum,
     choose_device,
     classification_metrics,
     derive_seed,
@@ -518,7 +518,7 @@ def classifier_features(data, split, profile="auto", device=None):
             description=f"the network that judges images, {folder}",
         )  # fmt: skip
         save_classifier(model, weights)
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)
     network = load_classifier(weights, device)
     name = f"ResNet-18 of width {network.width}, trained on {split.name} of {data.name}"
     return ImageFeatures(network.features, name, device)
@@ -841,7 +841,7 @@ def run_arm(
         },
         "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
         # Tells whether two results had the same generator's images.
-        "checksum_of_training_set": zlib.crc32(training_set.X, zlib.crc32(training_set.y)),
+        "checksum_of_training_set": checksum(training_set.y, training_set.X),
         "configuration": _recipe_and_width(recipe, settings) | {
             "parameters": sum(p.numel() for p in model.parameters()),
             "logit_adjusted": arm.logit_adjusted,
@@ -868,7 +868,7 @@ def run_arm(
         save_classifier(model, weights)
         save_test_labels(profile_name, data, split.name)
         save_json(path, result)  # last: its presence says that the arm is finished
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)
         save_arm_plots(arm_name, profile_name, data.name, split.name)
     return result
 

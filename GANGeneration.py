@@ -24,7 +24,6 @@ convolutional GANs.
 
 import time
 import warnings
-import zlib
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from tqdm import tqdm
 from ImageOverSampler import ImageOverSampler, check_images
 from Utils import (
     atomic_path,
+    checksum,
     choose_device,
     derive_seed,
     describe_differences,
@@ -623,7 +623,7 @@ def train_gan(
 
     run = {  # what a checkpoint must agree with
         **asdict(settings), "seed": seed, "num_classes": num_classes,
-        "checksum": zlib.crc32(X, zlib.crc32(y)), "judged": quality is not None,
+        "checksum": checksum(y, X), "judged": quality is not None,
     }  # fmt: skip
     history, snapshots, best = [], [], None
     dead_steps = torch.zeros((), device=device, dtype=torch.int64)
@@ -989,12 +989,12 @@ class GANOverSampler(ImageOverSampler):
                     f"{len(classes)} ({', '.join(map(str, classes))}). Train one on this data."
                 )
             return
-        checksum = zlib.crc32(np.ascontiguousarray(X), zlib.crc32(np.ascontiguousarray(y)))
-        if getattr(self, "_trained_on", None) != checksum:
+        training_set = checksum(y, X)
+        if getattr(self, "_trained_on", None) != training_set:
             seed = self.random_state if isinstance(self.random_state, (int, np.integer)) else 0
             settings = self.settings or GAN_SETTINGS["cpu"]
             self.generator_ = train_gan(X, y, settings, seed=seed, device=self.device).generator
-            self._trained_on = checksum
+            self._trained_on = training_set
 
     def _fit_resample(self, X, y):
         self._prepare(X, y)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import threading
 import urllib.request
+import zlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -61,6 +62,14 @@ def derive_seed(*parts):
     and parts from 2^32 on are split in two, so compare only calls with equally many, smaller parts.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def checksum(*arrays):
+    """One CRC-32 (int) of the contents of several arrays: other data have another one."""
+    result = 0
+    for array in arrays:
+        result = zlib.crc32(np.ascontiguousarray(array), result)
+    return result
 
 
 def choose_device(name=None):

@@ -166,7 +166,7 @@ BATCH_256 = {"batch_size": 256, "learning_rate": 0.15, "muon_learning_rate": 0.0
 FULL_SIZE = {"scales": (1.0,)}
 
 
-def departure(what, passes=6.6, around=None, **changes):
+def departure(what, passes=Candidate.passes, around=None, **changes):
     """A line of the ablation: the base, but for the changes."""
     return Candidate(what, passes=passes, changes=BASE | changes, around=around)
 
@@ -261,7 +261,7 @@ def run(name, candidate, data, seed, device=None):
     }
     save_json(path, result)
     if checkpoint is not None:
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)
     return result
 
 

@@ -648,6 +648,7 @@ def test_two_processes_train_as_one_does_at_the_same_batch():
             assert epoch["train_accuracy"] == expected["train_accuracy"]
             assert epoch["step"] == expected["step"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=2e-3)
+    assert torch.load("run-2.pt", weights_only=True)["history"] == first["history"], "one process writes it"
 
 
 # --- Killed and resumed -------------------------------------------------------------------------
@@ -692,6 +693,7 @@ def test_a_killed_process_is_continued_to_the_same_weights():
     history = train(uninterrupted, recipe)
     assert equal_weights(resumed, uninterrupted)
     assert without_seconds(resumed_history) == without_seconds(history)
+    assert torch.load("run.pt", weights_only=True)["history"] == resumed_history
 
 
 @pytest.mark.parametrize("adjusted", [False, True])

@@ -5,6 +5,7 @@ import os
 import socket
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from Utils import (
     COLOURS,
     atomic_path,
+    checksum,
     choose_device,
     classification_metrics,
     derive_seed,
@@ -359,7 +361,7 @@ def test_the_comparison_has_a_bar_for_each_arm_and_a_dot_for_each_run():
         "second": {"minority_recall": [0.6], "balanced_accuracy": [0.7], "accuracy": [0.85]},
     }
     figure = plot_comparison(rows, "Title")
-    recall = figure.axes[0]
+    recall, _, accuracy = figure.axes
     assert [bar.get_width() for bar in recall.patches] == pytest.approx([0.2, 0.6])
     assert [list(line.get_xdata()) for line in recall.lines] == [[0.1, 0.3], [0.6]]
     assert [t.get_text() for t in recall.texts] == ["20.0", "60.0"]
@@ -367,7 +369,14 @@ def test_the_comparison_has_a_bar_for_each_arm_and_a_dot_for_each_run():
     assert heights[0] > heights[1]  # the first arm on top
     labels = dict(zip(recall.get_yticks(), (t.get_text() for t in recall.get_yticklabels()), strict=True))
     assert labels == {1: "first", 0: "second"}
+    assert len(accuracy.lines) == 2  # the dots of each arm
     assert all(ax.get_xlabel() for ax in figure.axes)
+
+
+def test_the_checksum_is_that_of_all_contents_in_order():
+    X, y = np.arange(12, dtype=np.uint8).reshape(3, 4), np.arange(3)
+    assert checksum(y, X) == zlib.crc32(y.tobytes() + X.tobytes())
+    assert checksum(y, X[:, ::-1]) == zlib.crc32(y.tobytes() + X[:, ::-1].tobytes()) != checksum(y, X)
 
 
 def test_hardware_reads_well_in_a_sentence():
