@@ -204,6 +204,10 @@ SERIES = {
         "balanced-94": Candidate(
             "balanced, label smoothing 0.1", width=40, passes=16, changes={"label_smoothing": 0.1}
         ),
+        "balanced-94-regularised": Candidate(
+            "balanced, label smoothing 0.2, crops that move by 4, each image mirrored every other epoch",
+            width=40, passes=16, changes={"label_smoothing": 0.2, "padding": 4}, around=alternating_flips,
+        ),
         "reference-accuracy": Candidate(
             "cat-50, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,
             arm="stable-source-balanced-adjusted",

@@ -74,7 +74,9 @@ def test_the_lines_of_the_ablation_cost_about_the_same(time_to_accuracy):
 
 def test_the_targets_keep_within_their_budgets(time_to_accuracy):
     targets = time_to_accuracy.SERIES["target"]
-    assert petaflops(targets["balanced-94"]) < 0.7
+    for_94 = [candidate for name, candidate in targets.items() if name.startswith("balanced-94")]
+    assert len(for_94) == len(targets) - 1
+    assert all(petaflops(candidate) < 0.7 for candidate in for_94)
     # A tenth of 50 passes over 50,000 images with SGD at the reference's width.
     reference = Recipe(steps=round(50 * 50_000 / 128), batch_size=128, optimizer="sgd", scales=(1.0,))
     model = create_classifier(10, 42, ((127.5,) * 3, (63.75,) * 3), seed=0)
