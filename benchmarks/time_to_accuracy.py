@@ -107,6 +107,23 @@ def frozen_norm_scales(model, X):
 
 
 @contextlib.contextmanager
+def fast_norm_shifts(model, X, times=16):
+    """Let the shifts of batch norm learn faster than the other weights (Jordan 2024: 64 times)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            # For SGD without decay, a larger gradient is a higher rate.
+            module.bias.register_hook(lambda gradient: times * gradient)
+    yield
+
+
+@contextlib.contextmanager
+def fast_shifts_and_frozen_scales(model, X):
+    """Both, at Jordan's (2024) ratio."""
+    with fast_norm_shifts(model, X, times=64), frozen_norm_scales(model, X):
+        yield
+
+
+@contextlib.contextmanager
 def compiled(model, X):
     """``torch.compile``; its warm-up counts."""
     model.compile()
@@ -198,6 +215,10 @@ SERIES = {
         "averaged": departure("moving average of the weights (decay 0.99)", around=averaged_weights),
         "late-peak": departure("peak of the rates after a fifth of the run", warmup=0.2),
         "frozen-scales": departure("batch-norm scales not trained", around=frozen_norm_scales),
+        "fast-shifts": departure("batch-norm shifts learn 16 times as fast", around=fast_norm_shifts),
+        "fast-shifts-only": departure(
+            "batch-norm shifts learn 64 times as fast, scales not trained", around=fast_shifts_and_frozen_scales
+        ),
         "compiled": departure("torch.compile", around=compiled),
     },
     "target": {

@@ -1,5 +1,6 @@
 """The benchmarks: what the presets of Stable Diffusion and the recipes cost, and that the GAN's runs."""
 
+import contextlib
 import importlib
 import json
 import runpy
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 
+import ClassifierNetwork
 from ClassifierNetwork import Recipe, count_training_flops, create_classifier
 
 
@@ -96,3 +99,34 @@ def test_a_recipe_is_measured_once_and_shown(time_to_accuracy, tiny_data, monkey
     assert time_to_accuracy.run("tiny", tiny, tiny_data, seed=0) == json.loads(json.dumps(first))
     row = f"| tiny | 2 | 1 | {first['pflops']:.3f} | 0 | {100 * first['accuracy']:.2f} |"
     assert row in time_to_accuracy.table("target"), "with the minutes"
+
+
+def test_each_image_is_mirrored_every_other_epoch(time_to_accuracy):
+    X = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    with time_to_accuracy.alternating_flips(None, X):
+        batches = ClassifierNetwork.AugmentedBatches(X, 10, torch.device("cpu"), seed=0, padding=0)
+        mirrored = np.zeros((4, len(X)), dtype=bool)
+        for epoch, seen in enumerate(mirrored):
+            for images, rows in batches.epoch(epoch):
+                images = images.permute(0, 2, 3, 1).numpy()
+                seen[rows] = (images == X[rows][:, :, ::-1]).all(axis=(1, 2, 3))
+                assert np.array_equal(
+                    np.where(seen[rows][:, None, None, None], images[:, :, ::-1], images), X[rows]
+                )
+    assert 0 < mirrored[0].sum() < len(X)
+    assert (mirrored[1] == ~mirrored[0]).all() and (mirrored[2] == mirrored[0]).all()
+    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
+
+
+def test_only_the_shifts_of_batch_norm_learn_faster(time_to_accuracy):
+    def gradients(context):
+        model = create_classifier(10, 2, ((127.5,) * 3, (63.75,) * 3), seed=0)
+        with context(model, None):
+            images = torch.arange(4 * 3 * 16 * 16).remainder(256).view(4, 3, 16, 16)
+            model(images)[:, 0].square().sum().backward()
+        return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
+
+    usual, fast = gradients(lambda *_: contextlib.nullcontext()), gradients(time_to_accuracy.fast_norm_shifts)
+    for name, gradient in usual.items():
+        shift = name.endswith("bias") and name != "head.bias"
+        torch.testing.assert_close(fast[name], (16 if shift else 1) * gradient)
