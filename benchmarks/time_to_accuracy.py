@@ -4,8 +4,9 @@
     python benchmarks/time_to_accuracy.py --series target --seed 0 1
 
 Each run writes ``results/benchmarks/time_to_accuracy/<name>-seed<k>.json``; what is there is not run
-again, and a killed run continues. Last weights; balanced CIFAR-10 unless said otherwise. The test accuracy of the ablation did
-choose the defaults of :class:`ClassifierNetwork.Recipe`, on the balanced data set; no arm of the study did.
+again, and a killed run continues, unless it keeps more than a checkpoint holds. Last weights; balanced
+CIFAR-10 unless said otherwise. The test accuracy of the ablation did choose the defaults of
+:class:`ClassifierNetwork.Recipe`, on the balanced data set; no arm of the study did.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,8 @@ class Candidate:
     around : callable, optional
         ``(model, X) -> context manager`` around the training, for what the training loop does not offer; it may
         yield a function that changes the trained model.
+    resumable : bool, default True
+        Whether a killed run can continue; not if ``around`` holds what a checkpoint does not.
     arm : str, default 'balanced'
         What to train on: an arm of the study, on the reference's split.
     """
@@ -67,6 +71,7 @@ class Candidate:
     passes: float = 6.6
     changes: dict = field(default_factory=dict)
     around: Callable | None = None
+    resumable: bool = True
     arm: str = "balanced"
 
     def recipe(self, n):
@@ -114,13 +119,6 @@ def fast_norm_shifts(model, X, times=16):
             # For SGD without decay, a larger gradient is a higher rate.
             module.bias.register_hook(lambda gradient: times * gradient)
     yield
-
-
-@contextlib.contextmanager
-def fast_shifts_and_frozen_scales(model, X):
-    """Train of batch norm the shifts alone, 64 times as fast as the other weights (Jordan 2024)."""
-    with fast_norm_shifts(model, X, times=64), frozen_norm_scales(model, X):
-        yield
 
 
 @contextlib.contextmanager
@@ -175,6 +173,65 @@ def alternating_flips(model, X):
         ClassifierNetwork.AugmentedBatches = AugmentedBatches
 
 
+@contextlib.contextmanager
+def easy_images_skipped(model, X, share=0.5):
+    """In each epoch leave out, by chance, a share of the images whose loss was below the mean when last seen.
+
+    After InfoBatch (Qin et al. 2024), but the gradients of those that stay get no larger weight.
+    """
+    losses = torch.full((len(X),), torch.inf, device=model.mean.device)
+    waiting = torch.empty(0, dtype=torch.int64)  # rows of the current batch that were not computed yet
+    batches_before, compute_before = (
+        ClassifierNetwork.AugmentedBatches,
+        ClassifierNetwork._forward_and_backward,
+    )
+
+    class Selecting(batches_before):
+        def epoch(self, number):
+            nonlocal waiting
+            drawn = np.random.default_rng((self.seed, number)).random(self.n) < share
+            # In the first epoch no mean exists, and nothing is smaller than that.
+            easy = losses < losses[losses.isfinite()].mean()
+            keep = ~(easy & torch.from_numpy(drawn).to(self.device))
+            images, rows = [], []
+            for new_images, new_rows in super().epoch(number):
+                kept = keep[new_rows]
+                images, rows = torch.cat([*images, new_images[kept]]), torch.cat([*rows, new_rows[kept]])
+                if len(rows) >= self.part:
+                    waiting = rows[: self.part]
+                    yield images[: self.part].contiguous(memory_format=torch.channels_last), waiting
+                    images, rows = images[self.part :], rows[self.part :]
+                images, rows = [images], [rows]
+
+    def compute(model, images, targets, *arguments, **options):
+        nonlocal waiting
+        loss, logits = compute_before(model, images, targets, *arguments, **options)
+        if not images.is_meta:  # not while operations are counted
+            losses[waiting[: len(images)]] = F.cross_entropy(logits, targets, reduction="none")
+            waiting = waiting[len(images) :]
+        return loss, logits
+
+    ClassifierNetwork.AugmentedBatches, ClassifierNetwork._forward_and_backward = Selecting, compute
+    try:
+        yield
+    finally:
+        ClassifierNetwork.AugmentedBatches = batches_before
+        ClassifierNetwork._forward_and_backward = compute_before
+
+
+def together(*contexts):
+    """Several of these as one; the first is the outermost."""
+
+    @contextlib.contextmanager
+    def all_of_them(model, X):
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context(model, X))
+            yield
+
+    return all_of_them
+
+
 # --- Candidates ---------------------------------------------------------------------------------
 
 # What the lines of the ablation depart from: the former defaults, and Muon and growing images as today.
@@ -183,9 +240,9 @@ BATCH_256 = {"batch_size": 256, "learning_rate": 0.15, "muon_learning_rate": 0.0
 FULL_SIZE = {"scales": (1.0,)}
 
 
-def departure(what, passes=Candidate.passes, around=None, **changes):
+def departure(what, width=Candidate.width, passes=Candidate.passes, around=None, resumable=True, **changes):
     """A line of the ablation: the base, but for the changes."""
-    return Candidate(what, passes=passes, changes=BASE | changes, around=around)
+    return Candidate(what, width, passes, BASE | changes, around, resumable)
 
 
 SERIES = {
@@ -212,12 +269,25 @@ SERIES = {
         ),
         "faster": Candidate("the last two together: the default recipe", passes=7.1),
         "muon-rate": departure("twice Muon's learning rate", muon_learning_rate=0.06),
-        "averaged": departure("moving average of the weights (decay 0.99)", around=averaged_weights),
+        "muon-decay": departure("four times Muon's weight decay", muon_weight_decay=0.12),
+        "muon-rate-decay": departure(
+            "twice Muon's learning rate and four times its weight decay",
+            muon_learning_rate=0.06, muon_weight_decay=0.12,
+        ),
+        "smaller-images": departure(
+            "images that stay small for longer", passes=7.9, scales=(0.5, 0.5, 0.5, 0.625, 0.75, 0.875, 1.0)
+        ),
+        "skipping": departure("easy images left out half of the time", around=easy_images_skipped, resumable=False),
+        "width-12": departure("narrower, more passes", width=12, passes=11.5),
+        "width-20": departure("wider, fewer passes", width=20, passes=4.1),
+        "width-24": departure("wider still, fewer passes", width=24, passes=2.8),
+        "averaged": departure("moving average of the weights (decay 0.99)", around=averaged_weights, resumable=False),
         "late-peak": departure("peak of the rates after a fifth of the run", warmup=0.2),
         "frozen-scales": departure("batch-norm scales not trained", around=frozen_norm_scales),
         "fast-shifts": departure("batch-norm shifts learn 16 times as fast", around=fast_norm_shifts),
         "fast-shifts-only": departure(
-            "batch-norm shifts learn 64 times as fast, scales not trained", around=fast_shifts_and_frozen_scales
+            "batch-norm shifts learn 64 times as fast, scales not trained",
+            around=together(partial(fast_norm_shifts, times=64), frozen_norm_scales),
         ),
         "compiled": departure("torch.compile", around=compiled),
     },
@@ -228,6 +298,12 @@ SERIES = {
         "balanced-94-regularised": Candidate(
             "balanced, label smoothing 0.2, crops that move by 4, each image mirrored every other epoch",
             width=40, passes=16, changes={"label_smoothing": 0.2, "padding": 4}, around=alternating_flips,
+        ),
+        "balanced-94-narrower": Candidate(
+            "balanced, label smoothing 0.1, crops that move by 4, each image mirrored every other epoch, easy images left "
+            "out half of the time, batch-norm shifts 16 times as fast, Muon's learning rate 0.07",
+            width=32, passes=25.5, changes={"label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.07},
+            around=together(alternating_flips, easy_images_skipped, fast_norm_shifts), resumable=False,
         ),
         "reference-accuracy": Candidate(
             "cat-50, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,
@@ -251,8 +327,8 @@ def run(name, candidate, data, seed, device=None):
     training_set = make_training_set(candidate.arm, data, split, seed)
     X, y = training_set.X, training_set.y
     model = create_classifier(10, candidate.width, channel_statistics(X), seed).to(device)
-    checkpoint = None  # a moving average would not come back from one
-    if candidate.around is not averaged_weights:
+    checkpoint = None
+    if candidate.resumable:
         checkpoint = Path("models", "checkpoints", path.with_suffix(".pt").name)
     with candidate.context(model, X) as finish:
         flops = count_training_flops(model, recipe)

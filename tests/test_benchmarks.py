@@ -88,7 +88,12 @@ def test_the_targets_keep_within_their_budgets(time_to_accuracy):
 
 def test_a_recipe_is_measured_once_and_shown(time_to_accuracy, tiny_data, monkeypatch):
     tiny = time_to_accuracy.Candidate(
-        "tiny", width=2, passes=1, changes={"batch_size": 20}, around=time_to_accuracy.averaged_weights
+        "tiny",
+        width=2,
+        passes=1,
+        changes={"batch_size": 20},
+        around=time_to_accuracy.averaged_weights,
+        resumable=False,
     )
     monkeypatch.setattr(time_to_accuracy, "REFERENCE_SPLIT", "1-0.5")
     monkeypatch.setitem(time_to_accuracy.SERIES, "target", {"tiny": tiny})
@@ -116,6 +121,34 @@ def test_each_image_is_mirrored_every_other_epoch(time_to_accuracy):
     assert 0 < mirrored[0].sum() < len(X)
     assert (mirrored[1] == ~mirrored[0]).all() and (mirrored[2] == mirrored[0]).all()
     assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
+
+
+def test_some_of_the_easy_images_are_left_out(time_to_accuracy, monkeypatch):
+    n, batch_size = 1000, 20
+    X = np.zeros((n, 8, 8, 3), dtype=np.uint8)
+    hard = torch.arange(n) % 4 == 0
+
+    def sure_of_class_0(model, images, targets, *_):
+        return torch.zeros(()), torch.tensor([9.0, 0.0]).repeat(len(images), 1)
+
+    monkeypatch.setattr(ClassifierNetwork, "_forward_and_backward", sure_of_class_0)
+    seen = torch.zeros((4, n), dtype=torch.int64)
+    model = create_classifier(2, 2, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    with time_to_accuracy.easy_images_skipped(model, X):
+        batches = ClassifierNetwork.AugmentedBatches(X, batch_size, torch.device("cpu"), seed=0)
+        for epoch, count in enumerate(seen):
+            for images, rows in batches.epoch(epoch):
+                assert images.shape == (batch_size, 3, 8, 8) and rows.shape == (batch_size,)
+                count[rows] += 1
+                for part in rows.split(8):  # micro-batches
+                    ClassifierNetwork._forward_and_backward(model, images[: len(part)], hard[part].long())
+    assert seen.max() == 1, "no image twice in an epoch"
+    assert (seen[0] == 1).all(), "nothing is known before the first epoch"
+    assert (seen[1:, hard] == 0).sum() < 3 * batch_size, "but for the incomplete last batch"
+    assert 0.4 < seen[1:, ~hard].float().mean() < 0.6
+    assert (seen[1] != seen[2]).any()
+    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
+    assert ClassifierNetwork._forward_and_backward is sure_of_class_0, "put back"
 
 
 def test_only_the_shifts_of_batch_norm_learn_faster(time_to_accuracy):
