@@ -26,6 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import mirrored_resnet
+
 import ClassifierNetwork
 from ClassifierNetwork import (
     AugmentedBatches,
@@ -99,6 +101,22 @@ def whitened_stem(model, X):
     with torch.no_grad():
         model.conv.weight.copy_(torch.cat([kernels, -kernels])[: model.width].view_as(model.conv.weight))
     model.conv.weight.requires_grad_(False)
+    yield
+
+
+@contextlib.contextmanager
+def pooled(model, X):
+    """Average-pool where the network has strides."""
+    mirrored_resnet.pooled_downsampling(model)
+    yield
+
+
+@contextlib.contextmanager
+def mirrored(model, X):
+    """Average-pool, and make filters come in mirrored pairs."""
+    mirrored_resnet.pooled_downsampling(model)
+    mirrored_resnet.mirrored_filters(model)
+    model.to(model.mean.device)
     yield
 
 
@@ -268,6 +286,17 @@ SERIES = {
             "three Newton-Schulz iterations in Muon instead of five", passes=6.9, muon_iterations=3
         ),
         "faster": Candidate("the last two together: the default recipe", passes=7.1),
+        "pooled": Candidate(
+            "the default recipe; average pooling in place of strides", passes=7.1, around=pooled
+        ),
+        "mirrored": Candidate(
+            "the default recipe; average pooling in place of strides, filters in mirrored pairs",
+            passes=7.3, around=mirrored,
+        ),
+        "mirrored-20": Candidate(
+            "the default recipe; average pooling in place of strides, filters in mirrored pairs, wider, fewer passes",
+            width=20, passes=4.6, around=mirrored,
+        ),
         "muon-rate": departure("twice Muon's learning rate", muon_learning_rate=0.06),
         "muon-decay": departure("four times Muon's weight decay", muon_weight_decay=0.12),
         "muon-rate-decay": departure(
@@ -304,6 +333,12 @@ SERIES = {
             "out half of the time, batch-norm shifts 16 times as fast, Muon's learning rate 0.07",
             width=32, passes=25.5, changes={"label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.07},
             around=together(alternating_flips, easy_images_skipped, fast_norm_shifts), resumable=False,
+        ),
+        "balanced-94-mirrored": Candidate(
+            "balanced, average pooling in place of strides, filters in mirrored pairs, label smoothing 0.1, crops that move "
+            "by 4, easy images left out half of the time",
+            width=40, passes=17, changes={"label_smoothing": 0.1, "padding": 4, "flip": False},
+            around=together(mirrored, easy_images_skipped), resumable=False,
         ),
         "reference-accuracy": Candidate(
             "cat-50, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,

@@ -163,3 +163,99 @@ def test_only_the_shifts_of_batch_norm_learn_faster(time_to_accuracy):
     for name, gradient in usual.items():
         shift = name.endswith("bias") and name != "head.bias"
         torch.testing.assert_close(fast[name], (16 if shift else 1) * gradient)
+
+
+# --- The mirrored network -----------------------------------------------------------------------
+
+
+def with_random_norms(model, images):
+    """Scales and shifts as after training, and the images' statistics: the initial values would hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.weight.data.uniform_(0.5, 1.5, generator=generator)
+            layer.bias.data.normal_(0, 0.3, generator=generator)
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    return model
+
+
+def pixels(n, side):
+    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", [16, 24, 32])
+def test_mirrored_filters_cannot_tell_an_image_from_its_mirror_image(time_to_accuracy, side, training):
+    images = pixels(5, side)
+    both = torch.cat([images, images.flip(-1)])
+
+    def logits(context):
+        model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
+        with context(model, None):
+            return with_random_norms(model, images).train(training)(both).chunk(2)
+
+    of_images, of_mirror_images = logits(time_to_accuracy.mirrored)
+    torch.testing.assert_close(of_images, of_mirror_images, rtol=1e-4, atol=1e-5)
+    assert of_images.std(dim=0).min() > 1e-2, "but it can tell images apart"
+    of_images, of_mirror_images = logits(time_to_accuracy.pooled)
+    assert (of_images - of_mirror_images).abs().max() > 1e-2, "pooling alone is not enough"
+
+
+def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(time_to_accuracy, tiny_data):
+    X, y = tiny_data.X_train, tiny_data.y_train
+    model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    with time_to_accuracy.mirrored(model, X):
+        before = {name: weights.clone() for name, weights in model.state_dict().items()}
+        ClassifierNetwork.train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0, device="cpu")
+    unchanged = [name for name, weights in model.named_parameters() if torch.equal(weights, before[name])]
+    assert unchanged == []
+    kernels = [name for name, weights in model.named_parameters() if weights.ndim == 4]
+    assert len(kernels) == 20 and model.width == 4, "18 weighted layers but for the head, and three shortcuts"
+    images = pixels(5, 32)
+    torch.testing.assert_close(model(images), model(images.flip(-1)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mirrored_network_costs_no_more_and_has_half_of_the_weights(time_to_accuracy):
+    def network(context):
+        model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
+        with context(model, None):
+            return model
+
+    def cost(model):
+        return count_training_flops(model, Recipe(steps=1, optimizer="sgd"))
+
+    def weights(model):
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    usual, pooled, mirrored = map(
+        network, (lambda *_: contextlib.nullcontext(), time_to_accuracy.pooled, time_to_accuracy.mirrored)
+    )
+    assert cost(usual) == cost(pooled) and weights(usual) == weights(pooled)
+    head = cost(usual) - cost(mirrored)
+    assert 0 <= head < 1e-3 * cost(usual), "the head alone has half of the inputs"
+    assert weights(mirrored) == (weights(usual) - 10) // 2 + 10, "but for the ten biases of the head"
+
+
+def test_pooling_sees_every_place(time_to_accuracy):
+    """A strided 1x1 convolution ignores three places of four; the pooled one is moved by each."""
+    usual, pooled = (create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0) for _ in range(2))
+    with time_to_accuracy.pooled(pooled, None):
+        for model, ignored in ((usual, 48), (pooled, 0)):
+            maps = torch.zeros((1, 4, 8, 8), requires_grad=True)
+            block = model.blocks[2]
+            inputs = maps
+            for hook in block._forward_pre_hooks.values():
+                inputs = hook(block, (inputs,))
+            block.shortcut[0](inputs).sum().backward()
+            assert (maps.grad[0, 0] == 0).sum() == ignored
+
+
+def test_a_network_that_cannot_be_mirrored_is_refused(time_to_accuracy):
+    model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    with pytest.raises(ValueError, match="pooled_downsampling first"):
+        time_to_accuracy.mirrored_resnet.mirrored_filters(model)
+    odd = create_classifier(10, 3, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    with pytest.raises(ValueError, match="even width"), time_to_accuracy.mirrored(odd, None):
+        pass
