@@ -340,6 +340,14 @@ SERIES = {
             width=40, passes=17, changes={"label_smoothing": 0.1, "padding": 4, "flip": False},
             around=together(mirrored, easy_images_skipped), resumable=False,
         ),
+        "balanced-94-pooled": Candidate(
+            "balanced, average pooling in place of strides, Muon's learning rate 0.09 and weight decay 0.2, label smoothing "
+            "0.1, crops that move by 4, each image mirrored every other epoch",
+            width=32, passes=25.5, around=together(pooled, alternating_flips),
+            changes={
+                "label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.09, "muon_weight_decay": 0.2
+            },
+        ),
         "reference-accuracy": Candidate(
             "cat-50, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,
             arm="stable-source-balanced-adjusted",
