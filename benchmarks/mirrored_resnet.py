@@ -132,3 +132,4 @@ def mirrored_filters(model):
             elif isinstance(layer, nn.BatchNorm2d):
                 setattr(parent, name, MirroredBatchNorm2d(layer.num_features))
     model.head = MirroredLinear(model.head)
+    model.to(model.mean.device)  # new norms begin on the CPU

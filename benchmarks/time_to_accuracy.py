@@ -116,7 +116,6 @@ def mirrored(model, X):
     """Average-pool, and make filters come in mirrored pairs."""
     mirrored_resnet.pooled_downsampling(model)
     mirrored_resnet.mirrored_filters(model)
-    model.to(model.mean.device)
     yield
 
 

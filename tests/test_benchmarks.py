@@ -61,9 +61,16 @@ def time_to_accuracy(monkeypatch):
     return importlib.import_module("time_to_accuracy")
 
 
+def untrained(width=4, num_classes=10, context=None):
+    """A network, changed by one of the benchmark's contexts that only change networks."""
+    model = create_classifier(num_classes, width, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    with context(model, None) if context else contextlib.nullcontext():
+        return model
+
+
 def petaflops(candidate):
     """Of a run on 50,000 images."""
-    model = create_classifier(10, candidate.width, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    model = untrained(candidate.width)
     X = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     with candidate.context(model, X):
         return count_training_flops(model, candidate.recipe(50_000)) / 1e15
@@ -82,7 +89,7 @@ def test_the_targets_keep_within_their_budgets(time_to_accuracy):
     assert all(petaflops(candidate) < 0.7 for candidate in for_94)
     # A tenth of 50 passes over 50,000 images with SGD at the reference's width.
     reference = Recipe(steps=round(50 * 50_000 / 128), batch_size=128, optimizer="sgd", scales=(1.0,))
-    model = create_classifier(10, 42, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    model = untrained(42)
     assert petaflops(targets["reference-accuracy"]) < count_training_flops(model, reference) / 1e15 / 10
 
 
@@ -133,7 +140,7 @@ def test_some_of_the_easy_images_are_left_out(time_to_accuracy, monkeypatch):
 
     monkeypatch.setattr(ClassifierNetwork, "_forward_and_backward", sure_of_class_0)
     seen = torch.zeros((4, n), dtype=torch.int64)
-    model = create_classifier(2, 2, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    model = untrained(2, num_classes=2)
     with time_to_accuracy.easy_images_skipped(model, X):
         batches = ClassifierNetwork.AugmentedBatches(X, batch_size, torch.device("cpu"), seed=0)
         for epoch, count in enumerate(seen):
@@ -153,7 +160,7 @@ def test_some_of_the_easy_images_are_left_out(time_to_accuracy, monkeypatch):
 
 def test_only_the_shifts_of_batch_norm_learn_faster(time_to_accuracy):
     def gradients(context):
-        model = create_classifier(10, 2, ((127.5,) * 3, (63.75,) * 3), seed=0)
+        model = untrained(2)
         with context(model, None):
             images = torch.arange(4 * 3 * 16 * 16).remainder(256).view(4, 3, 16, 16)
             model(images)[:, 0].square().sum().backward()
@@ -192,9 +199,8 @@ def test_mirrored_filters_cannot_tell_an_image_from_its_mirror_image(time_to_acc
     both = torch.cat([images, images.flip(-1)])
 
     def logits(context):
-        model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
-        with context(model, None):
-            return with_random_norms(model, images).train(training)(both).chunk(2)
+        model = with_random_norms(untrained(context=context), images)
+        return model.train(training)(both).chunk(2)
 
     of_images, of_mirror_images = logits(time_to_accuracy.mirrored)
     torch.testing.assert_close(of_images, of_mirror_images, rtol=1e-4, atol=1e-5)
@@ -205,10 +211,9 @@ def test_mirrored_filters_cannot_tell_an_image_from_its_mirror_image(time_to_acc
 
 def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(time_to_accuracy, tiny_data):
     X, y = tiny_data.X_train, tiny_data.y_train
-    model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
-    with time_to_accuracy.mirrored(model, X):
-        before = {name: weights.clone() for name, weights in model.state_dict().items()}
-        ClassifierNetwork.train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0, device="cpu")
+    model = untrained(context=time_to_accuracy.mirrored)
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    ClassifierNetwork.train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0, device="cpu")
     unchanged = [name for name, weights in model.named_parameters() if torch.equal(weights, before[name])]
     assert unchanged == []
     kernels = [name for name, weights in model.named_parameters() if weights.ndim == 4]
@@ -218,19 +223,15 @@ def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(tim
 
 
 def test_the_mirrored_network_costs_no_more_and_has_half_of_the_weights(time_to_accuracy):
-    def network(context):
-        model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
-        with context(model, None):
-            return model
-
     def cost(model):
         return count_training_flops(model, Recipe(steps=1, optimizer="sgd"))
 
     def weights(model):
         return sum(parameter.numel() for parameter in model.parameters())
 
-    usual, pooled, mirrored = map(
-        network, (lambda *_: contextlib.nullcontext(), time_to_accuracy.pooled, time_to_accuracy.mirrored)
+    usual = untrained()
+    pooled, mirrored = (
+        untrained(context=context) for context in (time_to_accuracy.pooled, time_to_accuracy.mirrored)
     )
     assert cost(usual) == cost(pooled) and weights(usual) == weights(pooled)
     head = cost(usual) - cost(mirrored)
@@ -240,22 +241,18 @@ def test_the_mirrored_network_costs_no_more_and_has_half_of_the_weights(time_to_
 
 def test_pooling_sees_every_place(time_to_accuracy):
     """A strided 1x1 convolution ignores three places of four; the pooled one is moved by each."""
-    usual, pooled = (create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0) for _ in range(2))
-    with time_to_accuracy.pooled(pooled, None):
-        for model, ignored in ((usual, 48), (pooled, 0)):
-            maps = torch.zeros((1, 4, 8, 8), requires_grad=True)
-            block = model.blocks[2]
-            inputs = maps
-            for hook in block._forward_pre_hooks.values():
-                inputs = hook(block, (inputs,))
-            block.shortcut[0](inputs).sum().backward()
-            assert (maps.grad[0, 0] == 0).sum() == ignored
+    for context, ignored in ((None, 48), (time_to_accuracy.pooled, 0)):
+        block = untrained(context=context).blocks[2]
+        of_shortcut = []
+        block.shortcut[0].register_forward_hook(lambda *call, seen=of_shortcut: seen.append(call[-1]))
+        maps = torch.zeros((1, 4, 8, 8), requires_grad=True)
+        block(maps)
+        of_shortcut[0].sum().backward()
+        assert (maps.grad[0, 0] == 0).sum() == ignored
 
 
 def test_a_network_that_cannot_be_mirrored_is_refused(time_to_accuracy):
-    model = create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), seed=0)
     with pytest.raises(ValueError, match="pooled_downsampling first"):
-        time_to_accuracy.mirrored_resnet.mirrored_filters(model)
-    odd = create_classifier(10, 3, ((127.5,) * 3, (63.75,) * 3), seed=0)
-    with pytest.raises(ValueError, match="even width"), time_to_accuracy.mirrored(odd, None):
-        pass
+        time_to_accuracy.mirrored_resnet.mirrored_filters(untrained())
+    with pytest.raises(ValueError, match="even width"):
+        untrained(width=3, context=time_to_accuracy.mirrored)
