@@ -11,7 +11,8 @@ cannot be fed with wrongly scaled input.
 References
 ----------
 He et al. (2016), Deep residual learning for image recognition. Menon et al. (2021), Long-tail learning
-via logit adjustment. Smith and Topin (2018), Super-convergence (the one-cycle schedule).
+via logit adjustment. Smith and Topin (2018), Super-convergence (the one-cycle schedule). Zhang (2019),
+Making convolutional networks shift-invariant again.
 """
 
 import copy
@@ -46,28 +47,36 @@ from Utils import (
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut around them (the basic block of He et al. 2016)."""
+    """Two 3x3 convolutions with a shortcut around them (the basic block of He et al. 2016).
 
-    def __init__(self, in_channels, out_channels, stride):
+    A block that halves the image averages 2x2 places of its input, where He et al. have convolutions of
+    stride 2. That costs no more operations, and no place is left out: the output depends less on where
+    the image's first column lies (Zhang 2019).
+    """
+
+    def __init__(self, in_channels, out_channels, halve):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        # At an odd side the last place stands for itself: the sides are those of a stride of 2.
+        self.pool = nn.AvgPool2d(2, ceil_mode=True) if halve else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
+        if in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                nn.BatchNorm2d(out_channels),
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def forward(self, x):
+        x = self.pool(x)
         out = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with the stem for small images: a 3x3 convolution, no max-pooling.
+    """ResNet-18 with the stem for small images (a 3x3 convolution, no max-pooling) and average pooling
+    in place of strides.
 
     Parameters
     ----------
@@ -79,6 +88,9 @@ class ResNet18(nn.Module):
         Mean and standard deviation of each colour channel, in pixel values from 0 to 255. Kept in
         the state dict.
     """
+
+    # The same weights mean another network with strides: files say which one they belong to.
+    downsampling = "average pooling"
 
     def __init__(self, num_classes=10, width=64, mean_std=((127.5,) * 3, (63.75,) * 3)):
         super().__init__()
@@ -94,8 +106,8 @@ class ResNet18(nn.Module):
         blocks, channels = [], width
         for stage in range(4):
             out_channels = width * 2**stage
-            blocks.append(ResidualBlock(channels, out_channels, stride=1 if stage == 0 else 2))
-            blocks.append(ResidualBlock(out_channels, out_channels, stride=1))
+            blocks.append(ResidualBlock(channels, out_channels, halve=stage > 0))
+            blocks.append(ResidualBlock(out_channels, out_channels, halve=False))
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, num_classes)
@@ -143,7 +155,10 @@ def channel_statistics(X):
 
 def save_classifier(model, path):
     """Write the weights with what :func:`load_classifier` needs to build the network again."""
-    content = {"num_classes": model.num_classes, "width": model.width, "model": model.state_dict()}
+    content = {
+        "num_classes": model.num_classes, "width": model.width, "downsampling": model.downsampling,
+        "model": model.state_dict(),
+    }  # fmt: skip
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
 
@@ -157,7 +172,7 @@ def load_classifier(path, device=None):
     ValueError
         If the file is damaged or holds something else. It is never unpickled as code.
     """
-    content = load_torch_file(path, {"num_classes", "width", "model"})
+    content = load_torch_file(path, {"num_classes", "width", "downsampling", "model"})
     model = ResNet18(content["num_classes"], content["width"])
     try:
         model.load_state_dict(content["model"])
@@ -529,8 +544,8 @@ def train_classifier(
 
     run = {  # what a checkpoint must agree with
         **asdict(recipe), "seed": seed, "width": model.width, "num_classes": model.num_classes,
-        "logit_adjusted": logit_adjusted, "rows": len(X), "processes": processes,
-        "checksum": checksum(y, X),
+        "downsampling": model.downsampling, "logit_adjusted": logit_adjusted, "rows": len(X),
+        "processes": processes, "checksum": checksum(y, X),
         "checksum_of_groups": checksum(groups.astype(np.int64)) if logit_adjusted else 0,
     }  # fmt: skip
     history = []

@@ -29,6 +29,7 @@ from CandidateImages import CandidateMaker, GenerationSettings
 from CIFAKE import import_cifake
 from ClassifierNetwork import (
     Recipe,
+    ResNet18,
     channel_statistics,
     count_training_flops,
     create_classifier,
@@ -719,8 +720,9 @@ def profile_recipe(settings, rows, data):
     )  # fmt: skip
 
 
-def _recipe_and_width(recipe, settings):
-    return asdict(recipe) | {"scales": list(recipe.scales), "width": settings.width}
+def _recipe_and_network(recipe, settings):
+    network = {"width": settings.width, "downsampling": ResNet18.downsampling}
+    return asdict(recipe) | {"scales": list(recipe.scales)} | network
 
 
 def _require_same(path, found, wanted):
@@ -787,7 +789,7 @@ def run_arm(
     if finished[0]:
         finished = read_result(path)
         # Arms are compared with each other, so none may have been trained in another way.
-        _require_same(path, finished["configuration"], _recipe_and_width(recipe, settings))
+        _require_same(path, finished["configuration"], _recipe_and_network(recipe, settings))
         if main_process and not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
             save_arm_plots(arm_name, *place)  # killed after the result was written
         return finished
@@ -842,7 +844,7 @@ def run_arm(
         "training_images": {"real": real.tolist(), "synthetic": synthetic.tolist()},
         # Tells whether two results had the same generator's images.
         "checksum_of_training_set": checksum(training_set.y, training_set.X),
-        "configuration": _recipe_and_width(recipe, settings) | {
+        "configuration": _recipe_and_network(recipe, settings) | {
             "parameters": sum(p.numel() for p in model.parameters()),
             "logit_adjusted": arm.logit_adjusted,
             "processes": processes.num_processes if data_parallel else 1,
