@@ -1,4 +1,5 @@
-"""Training speed side by side: the reference study's loop against ours, same network, same machine.
+"""Training speed side by side: the reference study's loop against ours, same machine, networks of the
+same weights and operations: the reference's halves images by strides, ours by average pooling.
 
     python benchmarks/classifier.py
 
@@ -29,6 +30,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from resnet_variants import strided_downsampling
+
 from ClassifierNetwork import Recipe, channel_statistics, create_classifier, train_classifier
 from Experiment import code_version
 from ImbalancedCIFAR10 import default_root, load_cifar10
@@ -54,8 +57,9 @@ def reference_loop(steps, warmup):
         ]
     )
     loader = DataLoader(data, BATCH, shuffle=True, num_workers=2, drop_last=True)
-    # The same network; it normalises by itself, so here by nothing.
+    # It normalises by itself, so here by nothing.
     model = create_classifier(10, WIDTH, ((0.0,) * 3, (1.0,) * 3), seed=0).to(device)
+    strided_downsampling(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps + warmup)
     for step, (images, labels) in enumerate(loader):

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mirrored_resnet
+from resnet_variants import mirrored_filters, strided_downsampling
 
 import ClassifierNetwork
 from ClassifierNetwork import (
@@ -59,6 +59,8 @@ class Candidate:
         Over 50,000 images.
     changes : dict
         Arguments of :class:`ClassifierNetwork.Recipe` that differ from its defaults.
+    modify : callable, optional
+        ``(model) -> None``: changes the new network in place.
     around : callable, optional
         ``(model, X) -> context manager`` around the training, for what the training loop does not offer; it may
         yield a function that changes the trained model.
@@ -72,6 +74,7 @@ class Candidate:
     width: int = 16
     passes: float = 6.6
     changes: dict = field(default_factory=dict)
+    modify: Callable | None = None
     around: Callable | None = None
     resumable: bool = True
     arm: str = "balanced"
@@ -79,6 +82,13 @@ class Candidate:
     def recipe(self, n):
         batch_size = self.changes.get("batch_size", Recipe.batch_size)
         return Recipe(steps=round(self.passes * n / batch_size), **self.changes)
+
+    def network(self, X, seed):
+        """The untrained network for images ``X``."""
+        model = create_classifier(10, self.width, channel_statistics(X), seed)
+        if self.modify:
+            self.modify(model)
+        return model
 
     def context(self, model, X):
         """What the model's training, and the count of its operations, take place in."""
@@ -101,21 +111,6 @@ def whitened_stem(model, X):
     with torch.no_grad():
         model.conv.weight.copy_(torch.cat([kernels, -kernels])[: model.width].view_as(model.conv.weight))
     model.conv.weight.requires_grad_(False)
-    yield
-
-
-@contextlib.contextmanager
-def pooled(model, X):
-    """Average-pool where the network has strides."""
-    mirrored_resnet.pooled_downsampling(model)
-    yield
-
-
-@contextlib.contextmanager
-def mirrored(model, X):
-    """Average-pool, and make filters come in mirrored pairs."""
-    mirrored_resnet.pooled_downsampling(model)
-    mirrored_resnet.mirrored_filters(model)
     yield
 
 
@@ -251,7 +246,8 @@ def together(*contexts):
 
 # --- Candidates ---------------------------------------------------------------------------------
 
-# What the lines of the ablation depart from: the former defaults, and Muon and growing images as today.
+# What the lines of the ablation depart from: the former network and defaults, and Muon and growing images
+# as today.
 BASE = {"batch_size": 128, "learning_rate": 0.1, "muon_learning_rate": 0.03, "muon_iterations": 5}
 BATCH_256 = {"batch_size": 256, "learning_rate": 0.15, "muon_learning_rate": 0.045}
 FULL_SIZE = {"scales": (1.0,)}
@@ -259,7 +255,7 @@ FULL_SIZE = {"scales": (1.0,)}
 
 def departure(what, width=Candidate.width, passes=Candidate.passes, around=None, resumable=True, **changes):
     """A line of the ablation: the base, but for the changes."""
-    return Candidate(what, width, passes, BASE | changes, around, resumable)
+    return Candidate(what, width, passes, BASE | changes, strided_downsampling, around, resumable)
 
 
 SERIES = {
@@ -284,17 +280,16 @@ SERIES = {
         "three-iterations": departure(
             "three Newton-Schulz iterations in Muon instead of five", passes=6.9, muon_iterations=3
         ),
-        "faster": Candidate("the last two together: the default recipe", passes=7.1),
+        "faster": Candidate("the last two together: the default recipe", passes=7.1, modify=strided_downsampling),
         "pooled": Candidate(
-            "the default recipe; average pooling in place of strides", passes=7.1, around=pooled
+            "the default recipe and average pooling in place of strides: the default network", passes=7.1
         ),
         "mirrored": Candidate(
-            "the default recipe; average pooling in place of strides, filters in mirrored pairs",
-            passes=7.3, around=mirrored,
+            "the default recipe and network, filters in mirrored pairs", passes=7.3, modify=mirrored_filters
         ),
         "mirrored-20": Candidate(
-            "the default recipe; average pooling in place of strides, filters in mirrored pairs, wider, fewer passes",
-            width=20, passes=4.6, around=mirrored,
+            "the default recipe and network, filters in mirrored pairs, wider, fewer passes",
+            width=20, passes=4.6, modify=mirrored_filters,
         ),
         "muon-rate": departure("twice Muon's learning rate", muon_learning_rate=0.06),
         "muon-decay": departure("four times Muon's weight decay", muon_weight_decay=0.12),
@@ -321,35 +316,38 @@ SERIES = {
     },
     "target": {
         "balanced-94": Candidate(
-            "balanced, label smoothing 0.1", width=40, passes=16, changes={"label_smoothing": 0.1}
+            "balanced, strides, label smoothing 0.1", width=40, passes=16, changes={"label_smoothing": 0.1},
+            modify=strided_downsampling,
         ),
         "balanced-94-regularised": Candidate(
-            "balanced, label smoothing 0.2, crops that move by 4, each image mirrored every other epoch",
-            width=40, passes=16, changes={"label_smoothing": 0.2, "padding": 4}, around=alternating_flips,
+            "balanced, strides, label smoothing 0.2, crops that move by 4, each image mirrored every other epoch",
+            width=40, passes=16, changes={"label_smoothing": 0.2, "padding": 4},
+            modify=strided_downsampling, around=alternating_flips,
         ),
         "balanced-94-narrower": Candidate(
-            "balanced, label smoothing 0.1, crops that move by 4, each image mirrored every other epoch, easy images left "
-            "out half of the time, batch-norm shifts 16 times as fast, Muon's learning rate 0.07",
+            "balanced, strides, label smoothing 0.1, crops that move by 4, each image mirrored every other epoch, easy "
+            "images left out half of the time, batch-norm shifts 16 times as fast, Muon's learning rate 0.07",
             width=32, passes=25.5, changes={"label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.07},
+            modify=strided_downsampling,
             around=together(alternating_flips, easy_images_skipped, fast_norm_shifts), resumable=False,
         ),
         "balanced-94-mirrored": Candidate(
-            "balanced, average pooling in place of strides, filters in mirrored pairs, label smoothing 0.1, crops that move "
-            "by 4, easy images left out half of the time",
+            "balanced, filters in mirrored pairs, label smoothing 0.1, crops that move by 4, easy images left out half of "
+            "the time",
             width=40, passes=17, changes={"label_smoothing": 0.1, "padding": 4, "flip": False},
-            around=together(mirrored, easy_images_skipped), resumable=False,
+            modify=mirrored_filters, around=easy_images_skipped, resumable=False,
         ),
         "balanced-94-pooled": Candidate(
-            "balanced, average pooling in place of strides, Muon's learning rate 0.09 and weight decay 0.2, label smoothing "
-            "0.1, crops that move by 4, each image mirrored every other epoch",
-            width=32, passes=25.5, around=together(pooled, alternating_flips),
+            "balanced, Muon's learning rate 0.09 and weight decay 0.2, label smoothing 0.1, crops that move by 4, each "
+            "image mirrored every other epoch",
+            width=32, passes=25.5, around=alternating_flips,
             changes={
                 "label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.09, "muon_weight_decay": 0.2
             },
         ),
         "reference-accuracy": Candidate(
-            "cat-50, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,
-            arm="stable-source-balanced-adjusted",
+            "cat-50, strides, Stable Diffusion source-balanced, logit-adjusted per source", width=32, passes=10,
+            modify=strided_downsampling, arm="stable-source-balanced-adjusted",
         ),
     },
 }  # fmt: skip
@@ -368,7 +366,7 @@ def run(name, candidate, data, seed, device=None):
     split = split_from_name(REFERENCE_SPLIT, data.y_train, data.class_names)
     training_set = make_training_set(candidate.arm, data, split, seed)
     X, y = training_set.X, training_set.y
-    model = create_classifier(10, candidate.width, channel_statistics(X), seed).to(device)
+    model = candidate.network(X, seed).to(device)
     checkpoint = None
     if candidate.resumable:
         checkpoint = Path("models", "checkpoints", path.with_suffix(".pt").name)

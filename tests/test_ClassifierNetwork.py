@@ -88,6 +88,15 @@ def test_one_logit_comes_out_per_class_and_features_are_eight_widths_wide():
     assert (model.num_classes, model.width) == (7, 5)
 
 
+def test_an_image_is_halved_by_averaging_and_an_odd_side_keeps_its_last_place():
+    halving = [block for block in small_model().blocks if not isinstance(block.pool, torch.nn.Identity)]
+    assert len(halving) == 3
+    maps = torch.arange(10.0).view(1, 1, 2, 5)
+    for block in halving:
+        assert block.pool(maps).tolist() == [[[[3.0, 5.0, 6.5]]]]
+        assert block.conv1.stride == block.shortcut[0].stride == (1, 1)
+
+
 def test_uint8_and_float_pixels_give_the_same_logits():
     model = small_model().eval()
     images = torch.from_numpy(X).permute(0, 3, 1, 2)
@@ -767,6 +776,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(monkeypatch, differenc
     assert Path("run.pt").read_bytes() == before
 
 
+def test_a_checkpoint_of_a_network_with_strides_is_refused(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ResNet18, "downsampling", "strides")
+        interrupted_run(patch)
+    with pytest.raises(ValueError, match="downsampling: strides there, average pooling now"):
+        train(small_model(), checkpoint="run.pt")
+
+
 def test_a_checkpoint_of_other_sources_is_refused_by_the_adjusted_loss(monkeypatch):
     interrupted_run(monkeypatch, logit_adjusted=True, groups=y % 2)
     with pytest.raises(ValueError, match="checksum_of_groups"):
@@ -920,9 +937,20 @@ def test_a_damaged_or_foreign_file_is_refused_and_never_run_as_code(kind):
 
 
 def test_weights_of_another_width_than_stated_are_refused():
-    torch.save({"num_classes": 10, "width": 8, "model": small_model(width=4).state_dict()}, "mixed.pt")
+    save_classifier(small_model(width=4), "mixed.pt")
+    torch.save(torch.load("mixed.pt") | {"width": 8}, "mixed.pt")
     with pytest.raises(ValueError, match=r"mixed\.pt does not fit a ResNet-18 of width 8"):
         load_classifier("mixed.pt")
+
+
+def test_weights_of_a_network_that_may_have_had_strides_are_refused():
+    """They would fit, and be wrong: the shapes of the weights do not tell strides from pooling."""
+    save_classifier(small_model(), "old.pt")
+    content = torch.load("old.pt")
+    del content["downsampling"]
+    torch.save(content, "old.pt")
+    with pytest.raises(ValueError, match=r"old\.pt .*lacks downsampling.*Remove it"):
+        load_classifier("old.pt")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch):

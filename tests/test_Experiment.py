@@ -11,7 +11,7 @@ import torch
 
 import ClassifierNetwork
 import Experiment
-from ClassifierNetwork import Evaluation, Recipe, evaluate_classifier, load_classifier
+from ClassifierNetwork import Evaluation, Recipe, ResNet18, evaluate_classifier, load_classifier
 from Experiment import (
     ARMS,
     MOST_PASSES,
@@ -316,6 +316,14 @@ def test_a_result_of_another_recipe_is_neither_used_nor_overwritten(tiny_data, m
     with pytest.raises(
         ValueError, match="imbalanced-seed0.json was obtained with other settings .steps: 6 there, 7"
     ):
+        run_arm("imbalanced", tiny_data, SPLIT, profile="smoke", device="cpu")
+
+
+def test_a_result_of_a_network_with_strides_is_not_used(tiny_data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ResNet18, "downsampling", "strides")
+        run_arm("imbalanced", tiny_data, SPLIT, profile="smoke", device="cpu")
+    with pytest.raises(ValueError, match="downsampling: strides there, average pooling now"):
         run_arm("imbalanced", tiny_data, SPLIT, profile="smoke", device="cpu")
 
 

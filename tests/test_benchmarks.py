@@ -61,17 +61,23 @@ def time_to_accuracy(monkeypatch):
     return importlib.import_module("time_to_accuracy")
 
 
-def untrained(width=4, num_classes=10, context=None):
-    """A network, changed by one of the benchmark's contexts that only change networks."""
+@pytest.fixture
+def variants(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("resnet_variants")
+
+
+def untrained(width=4, num_classes=10, modify=None):
     model = create_classifier(num_classes, width, ((127.5,) * 3, (63.75,) * 3), seed=0)
-    with context(model, None) if context else contextlib.nullcontext():
-        return model
+    if modify:
+        modify(model)
+    return model
 
 
 def petaflops(candidate):
     """Of a run on 50,000 images."""
-    model = untrained(candidate.width)
     X = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    model = candidate.network(X, seed=0)
     with candidate.context(model, X):
         return count_training_flops(model, candidate.recipe(50_000)) / 1e15
 
@@ -172,7 +178,7 @@ def test_only_the_shifts_of_batch_norm_learn_faster(time_to_accuracy):
         torch.testing.assert_close(fast[name], (16 if shift else 1) * gradient)
 
 
-# --- The mirrored network -----------------------------------------------------------------------
+# --- Variants of the network --------------------------------------------------------------------
 
 
 def with_random_norms(model, images):
@@ -194,24 +200,24 @@ def pixels(n, side):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("side", [16, 24, 32])
-def test_mirrored_filters_cannot_tell_an_image_from_its_mirror_image(time_to_accuracy, side, training):
+def test_mirrored_filters_cannot_tell_an_image_from_its_mirror_image(variants, side, training):
     images = pixels(5, side)
     both = torch.cat([images, images.flip(-1)])
 
-    def logits(context):
-        model = with_random_norms(untrained(context=context), images)
+    def logits(modify):
+        model = with_random_norms(untrained(modify=modify), images)
         return model.train(training)(both).chunk(2)
 
-    of_images, of_mirror_images = logits(time_to_accuracy.mirrored)
+    of_images, of_mirror_images = logits(variants.mirrored_filters)
     torch.testing.assert_close(of_images, of_mirror_images, rtol=1e-4, atol=1e-5)
     assert of_images.std(dim=0).min() > 1e-2, "but it can tell images apart"
-    of_images, of_mirror_images = logits(time_to_accuracy.pooled)
+    of_images, of_mirror_images = logits(None)
     assert (of_images - of_mirror_images).abs().max() > 1e-2, "pooling alone is not enough"
 
 
-def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(time_to_accuracy, tiny_data):
+def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(variants, tiny_data):
     X, y = tiny_data.X_train, tiny_data.y_train
-    model = untrained(context=time_to_accuracy.mirrored)
+    model = untrained(modify=variants.mirrored_filters)
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
     ClassifierNetwork.train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0, device="cpu")
     unchanged = [name for name, weights in model.named_parameters() if torch.equal(weights, before[name])]
@@ -222,27 +228,27 @@ def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(tim
     torch.testing.assert_close(model(images), model(images.flip(-1)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_mirrored_network_costs_no_more_and_has_half_of_the_weights(time_to_accuracy):
+def test_the_variants_cost_no_more_and_the_mirrored_one_has_half_of_the_weights(variants):
     def cost(model):
         return count_training_flops(model, Recipe(steps=1, optimizer="sgd"))
 
     def weights(model):
         return sum(parameter.numel() for parameter in model.parameters())
 
-    usual = untrained()
-    pooled, mirrored = (
-        untrained(context=context) for context in (time_to_accuracy.pooled, time_to_accuracy.mirrored)
+    usual, strided, mirrored = map(
+        lambda modify: untrained(modify=modify),
+        (None, variants.strided_downsampling, variants.mirrored_filters),
     )
-    assert cost(usual) == cost(pooled) and weights(usual) == weights(pooled)
+    assert cost(usual) == cost(strided) and weights(usual) == weights(strided)
     head = cost(usual) - cost(mirrored)
     assert 0 <= head < 1e-3 * cost(usual), "the head alone has half of the inputs"
     assert weights(mirrored) == (weights(usual) - 10) // 2 + 10, "but for the ten biases of the head"
 
 
-def test_pooling_sees_every_place(time_to_accuracy):
+def test_pooling_sees_every_place_and_strides_do_not(variants):
     """A strided 1x1 convolution ignores three places of four; the pooled one is moved by each."""
-    for context, ignored in ((None, 48), (time_to_accuracy.pooled, 0)):
-        block = untrained(context=context).blocks[2]
+    for modify, ignored in ((variants.strided_downsampling, 48), (None, 0)):
+        block = untrained(modify=modify).blocks[2]
         of_shortcut = []
         block.shortcut[0].register_forward_hook(lambda *call, seen=of_shortcut: seen.append(call[-1]))
         maps = torch.zeros((1, 4, 8, 8), requires_grad=True)
@@ -251,8 +257,20 @@ def test_pooling_sees_every_place(time_to_accuracy):
         assert (maps.grad[0, 0] == 0).sum() == ignored
 
 
-def test_a_network_that_cannot_be_mirrored_is_refused(time_to_accuracy):
-    with pytest.raises(ValueError, match="pooled_downsampling first"):
-        time_to_accuracy.mirrored_resnet.mirrored_filters(untrained())
+@pytest.mark.parametrize("side", [16, 20, 24, 28, 32, 19])
+def test_strides_give_maps_of_the_same_sides(variants, side):
+    sides = []
+    for modify in (None, variants.strided_downsampling):
+        model = untrained(modify=modify)
+        for block in model.blocks:
+            block.register_forward_hook(lambda *call: sides.append(call[-1].shape[2:]))
+        model(pixels(2, side))
+    assert sides[:8] == sides[8:] and len(sides) == 16
+
+
+def test_a_network_that_cannot_be_mirrored_is_refused(variants):
+    strided = untrained(modify=variants.strided_downsampling)
+    with pytest.raises(ValueError, match="average pooling is needed"):
+        variants.mirrored_filters(strided)
     with pytest.raises(ValueError, match="even width"):
-        untrained(width=3, context=time_to_accuracy.mirrored)
+        untrained(width=3, modify=variants.mirrored_filters)

@@ -1,15 +1,12 @@
-"""Two changes to the ResNet-18 of ``ClassifierNetwork.py``, made in place before training.
+"""Variants of the ResNet-18 of ``ClassifierNetwork.py``, made in place before training.
 
-    pooled_downsampling(model)
-    mirrored_filters(model)   # needs the first
-
-Together they make a network that gives an image and its mirror image the same logits, with half of the
-parameters and as many operations as the network that it was.
+    strided_downsampling(model)  # the network of He et al. and of the reference
+    mirrored_filters(model)      # an image and its mirror image get the same logits
 
 References
 ----------
-Zhang (2019), Making convolutional networks shift-invariant again. Cohen and Welling (2016), Group
-equivariant convolutional networks: here for the group of two elements, the identity and the mirroring.
+He et al. (2016), Deep residual learning for image recognition. Cohen and Welling (2016), Group equivariant
+convolutional networks: here for the group of two elements, the identity and the mirroring.
 """
 
 import torch
@@ -17,23 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def pooled_downsampling(model):
-    """Halve images by averaging 2x2 places in place of leaving places out.
-
-    Where a block of the network had convolutions of stride 2, its input is now average-pooled and its
-    convolutions have stride 1: as many operations, the same parameters. A stride keeps every other place
-    and so depends on where the image's first column lies: it aliases, and does not commute with mirroring.
+def strided_downsampling(model):
+    """Halve images by convolutions of stride 2 in place of averaging 2x2 places.
 
     Parameters
     ----------
     model : ResNet18
-        Changed in place.
+        Changed in place. Its weights and the number of its operations stay what they are.
     """
     for block in model.blocks:
-        if block.conv1.stride == (2, 2):
-            block.conv1.stride = block.shortcut[0].stride = (1, 1)
-            # With a side of odd length the last place stands for itself: the sides are those of a stride.
-            block.register_forward_pre_hook(lambda block, inputs: F.avg_pool2d(inputs[0], 2, ceil_mode=True))
+        if isinstance(block.pool, nn.AvgPool2d):
+            block.pool = nn.Identity()
+            block.conv1.stride = block.shortcut[0].stride = (2, 2)
 
 
 class MirroredConv2d(nn.Conv2d):
@@ -111,20 +103,23 @@ class MirroredLinear(nn.Linear):
 def mirrored_filters(model):
     """Make every filter's mirror image a filter too, so that the logits do not change with mirroring.
 
-    This holds exactly (but for rounding) for images whose sides are multiples of 8.
+    This holds exactly (but for rounding) for images whose sides are multiples of 8. There are as many
+    operations as before, and half of the weights.
 
     Parameters
     ----------
     model : ResNet18
-        Of even width, with :func:`pooled_downsampling`. Changed in place.
+        Of even width, without strides. Changed in place.
 
     Raises
     ------
     ValueError
-        If the network still has strides, or its width is odd.
+        If the network has strides, or its width is odd.
     """
     if any(block.conv1.stride != (1, 1) for block in model.blocks):
-        raise ValueError("A stride does not commute with mirroring: call pooled_downsampling first.")
+        raise ValueError(
+            "A stride does not commute with mirroring: a network with average pooling is needed."
+        )
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Conv2d):
