@@ -155,7 +155,7 @@ def conditions(results):
     runs = [run for arm in results.values() for run in arm]
     first = runs[0]
     for run in runs:
-        for key in ("optimizer", "width", "steps", "batch_size", "scales"):
+        for key in ("optimizer", "width", "downsampling", "steps", "batch_size", "scales"):
             if run["configuration"].get(key) != first["configuration"].get(key):
                 raise ValueError(
                     f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
@@ -170,7 +170,7 @@ def conditions(results):
     return (
         f"Split `{first['split']}` of {'CIFAR-10' if first['data'] == 'cifar10' else first['data']} "
         f"(minority: {minority}), profile `{first['profile']}`: ResNet-18 of width "
-        f"{configuration['width']} ({configuration['parameters']:,} parameters), "
+        f"{configuration['width']} with {configuration['downsampling']} ({configuration['parameters']:,} parameters), "
         f"{configuration['steps']:,} steps of {configuration['batch_size']} images "
         f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation "
         f"unless the column says so; seed"

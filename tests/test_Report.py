@@ -58,6 +58,14 @@ def test_paired_counts_agree_with_the_predictions(results, tiny_data, monkeypatc
     assert cells(lines[2])[3] == f"{only_first} / {only_second}"
 
 
+@pytest.mark.parametrize(("key", "other"), [("downsampling", "strides"), ("steps", 7), ("width", 8)])
+def test_the_conditions_name_the_network_and_arms_trained_in_different_ways_are_refused(results, key, other):
+    assert "ResNet-18 of width 4 with average pooling" in Report.conditions(results)
+    results["logit-adjusted"][0]["configuration"][key] = other
+    with pytest.raises(ValueError, match=rf"logit-adjusted of profile smoke .*different ways \({key}\)"):
+        Report.conditions(results)
+
+
 def test_the_readme_is_replaced_between_its_markers_only():
     begin, end = "<!-- a:begin (generated) -->", "<!-- a:end -->"
     text = f"before\n{begin}\nold\n{end}\nafter\n"
