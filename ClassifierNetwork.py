@@ -89,7 +89,7 @@ class ResNet18(nn.Module):
         the state dict.
     """
 
-    # The same weights mean another network with strides: files say which one they belong to.
+    # The same weights would fit a network with strides, and be wrong there: files say what they belong to.
     downsampling = "average pooling"
 
     def __init__(self, num_classes=10, width=64, mean_std=((127.5,) * 3, (63.75,) * 3)):
@@ -173,6 +173,11 @@ def load_classifier(path, device=None):
         If the file is damaged or holds something else. It is never unpickled as code.
     """
     content = load_torch_file(path, {"num_classes", "width", "downsampling", "model"})
+    if content["downsampling"] != ResNet18.downsampling:
+        raise ValueError(
+            f"{path} holds a network with {content['downsampling']} in place of {ResNet18.downsampling}. "
+            "Remove it and run again."
+        )
     model = ResNet18(content["num_classes"], content["width"])
     try:
         model.load_state_dict(content["model"])
@@ -253,6 +258,18 @@ def _to_device(X, device):
 # --- Loss ---------------------------------------------------------------------------------------
 
 
+def _check_groups(groups, y):
+    """``groups`` as int64, zeros for None, or an error if they are no sources of the rows of ``y``."""
+    groups = np.zeros_like(y) if groups is None else np.asarray(groups)
+    if groups.shape != y.shape:
+        raise ValueError(f"groups must have the shape {y.shape} like y, but it is {groups.shape}.")
+    if groups.dtype != bool and not np.issubdtype(groups.dtype, np.integer):
+        raise TypeError(f"groups must hold integers, 0 for real rows, but its dtype is {groups.dtype}.")
+    if groups.min() < 0:
+        raise ValueError(f"groups must not be negative, but the smallest is {groups.min()}.")
+    return groups.astype(np.int64, copy=False)
+
+
 def class_log_priors(y, num_classes, groups=None):
     """Logarithm of the class frequencies within each group of rows.
 
@@ -260,7 +277,7 @@ def class_log_priors(y, num_classes, groups=None):
     ----------
     y : ndarray of int, shape (n,)
     num_classes : int
-    groups : ndarray of int, shape (n,), optional
+    groups : ndarray of int or bool, shape (n,), optional
         Where each row comes from: 0 real, 1 synthetic. Default: all from one source.
 
     Returns
@@ -268,7 +285,7 @@ def class_log_priors(y, num_classes, groups=None):
     ndarray of float32, shape (n_groups, num_classes)
         Minus infinity for a class that a group lacks.
     """
-    groups = np.zeros_like(y) if groups is None else groups
+    groups = _check_groups(groups, y)
     counts = np.zeros((groups.max() + 1, num_classes))
     np.add.at(counts, (groups, y), 1)
     with np.errstate(divide="ignore"):
@@ -286,7 +303,7 @@ class Recipe:
     """How to train. The budget is in steps, so that arms with more images get no more compute.
 
     ``benchmarks/README.md`` holds the ablations behind the defaults. They were made on the balanced
-    data set; no arm of the study was looked at.
+    data set, the ceiling's; no other arm of the study was looked at.
 
     Attributes
     ----------
@@ -465,8 +482,8 @@ def train_classifier(
     recipe : Recipe
     seed : int
         Order of the images, crops and flips.
-    groups : ndarray of int, shape (n,), optional
-        Source of each row: 0 real, 1 synthetic. Only used by the logit adjustment.
+    groups : ndarray of int or bool, shape (n,), optional
+        Source of each row: 0 real, 1 synthetic. Only used by the logit adjustment. Default: all from one.
     logit_adjusted : bool
         Train on cross-entropy of ``logits + log P(class | source of the row)`` (Menon et al. 2021,
         tau = 1, extended to several sources). Nothing is added at test time, so the network learns
@@ -504,10 +521,16 @@ def train_classifier(
     ------
     FloatingPointError
         If the loss stops being finite. The last checkpoint stays.
-    ValueError
-        If the checkpoint is damaged or belongs to another run.
+    TypeError, ValueError
+        If images, labels, groups or the recipe cannot be used, or if the checkpoint is damaged or belongs to
+        another run.
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
+    groups = _check_groups(groups, y)
+    if test_data is not None:
+        test_data = tuple(map(np.ascontiguousarray, check_images(*test_data)))
+        if missing := set(minority_classes) - set(test_data[1].tolist()):
+            raise ValueError(f"The test set has no image of the minority classes {sorted(missing)}.")
     seed = int(seed)  # a NumPy integer would not come back from the checkpoint
     if min(recipe.steps, recipe.batch_size, recipe.micro_batch_size) < 1:
         raise ValueError(f"steps, batch_size and micro_batch_size must be at least 1: got {recipe}.")
@@ -529,7 +552,6 @@ def train_classifier(
     targets = torch.from_numpy(y).to(device)
     log_prior_of_row = None
     if logit_adjusted:
-        groups = np.zeros_like(y) if groups is None else np.asarray(groups)
         log_priors = torch.from_numpy(class_log_priors(y, model.num_classes, groups)).to(device)
         log_prior_of_row = log_priors[torch.from_numpy(groups).to(device)]
 
@@ -546,7 +568,7 @@ def train_classifier(
         **asdict(recipe), "seed": seed, "width": model.width, "num_classes": model.num_classes,
         "downsampling": model.downsampling, "logit_adjusted": logit_adjusted, "rows": len(X),
         "processes": processes, "checksum": checksum(y, X),
-        "checksum_of_groups": checksum(groups.astype(np.int64)) if logit_adjusted else 0,
+        "checksum_of_groups": checksum(groups) if logit_adjusted else 0,
     }  # fmt: skip
     history = []
     if checkpoint is not None and Path(checkpoint).exists():

@@ -192,7 +192,7 @@ def _on_flat_pixels(sampler, dtype=np.uint8):
 def _smote(y, seed):
     smallest = int(np.unique(y, return_counts=True)[1].min())
     if smallest < 2:
-        raise ValueError("SMOTE interpolates between images of a class, but one class has only one image.")
+        raise ArmUnavailableError("SMOTE interpolates between images of a class, but one class has only one")
     return SMOTE(k_neighbors=min(5, smallest - 1), random_state=seed)
 
 
@@ -280,7 +280,7 @@ def find_arm(name):
     return ARMS[name]
 
 
-def prepare_stable_diffusion_images(data, split=None):
+def prepare_stable_diffusion_images(data, *splits):
     """See to it that the cache of Stable Diffusion images is there, and say where they come from.
 
     In this order: the cache, if there is one; CIFAKE, from this machine or downloaded; generation, if
@@ -290,8 +290,9 @@ def prepare_stable_diffusion_images(data, split=None):
     Parameters
     ----------
     data : ImageDataSet
-    split : Split, optional
-        Says how many images of each class are needed, for generation. Default: that of the story.
+    *splits : Split
+        Say how many images of each class are needed, for generation: the most counts. Default: that of the
+        story.
 
     Returns
     -------
@@ -321,9 +322,11 @@ def prepare_stable_diffusion_images(data, split=None):
             f"no Stable Diffusion images could be had: {str(reason).rstrip('.')}. Nor can they be generated "
             "here, which takes a GPU and a model's weights: see StableDiffusionGeneration.py"
         ) from reason
-    split = split or split_from_name(default_split(data), data.y_train, data.class_names)
-    y = data.y_train[split.kept_rows(data.y_train)]
-    counts = {c: wanted - int(np.sum(y == c)) for c, wanted in source_balanced_strategy(y).items()}
+    counts = {}
+    for split in splits or [split_from_name(default_split(data), data.y_train, data.class_names)]:
+        y = data.y_train[split.kept_rows(data.y_train)]
+        for c, wanted in source_balanced_strategy(y).items():
+            counts[c] = max(counts.get(c, 0), wanted - int(np.sum(y == c)))
     maker = CandidateMaker(GenerationSettings(preset))
     try:
         for c, count in counts.items():
@@ -390,7 +393,8 @@ def make_training_set(arm_name, data, split, seed=0, profile="auto", device=None
     Raises
     ------
     ArmUnavailableError
-        If the arm needs Stable Diffusion images and there are none, or a GAN and a class has one image.
+        If the arm needs Stable Diffusion images and there are none, or SMOTE or a GAN and a class has one
+        image.
     """
     arm = find_arm(arm_name)
     if arm.whole_training_set:
@@ -521,7 +525,7 @@ def classifier_features(data, split, profile="auto", device=None):
         save_classifier(model, weights)
         checkpoint.unlink(missing_ok=True)
     network = load_classifier(weights, device)
-    name = f"ResNet-18 of width {network.width}, trained on {split.name} of {data.name}"
+    name = f"ResNet-18 of width {network.width} with {network.downsampling}, trained on {split.name} of {data.name}"
     return ImageFeatures(network.features, name, device)
 
 
@@ -901,10 +905,11 @@ def run_arms(
         find_arm(arm_name)
     for split_name in split_names:
         split_from_name(split_name or default_split(data), data.y_train, data.class_names)
-    runs = [
+    # What is named twice is run once: two processes would write to the same checkpoint.
+    runs = list(dict.fromkeys(
         (arm_name, split_name or default_split(data), seed)
         for seed in seeds for split_name in split_names for arm_name in arm_names
-    ]  # fmt: skip
+    ))  # fmt: skip
     together = processes if data_parallel else None
     if processes is not None and not data_parallel:
         runs = runs[processes.process_index :: processes.num_processes]
@@ -975,6 +980,12 @@ def save_arm_plots(arm_name, profile_name, data_name, split_name):
 # --- Command line -------------------------------------------------------------------------------
 
 
+def _seed(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 on, not {text!r}")
+    return int(text)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description="Run arms of the study: each rebalances a split, trains a ResNet-18 and judges it.",
@@ -992,7 +1003,7 @@ def main(arguments=None):
         "long-tailed-100 or step-10 (imbalance factor); add @1 for another choice of kept images",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", nargs="+", type=int, default=[0], metavar="N",
+        "--seed", nargs="+", type=_seed, default=[0], metavar="N",
         help="seeds of sampler, initial weights and image order (default: 0)",
     )  # fmt: skip
     parser.add_argument(
@@ -1034,7 +1045,7 @@ def main(arguments=None):
                 return
             with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
                 if any(ARMS[name].needs_stable_diffusion for name in arm_names):
-                    prepare_stable_diffusion_images(data)
+                    prepare_stable_diffusion_images(data, *splits)
             profile_name, _ = resolve_profile(options.profile)
             for split in splits:
                 unfinished = [

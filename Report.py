@@ -6,12 +6,14 @@ python Report.py --check   fail if the README does not show what results/ says
 
 import argparse
 import contextlib
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
+from ClassifierNetwork import Recipe, ResNet18
 from Experiment import (
     ARMS,
     PROFILES,
@@ -36,6 +38,7 @@ from GANGeneration import load_generator, sample_images
 from GenerationQuality import memorisation, memorisation_figure
 from Utils import (
     atomic_path,
+    describe_differences,
     hardware_text,
     markdown_table,
     mcnemar_test,
@@ -47,6 +50,7 @@ from Utils import (
 )
 
 README = Path("README.md")
+NOT_RUN = "*Not run yet.*"
 
 # The questions that the study asks of pairs of arms: does the second do better than the first?
 PAIRS = (
@@ -154,14 +158,18 @@ def conditions(results):
     """One sentence: under which conditions the results were obtained."""
     runs = [run for arm in results.values() for run in arm]
     first = runs[0]
+    configuration = first["configuration"] | {"downsampling": ResNet18.downsampling}
+    shared = [field.name for field in fields(Recipe)] + ["width", "downsampling"]
     for run in runs:
-        for key in ("optimizer", "width", "downsampling", "steps", "batch_size", "scales"):
-            if run["configuration"].get(key) != first["configuration"].get(key):
-                raise ValueError(
-                    f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
-                    f"ways ({key}). Remove the older result and run the arm again."
-                )
-    configuration, hardware = first["configuration"], first["hardware"]
+        if differences := describe_differences(
+            run["configuration"], {key: configuration[key] for key in shared}
+        ):
+            raise ValueError(
+                f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
+                f"ways ({differences}). Remove the older result and run the arm again."
+            )
+    hardware = ", ".join(dict.fromkeys(hardware_text(run["hardware"]) for run in runs))
+    torch_versions = ", ".join(dict.fromkeys(run["versions"]["torch"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
     minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
     minority = ", ".join(first["minority_classes"])
@@ -175,7 +183,7 @@ def conditions(results):
         f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation "
         f"unless the column says so; seed"
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
-        f"{first['versions']['torch']} on {hardware_text(hardware)}, median {minutes:.0f} minutes of training an arm, "
+        f"{torch_versions} on {hardware}, median {minutes:.0f} minutes of training an arm, "
         f"whatever else the machine did meanwhile. All scores are percentages. With {support:,} test images of the "
         f"minority, a recall near a half is uncertain by {100 * (recall.high - recall.low) / 2:.0f} points "
         "(95 %) from the choice of test images alone; the choice of seed comes on top."
@@ -420,7 +428,7 @@ def readme_sections():
             gan.append(f"Profile `{profile_name}`: {gan_conditions(load_gan_result(*place))}")
         if generation_path(*place).exists():
             gan.append(generation_table(read_result(generation_path(*place))))
-    return {"results": "\n\n".join(arms), "gan": "\n\n".join(gan) or "*Not run yet.*"}
+    return {name: "\n\n".join(parts) or NOT_RUN for name, parts in (("results", arms), ("gan", gan))}
 
 
 def with_section(text, name, section):

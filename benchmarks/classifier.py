@@ -81,11 +81,11 @@ def our_loop(steps, warmup, **options):
     data = load_cifar10()
     model = create_classifier(10, WIDTH, channel_statistics(data.X_train), seed=0)
     seconds = {}
-    for count in (warmup, warmup + steps):  # one epoch each; their difference leaves the start out
+    for count in (warmup, warmup + steps):  # their difference leaves the start out
         # Every image size has the same share of the short and of the long run.
         recipe = Recipe(steps=count * BATCH // Recipe.batch_size, **options)
         history = train_classifier(model, data.X_train, data.y_train, recipe, seed=0)
-        seconds[recipe.steps] = history[0]["seconds"]
+        seconds[recipe.steps] = sum(epoch["seconds"] for epoch in history)
     few, many = seconds
     return (many - few) * Recipe.batch_size / (seconds[many] - seconds[few])
 
@@ -138,6 +138,10 @@ def main():
     parser.add_argument("--warmup", type=int, default=20, help="batches before them (default: 20)")
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # what the child processes run
     options = parser.parse_args()
+    if options.warmup < 2 or options.steps < 2 or options.warmup + options.steps > 50_000 // BATCH:
+        parser.error(
+            f"at least 2 of --steps and of --warmup are needed, and {50_000 // BATCH} at most together"
+        )
     if options.loop:
         print(json.dumps(measure(options.loop, options.steps, options.warmup)))
         return

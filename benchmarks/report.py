@@ -19,11 +19,10 @@ import profile_training
 import stable_diffusion
 import time_to_accuracy
 
-from Report import with_section
+from Report import NOT_RUN, with_section
 from Utils import atomic_path
 
 README = Path("benchmarks", "README.md")
-NOT_RUN = "*Not run yet.*"
 
 
 def _from_file(path, table):
@@ -39,7 +38,7 @@ def sections():
         if profiles
         else NOT_RUN,
         "target": time_to_accuracy.table("target") if time_to_accuracy.load_runs("target") else NOT_RUN,
-        "ablation": time_to_accuracy.table("ablation"),
+        "ablation": time_to_accuracy.table("ablation") if time_to_accuracy.load_runs("ablation") else NOT_RUN,
         "gan": _from_file(gan.PATH, gan.table),
         "stable-diffusion": _from_file(Path(stable_diffusion.RESULT), stable_diffusion.table),
     }

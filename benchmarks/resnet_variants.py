@@ -22,6 +22,7 @@ def strided_downsampling(model):
     model : ResNet18
         Changed in place. Its weights and the number of its operations stay what they are.
     """
+    model.downsampling = "strides"  # so that its files and checkpoints don't pass for another network's
     for block in model.blocks:
         if isinstance(block.pool, nn.AvgPool2d):
             block.pool = nn.Identity()

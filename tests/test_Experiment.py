@@ -523,10 +523,13 @@ def test_a_wrong_last_split_is_refused_before_anything_runs(tiny_data):
 # --- What an arm cannot do ----------------------------------------------------------------------
 
 
-def test_smote_needs_two_images_of_a_class(tiny_data):
-    with pytest.raises(ValueError, match="SMOTE interpolates.*only one image"):
+def test_smote_needs_two_images_of_a_class_and_does_not_keep_other_arms_from_running(tiny_data):
+    with pytest.raises(ArmUnavailableError, match="SMOTE interpolates.*has only one"):
         smoke("smote", tiny_data, "cat-1")
     assert files() == set()
+    outcomes = run_arms(["smote", "imbalanced"], tiny_data, ["cat-1"], profile="smoke", device="cpu")
+    assert "only one" in outcomes["smote", "cat-1", 0]
+    assert outcomes["imbalanced", "cat-1", 0]["history"][-1]["step"] == 6
 
 
 @pytest.mark.parametrize("arm_name", [name for name, arm in ARMS.items() if arm.needs_stable_diffusion])
@@ -568,6 +571,16 @@ def test_runs_are_spread_over_the_processes_and_none_is_forgotten_or_run_twice(t
     assert set(runs) == set(run_arms(STORY, tiny_data, [SPLIT, "cat-3"], [0, 1]))
 
 
+def test_what_is_named_twice_is_run_once(tiny_data, monkeypatch):
+    """Two processes would write to the same checkpoint at once."""
+    seen = []
+    monkeypatch.setattr(Experiment, "run_arm", lambda *arguments: seen.append(arguments[0]) or "not run")
+    arms = ["imbalanced", "smote", "imbalanced"]
+    for process in range(2):
+        run_arms(arms, tiny_data, [SPLIT, SPLIT], [0, 0], processes=Processes(process, 2))
+    assert seen == ["imbalanced", "smote"]
+
+
 def test_in_data_parallel_every_process_takes_part_in_every_run(tiny_data, monkeypatch):
     seen = []
     monkeypatch.setattr(Experiment, "run_arm", lambda *arguments: seen.append(arguments[-1]) or "not run")
@@ -582,8 +595,13 @@ def launch(*arguments):
         "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     Path("program.py").write_text(
-        "import Experiment, ImbalancedCIFAR10\n"
+        "import os, Experiment, ImbalancedCIFAR10\n"
         "Experiment.load_data = ImbalancedCIFAR10.load_digits_as_images\n"
+        "save_json = Experiment.save_json\n"
+        "def logged(path, content):\n"
+        "    print(f'{path.name} written by process {os.environ[\"RANK\"]}')\n"
+        "    save_json(path, content)\n"
+        "Experiment.save_json = logged\n"
         "Experiment.main()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -600,7 +618,8 @@ def test_two_processes_share_a_list_of_runs():
         f"results/smoke/digits-8-0.01/{arm}-seed{seed}.json"
         for arm in ("imbalanced", "logit-adjusted") for seed in (0, 1)
     ]  # fmt: skip
-    assert len(answer.stdout.splitlines()) == 4
+    assert answer.stdout.count("written by process 0") == answer.stdout.count("written by process 1") == 2
+    assert answer.stdout.count("minority recall") == 4
 
 
 def test_two_processes_train_one_run_together_and_one_writes_it(digits, move_to_another_folder):
@@ -609,7 +628,10 @@ def test_two_processes_train_one_run_together_and_one_writes_it(digits, move_to_
     [together] = load_results("smoke", "digits", "8-0.01")["imbalanced"]
     move_to_another_folder()
     alone = run_arm("imbalanced", digits, profile="smoke", device="cpu")
-    assert [epoch["step"] for epoch in together["history"]] == [epoch["step"] for epoch in alone["history"]]
+    assert answer.stdout.count("written by process") == 1 and "written by process 0" in answer.stdout
+    for key in ("step", "train_loss"):
+        expected = [epoch.get(key) for epoch in alone["history"]]
+        assert [epoch.get(key) for epoch in together["history"]] == pytest.approx(expected, rel=1e-3), key
     assert together["configuration"]["processes"] == 2 and alone["configuration"]["processes"] == 1
 
 
@@ -663,7 +685,7 @@ def test_a_wrong_name_ends_with_one_line_that_lists_the_right_ones(
     assert message in line
 
 
-@pytest.mark.parametrize("arguments", [["--arm", "stabel"], ["--profile", "fast"]])
+@pytest.mark.parametrize("arguments", [["--arm", "stabel"], ["--profile", "fast"], ["--seed", "0", "-1"]])
 def test_wrong_names_are_found_before_the_data_is_loaded(arguments, monkeypatch):
     monkeypatch.setattr(Experiment, "load_data", lambda: pytest.fail("the data was loaded"))
     with pytest.raises(SystemExit):

@@ -32,7 +32,7 @@ from CandidateImages import (
     write_shard,
 )
 from DiffusionPipelines import Painter
-from ImbalancedCIFAR10 import DataUnavailableError, minority_split
+from ImbalancedCIFAR10 import DataUnavailableError, minority_split, split_from_name
 from StableDiffusionGeneration import (
     CACHE,
     METADATA,
@@ -470,6 +470,14 @@ def test_generation_comes_third_and_makes_what_the_arms_need(loaded, tiny_data, 
     assert sorted(f.suffix for f in Path("datasets").iterdir() if f.is_file()) == [".csv", ".npy"]
     for arm in ("stable", "stable-source-balanced"):
         Experiment.make_training_set(arm, tiny_data, split)
+
+
+def test_generation_makes_what_the_most_demanding_split_needs(loaded, tiny_data, no_cifake, monkeypatch):
+    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
+    monkeypatch.setattr(Experiment, "CandidateMaker", lambda settings: make_maker(loaded, clip_model="none"))
+    splits = [split_from_name(name, tiny_data.y_train) for name in ("cat-4", "cat+dog-10")]
+    Experiment.prepare_stable_diffusion_images(tiny_data, *splits)
+    assert np.bincount(load_generated_images()[1]).tolist() == [12, 12, 12, 26, 12, 20, 12, 12, 12, 12]
 
 
 def test_a_generation_that_fails_skips_the_arms_and_leaves_no_cache(tiny_data, no_cifake, monkeypatch):
