@@ -759,7 +759,7 @@ def test_profiles_that_share_a_place_do_not_share_a_generator(tiny_data, monkeyp
         assert load_generator(path).channels == channels
         assert Path(f"results/{name}/cat-5/gan.json").exists()
         assert Experiment.classifier_features(tiny_data, split, name, "cpu").name.startswith(
-            f"ResNet-18 of width {channels},"
+            f"ResNet-18 of width {channels} with"
         )
 
 
