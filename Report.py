@@ -162,7 +162,7 @@ def conditions(results):
     shared = [field.name for field in fields(Recipe)] + ["width", "downsampling"]
     for run in runs:
         if differences := describe_differences(
-            run["configuration"], {key: configuration[key] for key in shared}
+            run["configuration"], {key: configuration.get(key) for key in shared}
         ):
             raise ValueError(
                 f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
