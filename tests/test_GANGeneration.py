@@ -796,6 +796,6 @@ def test_every_method_is_judged_against_unseen_images(tiny_data, tiny_cache):
     assert list(judged["methods"]) == ["non-synthetic", "gan", "stable"]
     for scores in judged["methods"].values():
         assert scores["real_images"] == scores["generated_images"] == 10
-        assert scores["features"] == "ResNet-18 of width 4, trained on cat-5 of cifar10"
+        assert scores["features"] == "ResNet-18 of width 4 with average pooling, trained on cat-5 of cifar10"
         assert "frechet_distance" in scores and "fid" not in scores
     assert Experiment.judge_generated_images(tiny_data, split, "smoke", "cpu") == judged
