@@ -357,6 +357,10 @@ class Recipe:
     padding: int = 2
     flip: bool = True
 
+    def as_json(self):
+        """The settings as a dict that equals what a JSON file of them gives back."""
+        return asdict(self) | {"scales": list(self.scales)}
+
     def scale_at(self, step):
         """Relative side of the images in step ``step``, counted from 0."""
         return self.scales[min(step * len(self.scales) // self.steps, len(self.scales) - 1)]

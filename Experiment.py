@@ -725,8 +725,7 @@ def profile_recipe(settings, rows, data):
 
 
 def _recipe_and_network(recipe, settings):
-    network = {"width": settings.width, "downsampling": ResNet18.downsampling}
-    return asdict(recipe) | {"scales": list(recipe.scales)} | network
+    return recipe.as_json() | {"width": settings.width, "downsampling": ResNet18.downsampling}
 
 
 def _require_same(path, found, wanted):

@@ -37,8 +37,10 @@ def sections():
         "parts": profile_training.table([json.loads(p.read_text()) for p in profiles])
         if profiles
         else NOT_RUN,
-        "target": time_to_accuracy.table("target") if time_to_accuracy.load_runs("target") else NOT_RUN,
-        "ablation": time_to_accuracy.table("ablation") if time_to_accuracy.load_runs("ablation") else NOT_RUN,
+        **{
+            series: time_to_accuracy.table(series) if time_to_accuracy.load_runs(series) else NOT_RUN
+            for series in time_to_accuracy.SERIES
+        },
         "gan": _from_file(gan.PATH, gan.table),
         "stable-diffusion": _from_file(Path(stable_diffusion.RESULT), stable_diffusion.table),
     }

@@ -102,7 +102,7 @@ class Candidate:
     def differences(self, result, recipe):
         """How the settings in a result differ from these; empty if they don't."""
         wanted = {"width": self.width, "passes": self.passes, "trained_on": self.arm}
-        wanted |= asdict(recipe) | {"scales": list(recipe.scales)}
+        wanted |= recipe.as_json()
         # What the oldest results don't name could not be chosen then.
         return describe_differences(wanted | result | result["recipe"], wanted)
 
