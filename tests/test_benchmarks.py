@@ -107,7 +107,9 @@ def test_the_targets_keep_within_their_budgets(time_to_accuracy, petaflops):
 
 def test_the_lines_from_before_average_pooling_have_strides(time_to_accuracy):
     """Nothing else would tell: the strides change neither the weights' shapes nor the operations."""
-    pooled = {"pooled", "mirrored", "mirrored-20", "balanced-94-mirrored", "balanced-94-pooled"}
+    pooled = {
+        "pooled", "mirrored", "mirrored-20", "balanced-94-mirrored", "balanced-94-pooled", "balanced-94-halved",
+    }  # fmt: skip
     X = np.zeros((1, 32, 32, 3), dtype=np.uint8)
     networks = {
         name: candidate.network(X, seed=0)
