@@ -41,6 +41,7 @@ from Utils import (
     load_torch_file,
     mixed_precision,
     seeded,
+    uses_bfloat16,
 )
 
 # --- Network ------------------------------------------------------------------------------------
@@ -366,27 +367,37 @@ class Recipe:
         return self.scales[min(step * len(self.scales) // self.steps, len(self.scales) - 1)]
 
 
-class KernelMuon(torch.optim.Muon):
+class KernelMuon(torch.optim.Optimizer):
     """Muon for convolution kernels: each is one matrix with a row per output channel.
 
-    PyTorch's Muon takes matrices only. It is given views of the kernels, so that its updates arrive there.
-    The order of a matrix's columns does not matter to Muon.
+    The same as :class:`torch.optim.Muon`, to the last bit where convolutions run in bfloat16. PyTorch's takes
+    matrices only, and always multiplies them in bfloat16, which a processor that has no such instructions does
+    so slowly that it takes as long as the rest of the training; there this one stays in float32. The order
+    of a matrix's columns does not matter to Muon.
 
     Parameters
     ----------
     kernels : list of Parameter of shape (out, in, height, width)
         Must stay where they are in memory while training.
-    **options
-        :class:`torch.optim.Muon`'s.
+    lr : float
+    momentum : float
+        Nesterov's.
+    weight_decay : float
+        Decoupled: times ``lr``.
+    iterations : int
+        Of Newton and Schulz.
 
     References
     ----------
     Jordan et al. (2024), Muon: an optimizer for hidden layers in neural networks.
     """
 
-    def __init__(self, kernels, **options):
+    def __init__(self, kernels, *, lr, momentum, weight_decay, iterations):
         self.kernels = list(kernels)
-        super().__init__([nn.Parameter(self._as_matrix(k.detach())) for k in self.kernels], **options)
+        super().__init__(
+            [nn.Parameter(self._as_matrix(kernel.detach())) for kernel in self.kernels],
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations},
+        )
 
     @staticmethod
     def _as_matrix(kernel):
@@ -395,11 +406,33 @@ class KernelMuon(torch.optim.Muon):
             return kernel.view(len(kernel), -1)
         return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
 
+    @torch.no_grad()
     def step(self):
-        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
+        [group] = self.param_groups
+        for kernel, matrix in zip(self.kernels, group["params"], strict=True):
             gradient = kernel.grad if kernel.is_contiguous() else kernel.grad.permute(0, 2, 3, 1)
-            matrix.grad = gradient.reshape(matrix.shape)
-        super().step()
+            gradient = gradient.reshape(matrix.shape)
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = self._nearly_orthogonal(gradient.lerp(mean, group["momentum"]), group["iterations"])
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            rows, columns = matrix.shape
+            matrix.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+    @staticmethod
+    def _nearly_orthogonal(matrix, iterations):
+        """Singular values near one (0.5 to 1.5), by a polynomial in place of a decomposition."""
+        a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steepest at zero
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = matrix.T if tall else matrix
+        x = x.to(torch.bfloat16 if uses_bfloat16(matrix.device) else torch.float32)
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(iterations):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.T if tall else x
 
 
 def _create_optimizers(model, recipe):
@@ -419,7 +452,7 @@ def _create_optimizers(model, recipe):
         optimizers.append(
             KernelMuon(
                 kernels, lr=recipe.muon_learning_rate, momentum=recipe.muon_momentum,
-                weight_decay=recipe.muon_weight_decay, ns_steps=recipe.muon_iterations,
+                weight_decay=recipe.muon_weight_decay, iterations=recipe.muon_iterations,
             )
         )  # fmt: skip
     return optimizers

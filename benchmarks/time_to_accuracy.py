@@ -394,7 +394,7 @@ SERIES = {
             "balanced, filters in mirrored pairs for half of the operations, label smoothing 0.1, crops that move by 4, a "
             "square of 10 pixels greyed out, easy images left out half of the time, batch-norm shifts 16 times as fast, "
             "Muon's learning rate 0.07",
-            width=32, passes=26,
+            width=32, passes=25,
             changes={"label_smoothing": 0.1, "padding": 4, "flip": False, "muon_learning_rate": 0.07},
             modify=partial(mirrored_filters, convolution=HalvedMirroredConv2d),
             around=together(cutout, easy_images_skipped, fast_norm_shifts), resumable=False,
