@@ -505,11 +505,14 @@ def table(series):
             str(len(runs)),
         ]  # fmt: skip
         if timed:
-            cells.insert(4, f"{np.median([run['seconds'] for run in runs]) / 60:.0f}")
+            minutes = f"{np.median([run['seconds'] for run in runs]) / 60:.0f}"
+            cells.insert(4, minutes if first["bfloat16"] else f"{minutes} (float32)")
         rows.append(cells)
         hardware |= {hardware_text(run["hardware"]): None for run in runs}
     text = markdown_table(header, rows)
-    return f"{text}\n\nMinutes of training on {'; '.join(hardware)}." if timed else text
+    if not timed:
+        return text
+    return f"{text}\n\nMinutes of training on {'; '.join(hardware)}, in bfloat16 but where the line says otherwise."
 
 
 def main(arguments=None):

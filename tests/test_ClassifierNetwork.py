@@ -472,7 +472,7 @@ def test_muon_moves_each_kernel_by_a_nearly_orthogonal_matrix(layout):
     # Kernels of 6 rows and 2 x 3 x 3 columns. All singular values of the update are near the rate.
     kernel = torch.nn.Parameter(torch.randn(6, 2, 3, 3).contiguous(memory_format=layout))
     before, kernel.grad = kernel.detach().clone(), torch.randn(6, 2, 3, 3).contiguous(memory_format=layout)
-    optimizer = KernelMuon([kernel], lr=0.1, momentum=0.0, weight_decay=0.0)
+    optimizer = KernelMuon([kernel], lr=0.1, momentum=0.0, weight_decay=0.0, iterations=5)
     optimizer.step()
     update = (before - kernel.detach()).flatten(1)
     assert torch.linalg.svdvals(update) == pytest.approx(np.full(6, 0.1), rel=0.4)
@@ -480,6 +480,29 @@ def test_muon_moves_each_kernel_by_a_nearly_orthogonal_matrix(layout):
     # The polar factor of the gradient, found by another way than Muon's iteration.
     u, _, v = torch.linalg.svd(kernel.grad.flatten(1), full_matrices=False)
     assert torch.nn.functional.cosine_similarity(update.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_is_that_of_pytorch_and_exactly_so_in_bfloat16(bfloat16, monkeypatch):
+    monkeypatch.setattr(ClassifierNetwork, "uses_bfloat16", lambda device: bfloat16)
+    random = torch.Generator().manual_seed(0)
+    kernels = [
+        torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in ((64, 4, 3, 3), (8, 32, 3, 3))
+    ]
+    matrices = [torch.nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in kernels]
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+    ours = KernelMuon(kernels, **options, iterations=3)
+    theirs = torch.optim.Muon(matrices, **options, ns_steps=3)
+    for _ in range(4):
+        for kernel, matrix in zip(kernels, matrices, strict=True):
+            kernel.grad = torch.randn(kernel.shape, generator=random)
+            matrix.grad = kernel.grad.flatten(1).clone()
+        ours.step()
+        theirs.step()
+    for kernel, matrix in zip(kernels, matrices, strict=True):
+        tolerance = 0.0 if bfloat16 else 2e-3
+        torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0, atol=tolerance)
+        assert torch.equal(kernel.flatten(1), matrix) == bfloat16, "in float32 it rounds less"
 
 
 def test_every_step_starts_without_the_gradient_of_the_last_one(monkeypatch):

@@ -146,8 +146,11 @@ def test_a_recipe_is_measured_once_and_shown(time_to_accuracy, tiny_data, monkey
     assert first["pflops"] > 0
     monkeypatch.setattr(time_to_accuracy, "train_classifier", None)  # a second training would fail
     assert time_to_accuracy.run("tiny", tiny, tiny_data, seed=0) == json.loads(json.dumps(first))
-    row = f"| tiny | 2 | 1 | {first['pflops']:.3f} | 0 | {100 * first['accuracy']:.2f} |"
-    assert row in time_to_accuracy.table("target"), "with the minutes"
+    for bfloat16, minutes in ((True, "0"), (False, "0 (float32)")):
+        [path] = time_to_accuracy.FOLDER.glob("*.json")
+        path.write_text(json.dumps(first | {"bfloat16": bfloat16}))
+        row = f"| tiny | 2 | 1 | {first['pflops']:.3f} | {minutes} | {100 * first['accuracy']:.2f} |"
+        assert row in time_to_accuracy.table("target"), "with the minutes"
 
 
 def test_each_image_is_mirrored_every_other_epoch(time_to_accuracy):
@@ -164,6 +167,26 @@ def test_each_image_is_mirrored_every_other_epoch(time_to_accuracy):
                 )
     assert 0 < mirrored[0].sum() < len(X)
     assert (mirrored[1] == ~mirrored[0]).all() and (mirrored[2] == mirrored[0]).all()
+    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
+
+
+def test_a_square_of_each_image_is_cut_out_elsewhere_in_each_epoch(time_to_accuracy):
+    X = np.full((400, 16, 16, 3), 255, dtype=np.uint8)
+    model = untrained(2)  # its mean is 127.5
+    cut = np.zeros((2, 400, 16, 16), dtype=bool)
+    with time_to_accuracy.cutout(model, X, side=6):
+        batches = ClassifierNetwork.AugmentedBatches(X, 20, torch.device("cpu"), seed=0)
+        for epoch, places in enumerate(cut):
+            for images, rows in batches.epoch(epoch):
+                assert images.dtype == torch.uint8 and set(images.unique().tolist()) == {128, 255}
+                assert (images == images[:, :1]).all(), "all channels of a place"
+                places[rows] = images[:, 0].numpy() == 128
+    heights, widths = cut.any(axis=3).sum(axis=2), cut.any(axis=2).sum(axis=2)
+    assert (cut.sum(axis=(2, 3)) == heights * widths).all(), "rectangles"
+    for sides in (heights, widths):
+        assert sides.min() == 3 and sides.max() == 6, "their middle lies in the image, and no more need to"
+    assert cut[0].mean(axis=0).min() > 0.02, "everywhere"
+    assert (cut[0] == cut[1]).all(axis=(1, 2)).mean() < 0.05, "the same by chance alone"
     assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
 
 
@@ -257,6 +280,38 @@ def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(var
     assert len(kernels) == 20 and model.width == 4, "18 weighted layers but for the head, and three shortcuts"
     images = pixels(5, 32)
     torch.testing.assert_close(model(images), model(images.flip(-1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 6, 6), (5, 8, 3, 2)])  # in the second, no place has two neighbours
+@pytest.mark.parametrize("side_of_kernel", [1, 3])
+def test_half_of_the_operations_give_the_same_and_the_same_gradients(variants, side_of_kernel, shape):
+    random = torch.Generator().manual_seed(0)
+    usual = torch.nn.Conv2d(8, 12, side_of_kernel, padding=side_of_kernel // 2, bias=False)
+    usual.weight.data = torch.randn(usual.weight.shape, generator=random, dtype=torch.float64)
+    maps = torch.randn(shape, generator=random, dtype=torch.float64)
+    direction = torch.randn((5, 12, *shape[2:]), generator=random, dtype=torch.float64)
+    outcomes = []
+    for kind in (variants.MirroredConv2d, variants.HalvedMirroredConv2d):
+        layer, of_maps = kind(usual), maps.clone().requires_grad_()
+        output = layer(of_maps)
+        output.backward(direction)
+        outcomes.append((output, of_maps.grad, layer.weight.grad))
+    torch.testing.assert_close(*outcomes)
+
+
+def test_the_mirrored_network_is_the_same_for_half_of_the_operations(variants):
+    def network(convolution):
+        return with_random_norms(
+            untrained(modify=lambda model: variants.mirrored_filters(model, convolution)), pixels(5, 32)
+        ).eval()
+
+    usual, halved = network(variants.MirroredConv2d), network(variants.HalvedMirroredConv2d)
+    assert usual.state_dict().keys() == halved.state_dict().keys()
+    torch.testing.assert_close(usual(pixels(5, 32)), halved(pixels(5, 32)), rtol=1e-4, atol=1e-5)
+    recipe = Recipe(steps=1, batch_size=1, optimizer="sgd", scales=(1.0,))
+    of_stem = 2 * 2 * 32 * 32 * 4 * 27  # two operations a product, forward and for the kernels' gradient
+    ratio = (count_training_flops(halved, recipe) - of_stem) / (count_training_flops(usual, recipe) - of_stem)
+    assert ratio == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_variants_cost_no_more_and_the_mirrored_one_has_half_of_the_weights(variants):
