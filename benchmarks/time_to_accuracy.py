@@ -183,6 +183,16 @@ def averaged_weights(model, X, decay=0.99):
 
 
 @contextlib.contextmanager
+def batches_of(kind):
+    """Train on these in place of :class:`ClassifierNetwork.AugmentedBatches`."""
+    ClassifierNetwork.AugmentedBatches = kind
+    try:
+        yield
+    finally:
+        ClassifierNetwork.AugmentedBatches = AugmentedBatches
+
+
+@contextlib.contextmanager
 def alternating_flips(model, X):
     """Mirror each image in every other epoch, instead of at random (Jordan 2024)."""
 
@@ -194,11 +204,8 @@ def alternating_flips(model, X):
                 mirrored = (first[rows] ^ bool(number % 2)).view(-1, 1, 1, 1)
                 yield torch.where(mirrored, images.flip(-1), images), rows
 
-    ClassifierNetwork.AugmentedBatches = Alternating
-    try:
+    with batches_of(Alternating):
         yield
-    finally:
-        ClassifierNetwork.AugmentedBatches = AugmentedBatches
 
 
 @contextlib.contextmanager
@@ -223,11 +230,8 @@ def cutout(model, X, side=10):
                 inside = inside & ((across >= 0) & (across < side))[:, None, None, :]
                 yield torch.where(inside, grey, images), rows
 
-    ClassifierNetwork.AugmentedBatches = Cut
-    try:
+    with batches_of(Cut):
         yield
-    finally:
-        ClassifierNetwork.AugmentedBatches = AugmentedBatches
 
 
 @contextlib.contextmanager
