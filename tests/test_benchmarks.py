@@ -109,6 +109,7 @@ def test_the_lines_from_before_average_pooling_have_strides(time_to_accuracy):
     """Nothing else would tell: the strides change neither the weights' shapes nor the operations."""
     pooled = {
         "pooled", "mirrored", "mirrored-20", "balanced-94-mirrored", "balanced-94-pooled", "balanced-94-halved",
+        "balanced-94-longer",
     }  # fmt: skip
     X = np.zeros((1, 32, 32, 3), dtype=np.uint8)
     networks = {
