@@ -404,12 +404,8 @@ SERIES = {
             around=together(cutout, easy_images_skipped, fast_norm_shifts), resumable=False,
         ),
         "balanced-94-longer": Candidate(
-            "the line above with twice the passes, and batch-norm statistics of whole batches",
-            width=32, passes=50,
-            changes={
-                "label_smoothing": 0.1, "padding": 4, "flip": False, "muon_learning_rate": 0.07,
-                "micro_batch_size": 256,
-            },
+            "the line above with twice the passes", width=32, passes=50,
+            changes={"label_smoothing": 0.1, "padding": 4, "flip": False, "muon_learning_rate": 0.07},
             modify=partial(mirrored_filters, convolution=HalvedMirroredConv2d),
             around=together(cutout, easy_images_skipped, fast_norm_shifts), resumable=False,
         ),
