@@ -73,10 +73,10 @@ from Utils import (
     choose_device,
     classification_metrics,
     derive_seed,
-    describe_differences,
     describe_hardware,
     plot_confusion_matrix,
     plot_learning_curves,
+    require_same_settings,
     save_figure,
     save_json,
     start_processes,
@@ -567,7 +567,7 @@ def prepare_generator(data, split, profile="auto", device=None):
     path, result_at = output_path("models", *place, "generator.pt"), gan_path(*place)
     settings = replace(GAN_SETTINGS[profile_name], flip=data.mirrored_images_keep_their_class)
     if path.exists() and result_at.exists():
-        _require_same(result_at, read_result(result_at)["settings"], asdict(settings))
+        require_same_settings(result_at, read_result(result_at)["settings"], asdict(settings))
         # The evidence profiles write to the same place: the file may be another one's.
         if load_generator(path, device).channels == settings.channels:
             return path
@@ -728,12 +728,6 @@ def _recipe_and_network(recipe, settings):
     return recipe.as_json() | {"width": settings.width, "downsampling": ResNet18.downsampling}
 
 
-def _require_same(path, found, wanted):
-    """Raise ValueError if the settings in a result are not the present ones."""
-    if differences := describe_differences(found, wanted):
-        raise ValueError(f"{path} was obtained with other settings ({differences}). Remove it to run anew.")
-
-
 def number_of_looks(recipe, test_images):
     """How often a run looks at the test set: so seldom that it costs about 2 % of the run.
 
@@ -792,7 +786,7 @@ def run_arm(
     if finished[0]:
         finished = read_result(path)
         # Arms are compared with each other, so none may have been trained in another way.
-        _require_same(path, finished["configuration"], _recipe_and_network(recipe, settings))
+        require_same_settings(path, finished["configuration"], _recipe_and_network(recipe, settings))
         if main_process and not all(plot.exists() for plot in _plot_paths(arm_name, *place)):
             save_arm_plots(arm_name, *place)  # killed after the result was written
         return finished

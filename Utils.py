@@ -160,9 +160,17 @@ def hardware_text(hardware):
     return f"{hardware['device'].upper()} ({hardware['name']}, {threads} thread{'s' if threads != 1 else ''})"
 
 
+@contextlib.contextmanager
 def deterministic_convolutions():
     """Context in which cuDNN takes only algorithms that add up in the same order in every run."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    # Not by cudnn.flags(), which would also allow TensorFloat-32 where a user has forbidden it.
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def describe_differences(found, wanted):
@@ -180,6 +188,25 @@ def describe_differences(found, wanted):
         Empty if ``found`` has every value of ``wanted``.
     """
     return "; ".join(f"{k}: {found.get(k)} there, {v} now" for k, v in wanted.items() if found.get(k) != v)
+
+
+def require_same_settings(path, found, wanted):
+    """Refuse a result that was obtained in another way than those it would stand beside.
+
+    Parameters
+    ----------
+    path : path
+        Of the result, for the message.
+    found, wanted : dict
+        See :func:`describe_differences`.
+
+    Raises
+    ------
+    ValueError
+        With what differs.
+    """
+    if differences := describe_differences(found, wanted):
+        raise ValueError(f"{path} was obtained with other settings ({differences}). Remove it to run anew.")
 
 
 # --- Files and downloads ------------------------------------------------------------------------

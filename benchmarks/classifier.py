@@ -8,7 +8,7 @@ two workers that augments PIL images one by one, batches of 128, SGD. Ours is ti
 size all the time, where both do the same work, and as it is by default, with images that grow. Each loop runs
 in a process of its own, in turns, so that memory can be told apart and a change of the machine's speed
 meets all. Writes
-``results/benchmarks/classifier.json``.
+``results/benchmarks/classifier-<cpu, cuda or mps>.json``.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from Experiment import code_version
 from ImbalancedCIFAR10 import default_root, load_cifar10
 from Utils import choose_device, describe_hardware, hardware_text, markdown_table, save_json
 
-PATH = Path("results", "benchmarks", "classifier.json")
+FOLDER = Path("results", "benchmarks")
 WIDTH = 42  # the reference's
 BATCH = 128
 
@@ -164,10 +164,10 @@ def main():
         for name, outcomes in runs.items()
     }
     result = {
-        "width": WIDTH, "median": median, "ratios_to_the_reference": ratios, "runs": runs, "hardware": describe_hardware(choose_device()), "torch": torch.__version__,
-        "commit": code_version(),
+        "width": WIDTH, "median": median, "ratios_to_the_reference": ratios, "runs": runs,
+        "hardware": describe_hardware(choose_device()), "torch": torch.__version__, "commit": code_version(),
     }  # fmt: skip
-    save_json(PATH, result)
+    save_json(FOLDER / f"classifier-{result['hardware']['device']}.json", result)
     print(table(result))
 
 

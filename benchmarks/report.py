@@ -25,15 +25,16 @@ from Utils import atomic_path
 README = Path("benchmarks", "README.md")
 
 
-def _from_file(path, table):
-    return table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else NOT_RUN
+def _from_files(paths, table):
+    tables = [table(json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.exists()]
+    return "\n\n".join(tables) or NOT_RUN
 
 
 def sections():
     """Name of each generated part of the README -> its text."""
     profiles = sorted(profile_training.FOLDER.glob("profile-width*.json"))
     return {
-        "speed": _from_file(classifier.PATH, classifier.table),
+        "speed": _from_files(sorted(classifier.FOLDER.glob("classifier-*.json")), classifier.table),
         "parts": profile_training.table([json.loads(p.read_text()) for p in profiles])
         if profiles
         else NOT_RUN,
@@ -41,8 +42,8 @@ def sections():
             series: time_to_accuracy.table(series) if time_to_accuracy.load_runs(series) else NOT_RUN
             for series in time_to_accuracy.SERIES
         },
-        "gan": _from_file(gan.PATH, gan.table),
-        "stable-diffusion": _from_file(Path(stable_diffusion.RESULT), stable_diffusion.table),
+        "gan": _from_files([gan.PATH], gan.table),
+        "stable-diffusion": _from_files([Path(stable_diffusion.RESULT)], stable_diffusion.table),
     }
 
 

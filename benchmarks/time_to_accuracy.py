@@ -44,10 +44,10 @@ from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Report import percent
 from Utils import (
     choose_device,
-    describe_differences,
     describe_hardware,
     hardware_text,
     markdown_table,
+    require_same_settings,
     save_json,
     uses_bfloat16,
 )
@@ -99,12 +99,12 @@ class Candidate:
             self.modify(model)
         return model
 
-    def differences(self, result, recipe):
-        """How the settings in a result differ from these; empty if they don't."""
+    def require_same_settings(self, path, result, recipe):
+        """Raise ValueError if the settings in a result are not these."""
         wanted = {"width": self.width, "passes": self.passes, "trained_on": self.arm}
         wanted |= recipe.as_json()
         # What the oldest results don't name could not be chosen then.
-        return describe_differences(wanted | result | result["recipe"], wanted)
+        require_same_settings(path, wanted | result | result["recipe"], wanted)
 
     def context(self, model, X):
         """What the model's training, and the count of its operations, take place in."""
@@ -432,10 +432,7 @@ def run(name, candidate, data, seed, device=None):
     recipe = candidate.recipe(len(data.y_train))
     if path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
-        if differences := candidate.differences(result, recipe):
-            raise ValueError(
-                f"{path} was obtained with other settings ({differences}). Remove it to run anew."
-            )
+        candidate.require_same_settings(path, result, recipe)
         return result
     device, commit = choose_device(device), code_version()
     split = split_from_name(REFERENCE_SPLIT, data.y_train, data.class_names)

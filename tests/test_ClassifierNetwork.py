@@ -37,6 +37,7 @@ SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2
 def float32(monkeypatch):
     """Compute in float32, so that numbers can be compared closely."""
     monkeypatch.setattr("Utils.uses_bfloat16", lambda device: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def noise(n, size=16, seed=0):

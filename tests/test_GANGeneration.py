@@ -35,6 +35,7 @@ from GANGeneration import (
 )
 from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImbalancedCIFAR10 import split_from_name
+from Utils import choose_device
 
 CPU = torch.device("cpu")
 TINY = GANSettings(steps=4, batch_size=8, channels=4, latent_size=8, records=4, quality_images=12)
@@ -335,7 +336,7 @@ def test_a_checkpoint_keeps_the_halved_batch_and_the_dead_steps(toy, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory")
         if step == 3 and len(sizes) < 6:
             raise KeyboardInterrupt
-        return torch.tensor([0.0, 1.0, 0.0, 0.0])
+        return torch.tensor([0.0, 1.0, 0.0, 0.0], device=batches.device)
 
     monkeypatch.setattr(Adversaries, "step", step)
     with pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="halved to 4"):
@@ -443,7 +444,7 @@ def with_losses(monkeypatch, values):
     original = Adversaries.step
 
     def step(self, batches, batch_size, step, seed):
-        return original(self, batches, batch_size, step, seed) * 0 + torch.tensor(values)
+        return original(self, batches, batch_size, step, seed).new_tensor(values)
 
     monkeypatch.setattr(Adversaries, "step", step)
 
@@ -472,7 +473,7 @@ def test_zero_loss_is_counted_across_records(toy, monkeypatch):
 
 def test_a_generator_that_ignores_its_latent_is_a_collapse(toy, monkeypatch):
     monkeypatch.setattr(
-        Generator, "forward", lambda self, latents, labels: torch.zeros(len(labels), 3, 32, 32) + self.norm.weight.sum() * 0,
+        Generator, "forward", lambda self, latents, labels: latents.new_zeros(len(labels), 3, 32, 32) + self.norm.weight.sum() * 0,
     )  # fmt: skip
     monkeypatch.setattr(GANGeneration, "settle_statistics", lambda *arguments: None)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # hardly any weight has a gradient
@@ -631,7 +632,7 @@ def test_wrong_files_are_refused():
 
 def test_the_sampler_appends_generated_images_of_the_smaller_class(toy):
     X, y = toy
-    generator = tiny_generator()
+    generator = tiny_generator().to(choose_device())  # where one from a file is taken to
     X_res, y_res = GANOverSampler(generator=generator, random_state=0).fit_resample(X, y)
     assert np.array_equal(X_res[:44], X) and np.array_equal(y_res[:44], y)
     assert X_res.shape == (60, 32, 32, 3) and X_res.dtype == np.uint8

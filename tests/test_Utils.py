@@ -22,6 +22,7 @@ from Utils import (
     classification_metrics,
     derive_seed,
     describe_hardware,
+    deterministic_convolutions,
     hardware_text,
     is_reachable,
     markdown_table,
@@ -181,6 +182,16 @@ def test_derived_seeds_are_distinct_repeatable_and_have_63_bits():
     assert all(isinstance(s, int) and 0 <= s < 2**63 for s in seeds)
     assert max(seeds) > 2**62
     torch.Generator().manual_seed(max(seeds))  # fits
+
+
+def test_deterministic_convolutions_leave_a_users_other_choices_alone(monkeypatch):
+    cudnn = torch.backends.cudnn
+    for name, value in (("benchmark", True), ("deterministic", False), ("allow_tf32", False)):
+        monkeypatch.setattr(cudnn, name, value)
+    with pytest.raises(KeyError), deterministic_convolutions():
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, False)
+        raise KeyError
+    assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, False, False)
 
 
 def test_a_device_can_be_named_and_described():

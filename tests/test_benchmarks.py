@@ -125,7 +125,7 @@ def test_the_committed_results_are_those_of_the_lines_as_they_stand(time_to_accu
         for name, candidate in lines.items():
             for path in (REPOSITORY / time_to_accuracy.FOLDER).glob(f"{name}-seed*.json"):
                 result = json.loads(path.read_text())
-                assert candidate.differences(result, candidate.recipe(50_000)) == "", path.name
+                candidate.require_same_settings(path, result, candidate.recipe(50_000))
                 assert petaflops[name] == pytest.approx(result["pflops"], rel=5e-3), path.name
                 checked += 1
     assert checked == len(list((REPOSITORY / time_to_accuracy.FOLDER).glob("*.json"))) > 30
