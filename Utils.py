@@ -156,8 +156,9 @@ def describe_hardware(device):
 
 def hardware_text(hardware):
     """What :func:`describe_hardware` found, for a sentence: ``CPU (AMD EPYC, 2 threads)``."""
-    threads = hardware["cpu_threads"]
-    return f"{hardware['device'].upper()} ({hardware['name']}, {threads} thread{'s' if threads != 1 else ''})"
+    threads = f"{hardware['cpu_threads']} {'' if hardware['device'] == 'cpu' else 'CPU '}thread"
+    plural = "s" if hardware["cpu_threads"] != 1 else ""
+    return f"{hardware['device'].upper()} ({hardware['name']}, {threads}{plural})"
 
 
 @contextlib.contextmanager

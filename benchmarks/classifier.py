@@ -3,7 +3,8 @@ same weights and operations: the reference's halves images by strides, ours by a
 
     python benchmarks/classifier.py
 
-The reference's loop is rebuilt from its description: float32, the usual memory layout, a DataLoader with
+The reference's loop is rebuilt from its description: float32 (as PyTorch multiplies it by default: convolutions on a
+CUDA GPU round to TensorFloat-32), the usual memory layout, a DataLoader with
 two workers that augments PIL images one by one, batches of 128, SGD. Ours is timed twice: with images of full
 size all the time, where both do the same work, and as it is by default, with images that grow. Each loop runs
 in a process of its own, in turns, so that memory can be told apart and a change of the machine's speed
@@ -81,7 +82,9 @@ def our_loop(steps, warmup, **options):
     data = load_cifar10()
     model = create_classifier(10, WIDTH, channel_statistics(data.X_train), seed=0)
     seconds = {}
-    for count in (warmup, warmup + steps):  # their difference leaves the start out
+    # The first run alone bears what the process does once; the difference of the others leaves out what
+    # every run does at its start.
+    for count in (warmup, warmup, warmup + steps):
         # Every image size has the same share of the short and of the long run.
         recipe = Recipe(steps=count * BATCH // Recipe.batch_size, **options)
         history = train_classifier(model, data.X_train, data.y_train, recipe, seed=0)
@@ -98,7 +101,10 @@ LOOPS = {
 
 
 def measure(name, steps, warmup):
-    """Run one loop in this process; images per second and peak memory in GiB."""
+    """Run one loop in this process; images per second and peak memory in GiB.
+
+    The memory is the process's with its workers', on CUDA what PyTorch allocated on the GPU.
+    """
     speed = LOOPS[name](steps, warmup)
     if choose_device().type == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -164,7 +170,7 @@ def main():
         for name, outcomes in runs.items()
     }
     result = {
-        "width": WIDTH, "median": median, "ratios_to_the_reference": ratios, "runs": runs,
+        "width": WIDTH, "steps": options.steps, "warmup": options.warmup, "median": median, "ratios_to_the_reference": ratios, "runs": runs,
         "hardware": describe_hardware(choose_device()), "torch": torch.__version__, "commit": code_version(),
     }  # fmt: skip
     save_json(FOLDER / f"classifier-{result['hardware']['device']}.json", result)

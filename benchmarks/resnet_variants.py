@@ -107,8 +107,18 @@ class HalvedMirroredConv2d(MirroredConv2d):
     The sum of an output channel and its partner depends on the sums of the inputs through a kernel that
     equals its mirror image, and on their differences through one that equals it but for the sign; likewise
     the difference. Such a kernel has three numbers or six to multiply with, where others have nine, if the
-    left and the right column are added, or subtracted, before. Takes 1x1 and 3x3 kernels.
+    left and the right column are added, or subtracted, before. Takes 1x1 and 3x3 kernels of stride 1 that keep
+    the image's size.
     """
+
+    def __init__(self, convolution, on_image=False):
+        super().__init__(convolution, on_image)
+        side = self.kernel_size[0]
+        kept = (side, side), (1, 1), (side // 2, side // 2)
+        if side not in (1, 3) or (self.kernel_size, self.stride, self.padding) != kept:
+            raise ValueError(
+                f"A kernel of 1x1 or 3x3 that keeps the image's size is needed, got {convolution}."
+            )
 
     def forward(self, x):
         if self.on_image:  # has no partners to add

@@ -394,4 +394,6 @@ def test_hardware_reads_well_in_a_sentence():
     assert (
         hardware_text({"device": "cpu", "name": "AMD EPYC", "cpu_threads": 1}) == "CPU (AMD EPYC, 1 thread)"
     )
-    assert hardware_text({"device": "cuda", "name": "H100", "cpu_threads": 16}) == "CUDA (H100, 16 threads)"
+    assert (
+        hardware_text({"device": "cuda", "name": "H100", "cpu_threads": 16}) == "CUDA (H100, 16 CPU threads)"
+    )

@@ -191,6 +191,20 @@ def test_a_square_of_each_image_is_cut_out_elsewhere_in_each_epoch(time_to_accur
     assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
 
 
+def test_what_changes_the_batches_can_be_combined(time_to_accuracy):
+    X = np.zeros((40, 16, 16, 3), dtype=np.uint8)
+    X[:, :, :8] = 255
+    both = time_to_accuracy.together(time_to_accuracy.alternating_flips, time_to_accuracy.cutout)
+    with both(untrained(2), X):
+        batches = ClassifierNetwork.AugmentedBatches(X, 40, torch.device("cpu"), seed=0, padding=0)
+        [(first, _)], [(second, _)] = batches.epoch(0), batches.epoch(1)
+    assert all(128 in images.unique() for images in (first, second)), "cut"
+    for images in (first, second):
+        left, right = (half.float().mean(dim=(1, 2, 3)) for half in images.split(8, dim=3))
+        assert 5 < (left > right).sum() < 35, "mirrored"
+    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
+
+
 def test_some_of_the_easy_images_are_left_out(time_to_accuracy, monkeypatch):
     n, batch_size = 1000, 20
     X = np.zeros((n, 8, 8, 3), dtype=np.uint8)
@@ -375,3 +389,8 @@ def test_a_network_that_cannot_be_mirrored_is_refused(variants):
         variants.mirrored_filters(strided)
     with pytest.raises(ValueError, match="even width"):
         untrained(width=3, modify=variants.mirrored_filters)
+    for options in ({"stride": 2, "padding": 1}, {"padding": 0}):
+        with pytest.raises(ValueError, match="keeps the image's size"):
+            variants.HalvedMirroredConv2d(torch.nn.Conv2d(4, 4, 3, bias=False, **options))
+    with pytest.raises(ValueError, match="1x1 or 3x3"):
+        variants.HalvedMirroredConv2d(torch.nn.Conv2d(4, 4, 5, padding=2, bias=False))
