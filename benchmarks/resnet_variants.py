@@ -113,9 +113,8 @@ class HalvedMirroredConv2d(MirroredConv2d):
 
     def __init__(self, convolution, on_image=False):
         super().__init__(convolution, on_image)
-        side = self.kernel_size[0]
-        kept = (side, side), (1, 1), (side // 2, side // 2)
-        if side not in (1, 3) or (self.kernel_size, self.stride, self.padding) != kept:
+        size = self.kernel_size
+        if size not in ((1, 1), (3, 3)) or self.stride != (1, 1) or self.padding != (size[0] // 2,) * 2:
             raise ValueError(
                 f"A kernel of 1x1 or 3x3 that keeps the image's size is needed, got {convolution}."
             )
@@ -128,13 +127,14 @@ class HalvedMirroredConv2d(MirroredConv2d):
         kernels = torch.stack([own + mirrored, own - mirrored]) / 2  # for sums and for differences
         if self.kernel_size == (1, 1):
             first, second = x.chunk(2, dim=1)
-            columns, padding = (first + second, first - second), 0
+            columns = first + second, first - second
         else:
             left, middle, right = kernels.split(1, dim=-1)
             kernels = torch.cat([middle, (right + left) / 2, (right - left) / 2], dim=2)
-            columns, padding = EvenAndOddColumns.apply(x), (1, 0)
+            columns = EvenAndOddColumns.apply(x)  # holds the neighbours to the left and right already
         even, odd = (
-            F.conv2d(part, kernel, padding=padding) for part, kernel in zip(columns, kernels, strict=True)
+            F.conv2d(part, kernel, padding=(self.padding[0], 0))
+            for part, kernel in zip(columns, kernels, strict=True)
         )
         return torch.cat([even + odd, even - odd], dim=1)
 
