@@ -23,8 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
+from Runtime import is_reachable, require_free_space
 from StableDiffusionGeneration import CACHE, save_generated_images
-from Utils import is_reachable, require_free_space
 
 CIFAKE_URL = (
     "https://www.kaggle.com/api/v1/datasets/download/birdy654/cifake-real-and-ai-generated-synthetic-images"

@@ -19,7 +19,7 @@ from DiffusionPipelines import SIZE, ModelUnavailableError, Painter, find_preset
 from Downsampling import METHODS, downsample
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
-from Utils import atomic_path, derive_seed, save_json
+from Runtime import atomic_path, derive_seed, save_json
 
 SHARDS = Path("datasets/stable_diffusion_shards")
 SHARD_SIZE = 64  # candidates in a file: what a kill can cost each process

@@ -30,9 +30,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ImageOverSampler import check_images
-from Utils import (
+from Runtime import (
     atomic_path,
+    check_images,
     checksum,
     choose_device,
     derive_seed,

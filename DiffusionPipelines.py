@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from Utils import choose_device, is_reachable, require_free_space, uses_bfloat16
+from Runtime import choose_device, is_reachable, require_free_space, uses_bfloat16
 
 # --- Presets ------------------------------------------------------------------------------------
 

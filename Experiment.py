@@ -12,12 +12,10 @@ weights and plots. An arm whose result is there is not run again; a killed one c
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,6 +57,18 @@ from GenerationQuality import (
 from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_data, split_from_name
 from NonSyntheticGeneration import AugmentationOverSampler
+from Runtime import (
+    atomic_path,
+    checksum,
+    choose_device,
+    code_version,
+    derive_seed,
+    describe_hardware,
+    require_same_settings,
+    save_json,
+    start_processes,
+    uses_bfloat16,
+)
 from StableDiffusionGeneration import (
     CACHE,
     SelectionError,
@@ -67,21 +77,7 @@ from StableDiffusionGeneration import (
     generate_images,
     preset_at_hand,
 )
-from Utils import (
-    atomic_path,
-    checksum,
-    choose_device,
-    classification_metrics,
-    derive_seed,
-    describe_hardware,
-    plot_confusion_matrix,
-    plot_learning_curves,
-    require_same_settings,
-    save_figure,
-    save_json,
-    start_processes,
-    uses_bfloat16,
-)
+from Utils import classification_metrics, plot_confusion_matrix, plot_learning_curves, save_figure
 
 REFERENCE_SPLIT = "cat-50"
 DIGITS_SPLIT = "8-0.01"
@@ -703,17 +699,6 @@ def judge_generated_images(data, split, profile="auto", device=None):
 
 
 # --- Running ------------------------------------------------------------------------------------
-
-
-@cache
-def code_version():
-    """The commit that runs, ``-dirty`` if files differ from it; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
 
 
 def profile_recipe(settings, rows, data):

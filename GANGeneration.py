@@ -37,9 +37,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ImageOverSampler import ImageOverSampler, check_images
-from Utils import (
+from ImageOverSampler import ImageOverSampler
+from Runtime import (
     atomic_path,
+    check_images,
     checksum,
     choose_device,
     derive_seed,

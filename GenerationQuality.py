@@ -25,8 +25,8 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ImageOverSampler import check_images
-from Utils import choose_device, derive_seed, is_reachable, mixed_precision, plot_image_rows, seeded
+from Runtime import check_images, choose_device, derive_seed, is_reachable, mixed_precision, seeded
+from Utils import plot_image_rows
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 

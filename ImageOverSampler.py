@@ -10,38 +10,7 @@ import numpy as np
 from imblearn.over_sampling.base import BaseOverSampler
 from sklearn.utils import check_random_state
 
-from Utils import derive_seed
-
-
-def check_images(X, y):
-    """Return ``X`` and ``y`` if they are images with labels, else raise.
-
-    Parameters
-    ----------
-    X : ndarray of uint8, shape (n, height, width, 3), n at least 1
-    y : ndarray of integers, shape (n,)
-
-    Returns
-    -------
-    X : the same array; y : int64 copy or view
-
-    Raises
-    ------
-    TypeError
-        For another dtype. Floats are refused rather than guessed to be 0..1 or 0..255.
-    ValueError
-        For another shape.
-    """
-    X, y = np.asarray(X), np.asarray(y)
-    if X.dtype != np.uint8:
-        raise TypeError(f"X must hold uint8 pixels from 0 to 255, but its dtype is {X.dtype}.")
-    if X.ndim != 4 or X.shape[-1] != 3 or 0 in X.shape:
-        raise ValueError(f"X must have the shape (n, height, width, 3), but it is {X.shape}.")
-    if y.shape != (len(X),):
-        raise ValueError(f"y must have the shape ({len(X)},) like X's first axis, but it is {y.shape}.")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise TypeError(f"y must hold class numbers (integers), but its dtype is {y.dtype}.")
-    return X, y.astype(np.int64, copy=False)
+from Runtime import check_images, derive_seed
 
 
 class ImageOverSampler(BaseOverSampler):

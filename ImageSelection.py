@@ -18,7 +18,7 @@ import torch
 from DiffusionPipelines import load_pretrained
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
 from Prompts import with_article
-from Utils import choose_device
+from Runtime import choose_device
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 

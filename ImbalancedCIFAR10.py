@@ -27,7 +27,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from Utils import derive_seed, is_reachable, require_free_space
+from Runtime import derive_seed, is_reachable, require_free_space
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

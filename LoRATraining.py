@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
-from ImageOverSampler import check_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import with_article
-from Utils import (
+from Runtime import (
     atomic_path,
+    check_images,
     choose_device,
     derive_seed,
     load_torch_file,

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from ImageOverSampler import ImageOverSampler
-from Utils import seeded
+from Runtime import seeded
 
 
 def mild_augmentation(size):

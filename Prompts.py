@@ -22,7 +22,7 @@ from string import Formatter
 
 import numpy as np
 
-from Utils import derive_seed
+from Runtime import derive_seed
 
 # Photographs only: a test image is one, and a drawing would teach the classifier another domain.
 SHARED = {

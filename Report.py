@@ -36,10 +36,8 @@ from Experiment import (
 )
 from GANGeneration import load_generator, sample_images
 from GenerationQuality import memorisation, memorisation_figure
+from Runtime import atomic_path, describe_differences, hardware_text
 from Utils import (
-    atomic_path,
-    describe_differences,
-    hardware_text,
     markdown_table,
     mcnemar_test,
     plot_adversarial_training,

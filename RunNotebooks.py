@@ -16,7 +16,7 @@ import papermill
 
 from Experiment import PROFILES, resolve_profile
 from ImbalancedCIFAR10 import load_data
-from Utils import atomic_path
+from Runtime import atomic_path
 
 NOTEBOOKS = ("Main.ipynb", "GAN_Main.ipynb", "GAN_Classification.ipynb")
 MOST_BYTES = 1_000_000  # an executed notebook stays small enough to be read on the web

@@ -43,11 +43,18 @@ from CandidateImages import (
 )
 from DiffusionPipelines import PRESETS, SIZE, is_on_this_machine
 from Downsampling import METHODS, image_statistics, match_statistics
-from ImageOverSampler import ImageOverSampler, check_images
+from ImageOverSampler import ImageOverSampler
 from ImageSelection import CLIP_MODEL, find_near_duplicates
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import GRAMMARS, find_grammar
-from Utils import atomic_path, choose_device, require_free_space, save_json, start_processes
+from Runtime import (
+    atomic_path,
+    check_images,
+    choose_device,
+    require_free_space,
+    save_json,
+    start_processes,
+)
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])

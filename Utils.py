@@ -1,24 +1,11 @@
-"""Metrics, plots, seeding, device choice and safe file writing: what every other module shares.
+"""Metrics, confusion matrix and plots: how predictions and images are judged and shown.
 
 Nothing here knows about CIFAR-10, a generator or a network. Accuracies, recalls and precisions are
 fractions between 0 and 1; only plots and tables turn them into percent.
 """
 
-import contextlib
-import datetime
-import json
-import os
-import platform
-import shutil
-import tempfile
-import threading
-import urllib.request
-import zlib
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from imblearn.metrics import geometric_mean_score
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import binomtest
@@ -31,229 +18,13 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
+from Runtime import atomic_path
+
 # Okabe and Ito's colours stay apart for colour-blind readers and in greyscale print.
 COLOURS = {"real": "#0072B2", "synthetic": "#E69F00", "minority": "#D55E00", "total": "#999999"}
 
 
-# --- Randomness, device, hardware ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def seeded(seed):
-    """Run a block under ``torch.manual_seed(seed)`` and restore the caller's CPU generator after it.
-
-    For library code that offers no ``generator`` argument (weight initialisation, torchvision's
-    transforms). Code that takes a :class:`torch.Generator` should be given one instead.
-
-    Parameters
-    ----------
-    seed : int
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def derive_seed(*parts):
-    """Mix several non-negative integers into one 63-bit seed.
-
-    ``derive_seed(seed, epoch)`` gives streams that do not overlap, which ``seed + epoch`` would not:
-    seed 0 at epoch 1 and seed 1 at epoch 0 would be the same stream. Trailing zeros count for nothing
-    and parts from 2^32 on are split in two, so compare only calls with equally many, smaller parts.
-    """
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def checksum(*arrays):
-    """One CRC-32 (int) of the contents of several arrays: other data have another one."""
-    result = 0
-    for array in arrays:
-        result = zlib.crc32(np.ascontiguousarray(array), result)
-    return result
-
-
-def choose_device(name=None):
-    """Return a :class:`torch.device`: the one named, else CUDA, else Apple's MPS, else the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the device named does not exist on this machine.
-    """
-    if name is not None:
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"This machine has no device {str(name)!r} for PyTorch: {reason}") from error
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def start_processes(device=None):
-    """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone.
-
-    Parameters
-    ----------
-    device : str or torch.device, optional
-        Where they compute. Default: the fastest there is, one GPU per process.
-
-    Returns
-    -------
-    accelerate.PartialState
-    """
-    from accelerate import PartialState  # here, because importing a sampler should stay fast
-
-    # accelerate joins CPU processes only if it is told so. One may wait for another for as long as that
-    # computes alone, which can be longer than the default.
-    return PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
-
-
-def uses_bfloat16(device):
-    """Whether convolutions run in bfloat16: only where the hardware multiplies in it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def mixed_precision(device):
-    """Context in which convolutions run in bfloat16 where :func:`uses_bfloat16` says so."""
-    if uses_bfloat16(device):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def describe_hardware(device):
-    """Name the hardware that a result was obtained on.
-
-    Parameters
-    ----------
-    device : torch.device
-
-    Returns
-    -------
-    dict with keys ``device``, ``name`` and ``cpu_threads``.
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():
-            models = [li for li in cpuinfo.read_text().splitlines() if li.startswith("model name")]
-            name = models[0].partition(":")[2].strip() if models else name
-    return {"device": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
-
-
-def hardware_text(hardware):
-    """What :func:`describe_hardware` found, for a sentence: ``CPU (AMD EPYC, 2 threads)``."""
-    threads = f"{hardware['cpu_threads']} {'' if hardware['device'] == 'cpu' else 'CPU '}thread"
-    plural = "s" if hardware["cpu_threads"] != 1 else ""
-    return f"{hardware['device'].upper()} ({hardware['name']}, {threads}{plural})"
-
-
-@contextlib.contextmanager
-def deterministic_convolutions():
-    """Context in which cuDNN takes only algorithms that add up in the same order in every run."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    # Not by cudnn.flags(), which would also allow TensorFloat-32 where a user has forbidden it.
-    cudnn.benchmark, cudnn.deterministic = False, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
-
-
-def describe_differences(found, wanted):
-    """Say how settings differ: ``steps: 6 there, 7 now``; several are joined by ``; ``.
-
-    Parameters
-    ----------
-    found : dict
-        What a file holds; it may hold more.
-    wanted : dict
-
-    Returns
-    -------
-    str
-        Empty if ``found`` has every value of ``wanted``.
-    """
-    return "; ".join(f"{k}: {found.get(k)} there, {v} now" for k, v in wanted.items() if found.get(k) != v)
-
-
-def require_same_settings(path, found, wanted):
-    """Refuse a result that was obtained in another way than those it would stand beside.
-
-    Parameters
-    ----------
-    path : path
-        Of the result, for the message.
-    found, wanted : dict
-        See :func:`describe_differences`.
-
-    Raises
-    ------
-    ValueError
-        With what differs.
-    """
-    if differences := describe_differences(found, wanted):
-        raise ValueError(f"{path} was obtained with other settings ({differences}). Remove it to run anew.")
-
-
-# --- Files and downloads ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_path(path):
-    """Yield a temporary path beside ``path`` that takes its name only if the block succeeds.
-
-    A kill or an error at any moment therefore leaves either the old file or the new one, never half
-    of one. Missing parent folders are created. The temporary name ends like the final one, because
-    some writers (matplotlib, NumPy) choose a format by it or append it.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written to or the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(descriptor)
-    except OSError as error:
-        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
-    temporary = Path(temporary)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            f"Could not finish writing {path}: {error}. Nothing was left behind; free some disk "
-            "space or choose another folder, then run again."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_json(path, content):
-    """Write ``content`` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+# --- Files and tables -------------------------------------------------------------------------
 
 
 def save_figure(figure, path):
@@ -261,38 +32,6 @@ def save_figure(figure, path):
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight")
     return figure
-
-
-def load_torch_file(path, keys):
-    """Read a dictionary that ``torch.save`` wrote, onto the CPU and never unpickled as code.
-
-    Parameters
-    ----------
-    path : path
-    keys : set of str
-        What the dictionary must have.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        If the file is damaged or holds something else.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise ValueError(
-            f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
-        ) from error
-    missing = keys - content.keys() if isinstance(content, dict) else keys
-    if missing:
-        raise ValueError(
-            f"{path} is no file of this project for this purpose: it lacks {', '.join(sorted(missing))}. "
-            "Remove it and run again."
-        )
-    return content
 
 
 def markdown_table(head, rows):
@@ -309,35 +48,6 @@ def markdown_table(head, rows):
     """
     alignment = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows))
-
-
-def is_reachable(url, seconds=20):
-    """Tell whether ``url`` answers within ``seconds``.
-
-    The attempt runs in a thread of its own because a name look-up can hang for longer than any
-    socket timeout.
-    """
-    answers = []
-    finished = threading.Event()
-
-    def knock():
-        with contextlib.suppress(Exception):
-            request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
-            with urllib.request.urlopen(request, timeout=seconds):
-                answers.append(True)
-        finished.set()
-
-    threading.Thread(target=knock, daemon=True).start()
-    finished.wait(seconds)
-    return bool(answers)
-
-
-def require_free_space(folder, gigabytes):
-    """Raise OSError if fewer than ``gigabytes`` (10^9 bytes) are free where ``folder`` lies."""
-    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free / 1e9
-    if free < gigabytes:
-        raise OSError(f"{existing} has {free:.2f} GB free, but {gigabytes:.2f} GB are needed.")
 
 
 # --- Metrics ------------------------------------------------------------------------------------

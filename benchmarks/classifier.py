@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from resnet_variants import strided_downsampling
 
 from ClassifierNetwork import Recipe, channel_statistics, create_classifier, train_classifier
-from Experiment import code_version
 from ImbalancedCIFAR10 import default_root, load_cifar10
-from Utils import choose_device, describe_hardware, hardware_text, markdown_table, save_json
+from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
+from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
 WIDTH = 42  # the reference's

@@ -31,9 +31,9 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from Experiment import code_version
 from GANGeneration import GAN_SETTINGS, Adversaries, BalancedBatches, count_flops
-from Utils import choose_device, describe_hardware, hardware_text, markdown_table, save_json, uses_bfloat16
+from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json, uses_bfloat16
+from Utils import markdown_table
 
 PATH = Path("results", "benchmarks", "gan.json")
 LATENT, MAPS = 100, 64

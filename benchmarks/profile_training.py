@@ -25,9 +25,9 @@ from ClassifierNetwork import (
     evaluate_classifier,
     train_classifier,
 )
-from Experiment import code_version
 from ImbalancedCIFAR10 import load_cifar10
-from Utils import choose_device, describe_hardware, markdown_table, save_json
+from Runtime import choose_device, code_version, describe_hardware, save_json
+from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
 PARTS = {

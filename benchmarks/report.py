@@ -20,7 +20,7 @@ import stable_diffusion
 import time_to_accuracy
 
 from Report import NOT_RUN, with_section
-from Utils import atomic_path
+from Runtime import atomic_path
 
 README = Path("benchmarks", "README.md")
 

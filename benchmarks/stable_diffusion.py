@@ -45,7 +45,8 @@ from transformers import (
 )
 
 from DiffusionPipelines import PRESETS, SIZE, Painter, choose_dtype
-from Utils import describe_hardware, markdown_table, save_json
+from Runtime import describe_hardware, save_json
+from Utils import markdown_table
 
 RESULT = Path("results/benchmarks/stable_diffusion.json")
 LATENTS = SIZE // 8

@@ -39,18 +39,19 @@ from ClassifierNetwork import (
     evaluate_classifier,
     train_classifier,
 )
-from Experiment import ARMS, REFERENCE_SPLIT, code_version, make_training_set
+from Experiment import ARMS, REFERENCE_SPLIT, make_training_set
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Report import percent
-from Utils import (
+from Runtime import (
     choose_device,
+    code_version,
     describe_hardware,
     hardware_text,
-    markdown_table,
     require_same_settings,
     save_json,
     uses_bfloat16,
 )
+from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")
 

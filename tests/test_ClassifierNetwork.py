@@ -27,7 +27,7 @@ from ClassifierNetwork import (
     save_classifier,
     train_classifier,
 )
-from Utils import choose_device
+from Runtime import choose_device
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2, 2 and 1 steps

@@ -35,7 +35,7 @@ from GANGeneration import (
 )
 from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImbalancedCIFAR10 import split_from_name
-from Utils import choose_device
+from Runtime import choose_device
 
 CPU = torch.device("cpu")
 TINY = GANSettings(steps=4, batch_size=8, channels=4, latent_size=8, records=4, quality_images=12)

@@ -33,6 +33,7 @@ from CandidateImages import (
 )
 from DiffusionPipelines import Painter
 from ImbalancedCIFAR10 import DataUnavailableError, minority_split, split_from_name
+from Runtime import derive_seed
 from StableDiffusionGeneration import (
     CACHE,
     METADATA,
@@ -46,7 +47,6 @@ from StableDiffusionGeneration import (
     save_generated_images,
     select_candidates,
 )
-from Utils import derive_seed
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,22 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from Utils import (
-    COLOURS,
+from Runtime import (
     atomic_path,
     checksum,
     choose_device,
-    classification_metrics,
     derive_seed,
     describe_hardware,
     deterministic_convolutions,
     hardware_text,
     is_reachable,
+    require_free_space,
+    save_json,
+    seeded,
+)
+from Utils import (
+    COLOURS,
+    classification_metrics,
     markdown_table,
     mcnemar_test,
     plot_class_counts,
@@ -32,10 +37,7 @@ from Utils import (
     plot_confusion_matrix,
     plot_image_rows,
     plot_learning_curves,
-    require_free_space,
     save_figure,
-    save_json,
-    seeded,
 )
 
 # --- Tables -------------------------------------------------------------------------------------

@@ -1,0 +1,469 @@
+"""What every training needs around it: devices, precision, seeds, checked arrays, safe files, downloads.
+
+Nothing here knows about CIFAR-10, a generator or a classifier, and nothing here draws a plot.
+
+    device = choose_device()                    # CUDA, else Apple's MPS, else the CPU
+    with mixed_precision(device):
+        logits = network(images)
+    with atomic_path("results/table.txt") as temporary:
+        temporary.write_text("all or nothing")
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import urllib.request
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# --- Randomness ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Run a block under ``torch.manual_seed(seed)``, then restore the caller's CPU generator.
+
+    This is for library code without a ``generator`` argument, such as weight initialisation and
+    torchvision's transforms. Code that takes a :class:`torch.Generator` should get one instead.
+
+    Parameters
+    ----------
+    seed : int
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def derive_seed(*parts):
+    """Mix several non-negative integers into one 63-bit seed.
+
+    ``derive_seed(seed, epoch)`` gives every pair its own random stream. ``seed + epoch`` would not: seed 0
+    in epoch 1 and seed 1 in epoch 0 would share one.
+
+    Pass the same number of parts each time, each below 2^32; otherwise seeds can collide.
+
+    Parameters
+    ----------
+    *parts : int
+
+    Returns
+    -------
+    int
+        From 0 to 2^63 - 1.
+    """
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# --- Arrays -------------------------------------------------------------------------------------
+
+
+def check_images(X, y):
+    """Return ``X`` and ``y`` if they are images with labels, else raise an error.
+
+    Parameters
+    ----------
+    X : ndarray of uint8, shape (n, height, width, 3), n at least 1
+    y : ndarray of integers, shape (n,)
+
+    Returns
+    -------
+    X : the same array
+    y : the labels as int64
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong. Floats are refused because their range (0 to 1 or 0 to 255) is unknown.
+    ValueError
+        If a shape is wrong.
+    """
+    X, y = np.asarray(X), np.asarray(y)
+    if X.dtype != np.uint8:
+        raise TypeError(f"X must hold uint8 pixels from 0 to 255, but its dtype is {X.dtype}.")
+    if X.ndim != 4 or X.shape[-1] != 3 or 0 in X.shape:
+        raise ValueError(f"X must have the shape (n, height, width, 3), but it is {X.shape}.")
+    if y.shape != (len(X),):
+        raise ValueError(f"y must have the shape ({len(X)},) like X's first axis, but it is {y.shape}.")
+    if not np.issubdtype(y.dtype, np.integer):
+        raise TypeError(f"y must hold class numbers (integers), but its dtype is {y.dtype}.")
+    return X, y.astype(np.int64, copy=False)
+
+
+def checksum(*arrays):
+    """CRC-32 (int) of the contents of several arrays, in the order given."""
+    result = 0
+    for array in arrays:
+        result = zlib.crc32(np.ascontiguousarray(array), result)
+    return result
+
+
+# --- Device, precision, processes ---------------------------------------------------------------
+
+
+def choose_device(name=None):
+    """Return a :class:`torch.device`: the one named, else CUDA, else Apple's MPS, else the CPU.
+
+    Parameters
+    ----------
+    name : str or torch.device, optional
+        Such as ``"cpu"``, ``"cuda:1"`` or ``"mps"``.
+
+    Raises
+    ------
+    ValueError
+        If this machine does not have the named device.
+    """
+    if name is not None:
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"This machine has no device {str(name)!r} for PyTorch: {reason}") from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def start_processes(device=None):
+    """The processes that ``torchrun`` or ``accelerate launch`` started, or this process alone.
+
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        Where the processes compute. Default: the fastest device, one GPU per process.
+
+    Returns
+    -------
+    accelerate.PartialState
+    """
+    from accelerate import PartialState  # imported here because it takes seconds
+
+    # accelerate joins CPU processes only if told to. One process may wait while another computes alone,
+    # which can take longer than the default timeout.
+    return PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
+
+
+def uses_bfloat16(device):
+    """Whether convolutions run in bfloat16, which they do only where the hardware multiplies in it.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    bool
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def mixed_precision(device):
+    """Context in which convolutions run in bfloat16 if :func:`uses_bfloat16` says so, else in float32."""
+    if uses_bfloat16(device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def deterministic_convolutions():
+    """Context in which cuDNN uses only algorithms that sum in the same order in every run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    # cudnn.flags() would also allow TensorFloat-32 where the user has forbidden it.
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+# --- What a result says about its origin --------------------------------------------------------
+
+
+def describe_hardware(device):
+    """Name the hardware behind a result.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    dict
+        ``device`` (its type), ``name`` (of the GPU or CPU) and ``cpu_threads`` (int).
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():
+            models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+            name = models[0].partition(":")[2].strip() if models else name
+    return {"device": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
+
+
+def hardware_text(hardware):
+    """What :func:`describe_hardware` found, for use in a sentence: ``CPU (AMD EPYC, 2 threads)``."""
+    threads = f"{hardware['cpu_threads']} {'' if hardware['device'] == 'cpu' else 'CPU '}thread"
+    plural = "s" if hardware["cpu_threads"] != 1 else ""
+    return f"{hardware['device'].upper()} ({hardware['name']}, {threads}{plural})"
+
+
+@cache
+def code_version():
+    """The git commit of this code, ending in ``-dirty`` if files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def describe_differences(found, wanted):
+    """Say how settings differ, such as ``steps: 6 there, 7 now``; several are joined by ``; ``.
+
+    Parameters
+    ----------
+    found : dict
+        The settings in a file. It may hold more than ``wanted``.
+    wanted : dict
+
+    Returns
+    -------
+    str
+        Empty if ``found`` has every value of ``wanted``.
+    """
+    return "; ".join(f"{k}: {found.get(k)} there, {v} now" for k, v in wanted.items() if found.get(k) != v)
+
+
+def require_same_settings(path, found, wanted):
+    """Refuse a result that was obtained with other settings than the results beside it.
+
+    Parameters
+    ----------
+    path : path
+        Of the result, for the error message.
+    found, wanted : dict
+        See :func:`describe_differences`.
+
+    Raises
+    ------
+    ValueError
+        If a setting differs; the message names each one.
+    """
+    if differences := describe_differences(found, wanted):
+        raise ValueError(f"{path} was obtained with other settings ({differences}). Remove it to run again.")
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside ``path`` that is renamed to ``path`` only if the block succeeds.
+
+    After a kill or an error there is either the old file or the new one, never half of one. Missing parent
+    folders are created. The temporary name has the suffix of ``path``, because some writers (matplotlib)
+    choose the format by it.
+
+    Parameters
+    ----------
+    path : path
+
+    Raises
+    ------
+    OSError
+        If the folder is not writable or the disk is full. No file is left behind.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(descriptor)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"Could not finish writing {path}: {error}. Nothing was left behind. Free some disk "
+            "space or choose another folder, then run again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path, content):
+    """Write ``content`` as indented JSON, atomically. NaN and infinity raise ValueError."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_array(path, array):
+    """Write a NumPy array as a ``.npy`` file under exactly the name ``path``, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def save_torch_file(path, content):
+    """Write a dictionary with ``torch.save``, atomically.
+
+    Raises
+    ------
+    OSError
+        If the folder is not writable or the disk is full.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_torch_file(path, keys):
+    """Read a dictionary that ``torch.save`` wrote, onto the CPU. It is never unpickled as code.
+
+    Parameters
+    ----------
+    path : path
+    keys : set of str
+        What the dictionary must contain.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If the file is damaged or holds something else.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds of errors for a damaged file
+        raise ValueError(
+            f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
+        ) from error
+    missing = keys - content.keys() if isinstance(content, dict) else keys
+    if missing:
+        raise ValueError(
+            f"{path} is not the expected kind of file: it lacks {', '.join(sorted(missing))}. "
+            "Remove it and run again."
+        )
+    return content
+
+
+class Checkpoint:
+    """The file from which a killed training continues.
+
+    Parameters
+    ----------
+    path : path or None
+        With None nothing is ever written or found.
+    identity : dict of plain values
+        Everything that decides the outcome: settings, seed, a checksum of the data. The checkpoint of
+        another training is refused.
+    """
+
+    def __init__(self, path, identity):
+        self.path = None if path is None else Path(path)
+        self.identity = identity
+
+    def load(self, *names):
+        """Read what :meth:`save` wrote.
+
+        Parameters
+        ----------
+        *names : str
+            What the checkpoint must contain.
+
+        Returns
+        -------
+        dict or None
+            None if there is no checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or belongs to another training.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        content = load_torch_file(self.path, {"identity", *names})
+        if differences := describe_differences(content["identity"], self.identity):
+            raise ValueError(
+                f"The checkpoint {self.path} belongs to another training ({differences}). Remove it to start again."
+            )
+        return content
+
+    def save(self, **content):
+        """Write ``content`` (tensors, state dicts, plain values) with the identity, atomically."""
+        if self.path is not None:
+            save_torch_file(self.path, {"identity": self.identity, **content})
+
+
+# --- Downloads ----------------------------------------------------------------------------------
+
+
+def is_reachable(url, seconds=20):
+    """Tell whether ``url`` answers within ``seconds``.
+
+    Parameters
+    ----------
+    url : str
+    seconds : float
+
+    Returns
+    -------
+    bool
+    """
+    answers = []
+    finished = threading.Event()
+
+    def request():
+        with contextlib.suppress(Exception):
+            call = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+            with urllib.request.urlopen(call, timeout=seconds):
+                answers.append(True)
+        finished.set()
+
+    # In a thread, because a name look-up can hang for longer than any socket timeout.
+    threading.Thread(target=request, daemon=True).start()
+    finished.wait(seconds)
+    return bool(answers)
+
+
+def require_free_space(folder, gigabytes):
+    """Raise OSError if the disk of ``folder`` has less than ``gigabytes`` (10^9 bytes) of free space."""
+    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    if free < gigabytes:
+        raise OSError(f"{existing} has {free:.2f} GB free, but {gigabytes:.2f} GB are needed.")
