@@ -1,4 +1,4 @@
-"""CIFAKE: 50,000 ready images made with Stable Diffusion v1.4, for those who generate none themselves.
+"""CIFAKE: 50,000 ready images made with Stable Diffusion v1.4, for users who generate none themselves.
 
     import_cifake("cifake.zip")     # fills datasets/stable_diffusion_dataset.npy, once
 
@@ -15,6 +15,7 @@ import socket
 import tempfile
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ImageCache import CACHE, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
 from Runtime import is_reachable, require_free_space
-from StableDiffusionGeneration import CACHE, save_generated_images
 
+IMAGES_PER_CLASS = 5000
 CIFAKE_URL = (
     "https://www.kaggle.com/api/v1/datasets/download/birdy654/cifake-real-and-ai-generated-synthetic-images"
 )
@@ -33,22 +35,20 @@ CIFAKE_URL = (
 CIFAKE_FILE_NAME = re.compile(r"(\d+)(?: \((2|3|4|5|6|7|8|9|10)\))?\.jpg")
 
 
-def import_cifake(source=None, path=CACHE, images_per_class=5000):
-    """Fill the cache with CIFAKE's Stable Diffusion v1.4 images.
+def import_cifake(source=None, path=CACHE):
+    """Fill the cache with CIFAKE's Stable Diffusion v1.4 images, 5,000 of each class of CIFAR-10.
 
-    Only ``train/FAKE`` is read. CIFAKE's ``REAL`` folders hold CIFAR-10 itself, with the images that
-    an imbalanced split removed: importing them would be a leak.
+    Only ``train/FAKE`` is read. CIFAKE's ``REAL`` folders hold CIFAR-10 itself, including the images that
+    an imbalanced split removed. Importing them would be a leak.
 
     Parameters
     ----------
     source : path, optional
         A folder that contains ``train/FAKE``, or a zip of one. Default: ``cifake.zip`` in
-        ``$CIFAR10_ROOT`` or ``datasets`` if there is one, else the public archive is downloaded
+        ``$CIFAR10_ROOT`` or ``datasets``. If neither folder has one, the public archive is downloaded
         (about 110 MB) and removed after use.
     path : path
-        Where the cache goes.
-    images_per_class : int, default 5000
-        How many images each of the ten classes must have; the first ones by number are taken.
+        The cache to write.
 
     Returns
     -------
@@ -58,13 +58,11 @@ def import_cifake(source=None, path=CACHE, images_per_class=5000):
     Raises
     ------
     FileNotFoundError, ValueError
-        If the source is missing, truncated, has foreign files in ``train/FAKE``, an image of another
-        size or too few images of a class. No cache is written then.
+        If the source is missing or truncated, has foreign files in ``train/FAKE``, has an image of another
+        size, or has too few images of a class. No cache is written then.
     DataUnavailableError
         If there is no source and the archive cannot be downloaded.
     """
-    if images_per_class < 1:
-        raise ValueError(f"images_per_class must be at least 1: got {images_per_class}.")
     if source is None:
         source = next(
             (f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None
@@ -73,64 +71,69 @@ def import_cifake(source=None, path=CACHE, images_per_class=5000):
         with tempfile.TemporaryDirectory() as folder:
             archive = _download_cifake(Path(folder))
             try:
-                return import_cifake(archive, path, images_per_class)
+                return import_cifake(archive, path)
             except ValueError as error:
                 raise DataUnavailableError(f"What {CIFAKE_URL} sent is not CIFAKE: {error}") from error
     source = Path(source)
     if not source.exists():
-        raise FileNotFoundError(f"There is no {source}: give CIFAKE's folder or zip.")
-    if source.is_dir():
-        members = {f.name: f.read_bytes for f in (source / "train" / "FAKE").glob("*") if f.is_file()}
-        chosen = _choose(source, members, images_per_class)
-        images = [
-            _decode(source, name, members[name])
-            for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
-        ]
-    else:
-        try:
-            with zipfile.ZipFile(source) as archive:
-                # The archive may have a folder above "train".
-                names = {
-                    n.rpartition("/")[2]: n for n in archive.namelist()
-                    if re.search(r"(^|/)train/FAKE/[^/]+$", n)
-                }  # fmt: skip
-                chosen = _choose(source, names, images_per_class)
-                images = [
-                    _decode(source, name, lambda name=name: archive.read(names[name]))
-                    for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
-                ]
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
-            raise ValueError(
-                f"{source} is truncated, damaged or no zip archive ({error}). Get it again."
-            ) from error
-    labels = [_cifake_class(name) for name in chosen]
+        raise FileNotFoundError(f"There is no {source}. Pass the path of CIFAKE's folder or zip.")
+    images, labels = _read_folder(source) if source.is_dir() else _read_zip(source)
     save_generated_images(np.stack(images), np.asarray(labels), path)
     return len(images)
+
+
+def _read_folder(source):
+    """Images (list of arrays) and labels (list of int) of an unpacked CIFAKE."""
+    readers = {f.name: f.read_bytes for f in (source / "train" / "FAKE").glob("*") if f.is_file()}
+    return _read_images(source, readers)
+
+
+def _read_zip(source):
+    """The same from a zip, which is not unpacked."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            # The archive may have a folder above "train".
+            members = [n for n in archive.namelist() if re.search(r"(^|/)train/FAKE/[^/]+$", n)]
+            return _read_images(source, {n.rpartition("/")[2]: partial(archive.read, n) for n in members})
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+        raise ValueError(
+            f"{source} is truncated, damaged or no zip archive ({error}). Get it again."
+        ) from error
+
+
+def _read_images(source, readers):
+    """Images and labels, class after class; ``readers`` maps a file's name to a function that reads it."""
+    chosen = _choose(source, readers)
+    images = [
+        _decode(source, name, readers[name])
+        for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
+    ]
+    return images, [_cifake_class(name) for name in chosen]
 
 
 def _cifake_class(name):
     return int(CIFAKE_FILE_NAME.fullmatch(name)[2] or 1) - 1
 
 
-def _choose(source, names, images_per_class):
-    """Names of the first ``images_per_class`` files of each class, class after class."""
+def _choose(source, names):
+    """Names of the first :data:`IMAGES_PER_CLASS` files of each class by number, class after class."""
     foreign = sorted(n for n in names if not CIFAKE_FILE_NAME.fullmatch(n))
     if foreign:
         raise ValueError(
             f"{source} has {len(foreign)} files in train/FAKE that CIFAKE does not have, such as "
-            f"{foreign[0]!r}: expected names like '17.jpg' or '17 (4).jpg'."
+            f"{foreign[0]!r}. Expected names like '17.jpg' or '17 (4).jpg'."
         )
     chosen = []
     for c, class_name in enumerate(CIFAR10_CLASSES):
         of_class = sorted(
             (n for n in names if _cifake_class(n) == c), key=lambda n: int(CIFAKE_FILE_NAME.fullmatch(n)[1])
         )
-        if len(of_class) < images_per_class:
+        if len(of_class) < IMAGES_PER_CLASS:
             raise ValueError(
                 f"{source} has {len(of_class)} images of class {class_name} in train/FAKE, but "
-                f"{images_per_class} are asked for."
+                f"{IMAGES_PER_CLASS} are needed. Get it again."
             )
-        chosen += of_class[:images_per_class]
+        chosen += of_class[:IMAGES_PER_CLASS]
     return chosen
 
 

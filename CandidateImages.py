@@ -1,7 +1,10 @@
 """Candidates for a generated data set: drawn, checked, reduced to 32x32, and kept in shards on disk.
 
-A candidate is decided by its class, its index and the settings alone. So it does not matter which process
-draws it or when: a run that was ended continues with the candidates whose shards are missing.
+    maker = CandidateMaker(GenerationSettings("turbo"))
+    candidates = maker.make("cat", 3, range(64))     # a dict of arrays with one row per candidate
+
+A candidate depends only on its class, its index and the settings. It does not matter which process draws it
+or when. A run that was stopped therefore continues with the candidates whose shards are missing.
 """
 
 import hashlib
@@ -14,47 +17,54 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from DiffusionPipelines import SIZE, ModelUnavailableError, Painter, find_preset, load_pipeline
 from Downsampling import METHODS, downsample
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
-from Runtime import atomic_path, derive_seed, save_json
+from Runtime import atomic_path, choose_device, derive_seed, save_json, start_processes
 
 SHARDS = Path("datasets/stable_diffusion_shards")
-SHARD_SIZE = 64  # candidates in a file: what a kill can cost each process
-MOST_DRAWS = 5  # of one candidate, if the safety checker flags it again and again
+SHARD_SIZE = 64  # candidates in a file; a killed process loses at most so many
+MOST_DRAWS = 5  # of one candidate that the safety checker keeps flagging
+
+# DA-Fusion (Trabucco et al. 2024, Effective data augmentation with diffusion models) uses evenly spaced
+# strengths instead of tuning one.
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
-# --- What decides an image ----------------------------------------------------------------------
+# --- Settings -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Everything that candidates depend on besides their class and index.
+    """Everything that candidates depend on, except their class and index.
 
     Attributes
     ----------
     preset : str
         A key of :data:`DiffusionPipelines.PRESETS`.
     model : str or None
-        Hub id or folder in place of the preset's model.
+        Hub id or local folder of the pipeline. None: the preset's.
     steps : int or None
-        Denoising steps in place of the preset's.
+        Denoising steps. None: the preset's number.
     size : int
-        Height and width in pixels at which images are drawn.
-    prompts : str or None
-        Grammar in place of the preset's, see ``Prompts.py``.
+        Height and width in pixels at which images are drawn, a multiple of 8.
+    prompts : {None, 'varied', 'reference'}
+        Grammar of the prompts, see ``Prompts.py``. None: the preset's.
     lora : str or None
-        Folder of an adapter trained with ``LoRATraining.py``.
+        Folder of an adapter trained with ``LoRATraining.py``. None: no adapter.
     strengths : tuple of float
-        Empty: images are drawn from text alone. Else each is drawn from a real image, at these strengths
-        in turn (see :meth:`DiffusionPipelines.Painter.draw`).
+        If empty, images are drawn from text alone. Otherwise each image starts from a real one, at these
+        strengths in turn. Each is above 0 and at most 1, see :meth:`DiffusionPipelines.Painter.draw`.
     clip_model : str
-        Hub id or folder of the CLIP model that judges the images; ``'auto'``: the usual one if the preset
-        wants it; ``'none'``: no judge.
+        Hub id or local folder of the CLIP model that judges the images. ``'auto'``:
+        :data:`ImageSelection.CLIP_MODEL` if the preset uses CLIP. ``'none'``: images are not judged.
     downsampling : {'area', 'lanczos'}
+        How images are reduced to 32x32 pixels, see :func:`Downsampling.downsample`.
     seed : int
+        Not negative. It decides the prompts, and the noise that images start from.
     """
 
     preset: str = "fast"
@@ -69,14 +79,26 @@ class GenerationSettings:
     seed: int = 0
 
     def completed(self):
-        """The same settings with the preset's values in place of None and ``'auto'``, checked."""
+        """Return these settings with None and ``'auto'`` replaced by the preset's values.
+
+        Returns
+        -------
+        GenerationSettings
+
+        Raises
+        ------
+        ValueError
+            If the preset or the downsampling is unknown, a strength is out of range, or the seed is negative.
+        """
         preset = find_preset(self.preset)
         if self.downsampling not in METHODS:
             raise ValueError(
                 f"Unknown downsampling {self.downsampling!r}. Choose one of {', '.join(METHODS)}."
             )
         if not all(0 < s <= 1 for s in self.strengths):
-            raise ValueError(f"Strengths lie above 0 and up to 1: got {', '.join(map(str, self.strengths))}.")
+            raise ValueError(
+                f"Strengths must be above 0 and at most 1: got {', '.join(map(str, self.strengths))}."
+            )
         if self.seed < 0:
             raise ValueError(f"The seed must not be negative: got {self.seed}.")
         auto = CLIP_MODEL if preset.clip_filter else "none"
@@ -90,25 +112,28 @@ class GenerationSettings:
         )
 
 
-# DA-Fusion (Trabucco et al. 2024, Effective data augmentation with diffusion models) spreads the strength
-# over evenly spaced values rather than tuning one.
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-
-
 def describe_job(settings, class_name, label, sources=None):
-    """Everything that the candidates of a class depend on, as it stands in the shards' ``settings.json``.
+    """List everything that the candidates of a class depend on. The shards' ``settings.json`` holds this.
 
     Parameters
     ----------
     settings : GenerationSettings
     class_name : str
     label : int
-    sources : ndarray of uint8, optional
-        The real images that are drawn anew.
+        Class number.
+    sources : ndarray of uint8, shape (n, height, width, 3), optional
+        The real images that drawing starts from. Required if the settings have strengths.
 
     Returns
     -------
-    dict
+    dict of plain values
+
+    Raises
+    ------
+    ValueError
+        If the class has no prompts.
+    DiffusionPipelines.ModelUnavailableError
+        If the settings name an adapter and its folder holds none.
     """
     settings = settings.completed()
     preset = find_preset(settings.preset)
@@ -126,7 +151,17 @@ def describe_job(settings, class_name, label, sources=None):
 
 
 def name_job(job):
-    """Folder name of a job, such as ``cat-fast-0f3a9c21``; other settings have another name."""
+    """Name the folder of a job, such as ``cat-fast-0f3a9c21``. Jobs with other settings get other names.
+
+    Parameters
+    ----------
+    job : dict
+        See :func:`describe_job`.
+
+    Returns
+    -------
+    str
+    """
     text = json.dumps(job, sort_keys=True)
     return f"{job['class']}-{job['preset']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -135,7 +170,7 @@ def _hash_of_adapter(folder):
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ModelUnavailableError(
-            f"There is no adapter (a .safetensors file) in {folder}: train one with LoRATraining.py."
+            f"There is no adapter (a .safetensors file) in {folder}. Train one with LoRATraining.py."
         )
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
@@ -144,34 +179,56 @@ def _hash_of_adapter(folder):
 
 
 class CandidateMaker:
-    """Draws candidates. The models are loaded when the first one is asked for.
+    """Draws candidates. Its models are loaded when they are first needed, and stay loaded.
 
     Parameters
     ----------
-    settings : GenerationSettings
+    settings : GenerationSettings, optional
+        Default: the preset ``'fast'``.
     device : str or torch.device, optional
-        Default: the fastest there is.
+        Where the models compute. Default: the fastest device, one GPU per process.
     dtype : torch.dtype, optional
-        See :func:`DiffusionPipelines.choose_dtype`.
+        Data type of the weights. Default: :func:`DiffusionPipelines.choose_dtype`.
     batch_size : int, optional
-        Default: the preset's.
+        Number of images drawn at the same time. Default: the preset's, or 1 on a CPU.
+    shards : path
+        Folder for the candidates. Each job gets a folder of its own in it, see :func:`name_job`.
+
+    Attributes
+    ----------
+    settings : GenerationSettings
+        Completed, see :meth:`GenerationSettings.completed`.
+    shards : Path
+
+    Raises
+    ------
+    ValueError
+        If a setting is invalid.
     """
 
-    def __init__(self, settings, device=None, dtype=None, batch_size=None):
-        self.settings = settings.completed()
+    def __init__(self, settings=None, *, device=None, dtype=None, batch_size=None, shards=SHARDS):
+        self.settings = (settings or GenerationSettings()).completed()
+        self.shards = Path(shards)
         self._device, self._dtype, self._batch_size = device, dtype, batch_size
 
     @cached_property
+    def device(self):
+        """The :class:`torch.device` where the models compute."""
+        return start_processes().device if self._device is None else choose_device(self._device)
+
+    @cached_property
     def painter(self):
+        """The :class:`DiffusionPipelines.Painter` with the loaded pipeline."""
         settings = self.settings
-        pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self._device, self._dtype)
+        pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self.device, self._dtype)
         return Painter(pipeline, settings.preset, settings.steps, settings.size, self._batch_size)
 
     @cached_property
     def clip_filter(self):
+        """The loaded :class:`ImageSelection.ClipFilter`. None if the settings use no CLIP model."""
         if self.settings.clip_model == "none":
             return None
-        return ClipFilter(self.settings.clip_model, device=self._device)
+        return ClipFilter(self.settings.clip_model, self.device)
 
     def make(self, class_name, label, indices, sources=None):
         """Draw the candidates of one shard.
@@ -183,17 +240,19 @@ class CandidateMaker:
         ----------
         class_name : str
         label : int
+            Class number. The seeds depend on it.
         indices : sequence of int
+            Numbers of the candidates.
         sources : ndarray of uint8, shape (n, height, width, 3), optional
-            Real images to draw anew; needed if the settings have strengths.
+            Real images that drawing starts from. Required if the settings have strengths.
 
         Returns
         -------
         dict of ndarray
-            One row per candidate: ``image`` (uint8, 32x32x3), ``index``, ``prompt``, ``seed`` (of the
-            last draw), ``flagged`` (how many draws were), ``usable`` (the last one wasn't), ``margin``
-            (CLIP's; NaN without a judge), ``source`` (row in ``sources``; -1 without) and ``strength``
-            (NaN without).
+            One row per candidate: ``image`` (uint8, 32x32x3), ``index``, ``prompt``, ``seed`` (of the last
+            draw), ``flagged`` (number of draws that were flagged), ``usable`` (False if the last draw was
+            flagged), ``margin`` (:meth:`ImageSelection.ClipFilter.margins`; NaN without a CLIP model),
+            ``source`` (row in ``sources``; -1 without sources) and ``strength`` (NaN without sources).
         """
         indices = np.asarray(indices)
         n, settings = len(indices), self.settings
@@ -201,7 +260,7 @@ class CandidateMaker:
         prompts = [prompts[i] for i in indices]
         source, strength = np.full(n, -1), np.full(n, np.nan)
         if settings.strengths:
-            # Every source once at one strength, then every source at the next: batches share theirs.
+            # Every source at the first strength, then every source at the next: a batch has one strength.
             source = indices % len(sources)
             strength = np.array(settings.strengths)[indices // len(sources) % len(settings.strengths)]
         images, seeds, flagged = [None] * n, np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
@@ -211,15 +270,15 @@ class CandidateMaker:
             again = []
             for level in dict.fromkeys(strength[pending].astype(str)):  # as text, NaN equals itself
                 rows = pending[strength[pending].astype(str) == level]
-                drawn, objections = self.painter.draw(
+                drawn, flags = self.painter.draw(
                     [prompts[r] for r in rows],
                     seeds[rows].tolist(),
                     [Image.fromarray(sources[source[r]]) for r in rows] if settings.strengths else None,
                     float(level) if settings.strengths else None,
                 )
-                for row, image, objection in zip(rows, drawn, objections, strict=True):
+                for row, image, is_flagged in zip(rows, drawn, flags, strict=True):
                     images[row] = image
-                    if objection:
+                    if is_flagged:
                         flagged[row] += 1
                         again.append(row)
             pending = np.sort(np.array(again, dtype=int))
@@ -241,7 +300,14 @@ class CandidateMaker:
 
 
 def prepare_shards(folder, job):
-    """Create the folder of a job with its ``settings.json``, and clear away what a kill left half-written."""
+    """Create the folder of a job with its ``settings.json``, and remove files that a kill left half-written.
+
+    Parameters
+    ----------
+    folder : path
+    job : dict
+        See :func:`describe_job`.
+    """
     folder = Path(folder)
     if not (folder / "settings.json").exists():
         save_json(folder / "settings.json", job)
@@ -250,7 +316,20 @@ def prepare_shards(folder, job):
 
 
 def write_shard(folder, candidates):
-    """Write candidates to ``<first index>-<last index>.npz``, atomically."""
+    """Write candidates to ``<first index>-<last index>.npz``, atomically.
+
+    Parameters
+    ----------
+    folder : path
+        Of the job.
+    candidates : dict of ndarray
+        See :meth:`CandidateMaker.make`.
+
+    Raises
+    ------
+    OSError
+        If the folder is not writable or the disk is full.
+    """
     first, last = candidates["index"][[0, -1]]
     with atomic_path(Path(folder) / f"{first:06d}-{last:06d}.npz") as temporary:
         np.savez(temporary, allow_pickle=False, **candidates)
@@ -262,18 +341,20 @@ def read_shards(folder, columns=None):
     Parameters
     ----------
     folder : path
+        Of the job.
     columns : sequence of str, optional
         Which columns to read. Default: all.
 
     Returns
     -------
     dict of ndarray
-        As :meth:`CandidateMaker.make` returns them, in the order of the indices. Empty without shards.
+        The columns that :meth:`CandidateMaker.make` returns, in the order of the indices. Empty if there is
+        no shard.
 
     Raises
     ------
     ValueError
-        If a shard is truncated, damaged or another kind of file; it names it.
+        If a shard is truncated, damaged or another kind of file. The message names it.
     """
     shards = []
     for path in sorted(Path(folder).glob("[0-9]*.npz")):
@@ -282,8 +363,8 @@ def read_shards(folder, columns=None):
                 shards.append({name: file[name] for name in columns or file.files})
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
-                f"The shard {path} is truncated or damaged ({error}). Remove it and run again: only its "
-                "images are drawn once more."
+                f"The shard {path} is truncated or damaged ({error}). Remove it and run again. Only its "
+                "images are then drawn again."
             ) from error
     if not shards:
         return {}
@@ -293,11 +374,62 @@ def read_shards(folder, columns=None):
 
 
 def find_missing(folder, count):
-    """Indices below ``count`` that no shard has, as lists of at most :data:`SHARD_SIZE` for one shard each.
+    """Find the candidates that no shard has yet.
 
-    The lists begin at multiples of the shard size, so that a run that was ended draws the same batches
-    as one that was not.
+    Parameters
+    ----------
+    folder : path
+        Of the job.
+    count : int
+        Only indices below this number are looked for.
+
+    Returns
+    -------
+    list of list of int
+        The missing indices, one list per future shard with at most :data:`SHARD_SIZE` indices. The lists
+        begin at multiples of the shard size. So a run that was stopped draws the same batches as one that was
+        not.
     """
     present = read_shards(folder, ["index"]).get("index", [])
     missing = np.setdiff1d(np.arange(count), present)
     return [missing[missing // SHARD_SIZE == k].tolist() for k in np.unique(missing // SHARD_SIZE)]
+
+
+def draw_candidates(maker, job, sources, wanted, processes):
+    """Draw the candidates of a job that no shard has yet. Several processes share them.
+
+    Parameters
+    ----------
+    maker : CandidateMaker
+    job : dict
+        See :func:`describe_job`.
+    sources : ndarray of uint8, shape (n, height, width, 3), or None
+        Real images that drawing starts from.
+    wanted : int
+        Number of candidates that there shall be in all.
+    processes : accelerate.PartialState
+        All its processes must call this function.
+
+    Returns
+    -------
+    dict of ndarray
+        The candidates with indices below ``wanted``, as :meth:`CandidateMaker.make` returns them.
+    """
+    folder = maker.shards / name_job(job)
+    processes.wait_for_everyone()  # no process may write a shard before all have listed what is missing
+    groups = find_missing(folder, wanted)
+    processes.wait_for_everyone()
+    if groups:
+        with processes.local_main_process_first():  # one download per machine; the others read its cache
+            _ = maker.painter, maker.clip_filter
+    groups = groups[processes.process_index :: processes.num_processes]
+    with tqdm(
+        total=sum(map(len, groups)), desc=f"{job['class']}, {job['preset']}", unit="image",
+        disable=not (groups and processes.is_main_process), mininterval=2,
+    ) as progress:  # fmt: skip
+        for indices in groups:
+            write_shard(folder, maker.make(job["class"], job["label"], indices, sources))
+            progress.update(len(indices))
+    processes.wait_for_everyone()
+    candidates = read_shards(folder)
+    return {name: column[candidates["index"] < wanted] for name, column in candidates.items()}

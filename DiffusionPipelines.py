@@ -3,8 +3,8 @@
     painter = Painter(load_pipeline("fast"), "fast")
     images, flagged = painter.draw(["a photo of a cat"] * 16, seeds=range(16))
 
-An image depends on its prompt and its own seed, never on the batch that it is drawn in. diffusers and
-transformers are imported only when a model is loaded.
+An image depends only on its prompt and its own seed, not on the batch that it is drawn in, except for
+rounding. diffusers and transformers are imported only when a model is loaded.
 
 References
 ----------
@@ -34,7 +34,7 @@ from Runtime import choose_device, is_reachable, require_free_space, uses_bfloat
 
 @dataclass(frozen=True)
 class Preset:
-    """How images are drawn, and what that costs.
+    """How images are drawn, and what drawing them costs.
 
     Attributes
     ----------
@@ -43,22 +43,24 @@ class Preset:
     steps : int
         Denoising steps.
     guidance_scale : float
-        Of classifier-free guidance (Ho and Salimans 2022), which doubles the UNet's batch. 0: none.
+        Scale of classifier-free guidance (Ho and Salimans 2022), which doubles the UNet's batch. 0: no
+        guidance.
     guidance_interval : tuple of float or None
-        Lowest (exclusive) and highest noise level sigma at which guidance is applied; None: at all.
+        Lowest (exclusive) and highest noise level sigma at which guidance is applied. None: at every level.
     solver : {None, 'dpm-solver++'}
         None keeps the scheduler that comes with the model.
     tiny_decoder : str or None
-        Hub id of a distilled decoder that replaces the model's own.
+        Hub id of a distilled decoder that replaces the model's own. None keeps the model's own.
     batch_size : int
-        Images drawn at a time where memory allows.
-    prompts : str
+        Number of images drawn at the same time, if memory allows.
+    prompts : {'varied', 'reference'}
         Name of the grammar in ``Prompts.py``.
     clip_filter : bool
         Whether CLIP judges the images.
     gigabytes : float
-        Rough size of the download, in 10^9 bytes.
+        Approximate size of the download, in 10^9 bytes.
     purpose : str
+        One line for the help of the command line.
     """
 
     model: str
@@ -74,18 +76,18 @@ class Preset:
     purpose: str = ""
 
 
-SIZE = 512  # pixels: what the models below were trained for or draw best
-STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"  # the reference study's, and CIFAKE's
+SIZE = 512  # pixels: the size that the models below were trained for or draw best
+STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"  # of the reference study, and of CIFAKE
 
 PRESETS = {
     "reference": Preset(
         STABLE_DIFFUSION, steps=30, guidance_scale=7.5, batch_size=1, prompts="reference", clip_filter=False,
         purpose="the reference study's setting: 30 steps, guidance 7.5, one image at a time",
     ),
-    # 15 steps are the fewest that Lu et al. (2022) recommend for guided sampling. Of them, the 7 with
-    # guidance are those in the interval of sigma that Kynkäänniemi et al. (2024) found best for Stable
-    # Diffusion XL, whose noise levels v1.x shares; they did not measure v1.x. The distilled decoder
-    # (TAESD) loses fine texture, of which a reduction from 512 to 32 pixels leaves nothing.
+    # 15 steps are the fewest that Lu et al. (2022) recommend for guided sampling. The 7 steps with guidance
+    # lie in the interval of sigma that Kynkäänniemi et al. (2024) found best for Stable Diffusion XL. v1.x
+    # has the same noise levels, but they did not measure it. The distilled decoder (TAESD) loses fine
+    # texture, which the reduction from 512 to 32 pixels removes anyway.
     "fast": Preset(
         STABLE_DIFFUSION, steps=15, guidance_scale=7.5, guidance_interval=(0.28, 5.42), solver="dpm-solver++",
         tiny_decoder="madebyollin/taesd",
@@ -93,7 +95,7 @@ PRESETS = {
     ),
     "turbo": Preset(
         "stabilityai/sd-turbo", steps=1, guidance_scale=0, tiny_decoder="madebyollin/taesd", batch_size=32,
-        purpose="one step of the distilled SD-Turbo, no guidance; --steps 2 to 4 draw better and cost more",
+        purpose="one step of the distilled SD-Turbo, no guidance; --steps 2 to 4 draws better and costs more",
     ),
     "sdxl-turbo": Preset(
         "stabilityai/sdxl-turbo", steps=1, guidance_scale=0, tiny_decoder="madebyollin/taesdxl", gigabytes=14,
@@ -103,7 +105,7 @@ PRESETS = {
 
 
 def find_preset(name):
-    """Return the preset of that name, or raise ValueError with the valid names."""
+    """Return the :class:`Preset` of a name (str). An unknown name raises ValueError with the valid names."""
     if name not in PRESETS:
         raise ValueError(f"Unknown preset {name!r}. Choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
@@ -113,11 +115,21 @@ def find_preset(name):
 
 
 class ModelUnavailableError(OSError):
-    """The model is not on this machine and cannot be had, or its files are incomplete."""
+    """A model is neither on this machine nor downloadable, or its files are incomplete or damaged."""
 
 
 def is_on_this_machine(model):
-    """Whether a model is a local folder or in the hub's cache, so that nothing need be downloaded."""
+    """Tell whether a model is a local folder or in the hub's cache, so that it needs no download.
+
+    Parameters
+    ----------
+    model : str
+        Hub id or local folder. The folder's content is not checked.
+
+    Returns
+    -------
+    bool
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model).is_dir():
@@ -128,39 +140,45 @@ def is_on_this_machine(model):
 
 
 def load_pretrained(load, model, gigabytes, **options):
-    """Call a ``from_pretrained`` with errors that say what to do.
+    """Call a ``from_pretrained``, and turn its errors into one that says what to do.
 
     Parameters
     ----------
     load : callable
         ``from_pretrained`` of a class of diffusers or transformers.
     model : str
-        A local folder or a hub id. What the hub's cache has is not asked for on the network.
+        A local folder or a hub id. If the hub's cache has the model, the network is not used.
     gigabytes : float
         Free space (10^9 bytes) that a download needs.
     **options
-        For ``load``.
+        Further arguments of ``load``.
+
+    Returns
+    -------
+    object
+        What ``load`` returns.
 
     Raises
     ------
     ModelUnavailableError
-        If the folder is incomplete or damaged, or the model is not in the cache and cannot be downloaded.
+        If the folder is missing, incomplete or damaged, or the model is not in the cache and cannot be
+        downloaded.
     OSError
         If there is too little space for a download.
     """
     from huggingface_hub import constants
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of reading files; downloads still show theirs
+    logging.disable_progress_bar()  # hides the reading of files; downloads still show their progress
     model = str(model)
 
     def attempt(**more):
         with warnings.catch_warnings():
-            # diffusers passes the hub an argument that the hub no longer knows, and the user can't help it
+            # diffusers passes the hub an argument that the hub no longer knows. The user cannot change that.
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             return load(model, **options, **more)
 
-    # diffusers, transformers, safetensors and the hub each raise their own kinds of errors.
+    # Exception, because diffusers, transformers, safetensors and the hub raise errors of their own.
     if Path(model).is_dir():
         try:
             return attempt(local_files_only=True)
@@ -170,7 +188,7 @@ def load_pretrained(load, model, gigabytes, **options):
                 "for example with `hf download`."
             ) from error
     if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
-        raise ModelUnavailableError(f"There is no model folder {model}.")
+        raise ModelUnavailableError(f"There is no model folder {model}. Check its path.")
     try:
         return attempt(local_files_only=True)
     except Exception as error:
@@ -179,8 +197,8 @@ def load_pretrained(load, model, gigabytes, **options):
         raise ModelUnavailableError(
             f"The model {model} is not complete in the cache {constants.HF_HUB_CACHE}, and "
             f"{constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set. Connect to the internet, or "
-            f"run `hf download {model} --local-dir FOLDER` elsewhere, copy the folder and name it in place "
-            "of the id."
+            f"run `hf download {model} --local-dir FOLDER` on another machine, copy the folder, and pass its "
+            "path instead of the id."
         ) from absence
     require_free_space(constants.HF_HUB_CACHE, gigabytes)
     try:
@@ -188,7 +206,7 @@ def load_pretrained(load, model, gigabytes, **options):
     except Exception as error:
         raise ModelUnavailableError(
             f"The model {model} could not be loaded from {constants.ENDPOINT}: {_first_line(error)} Check "
-            "the name and whether its licence must be accepted, then run again."
+            "the name, and whether its licence must be accepted. Then run again."
         ) from error
 
 
@@ -197,10 +215,18 @@ def _first_line(error):
 
 
 def choose_dtype(device):
-    """Data type of the weights: float16 on CUDA, bfloat16 on CPUs that multiply in it, else float32.
+    """Choose the weights' data type: float16 on CUDA, bfloat16 on CPUs that multiply in it, else float32.
 
-    float16 rather than bfloat16 on CUDA because its three more bits of precision show in images, and
-    because the published weights were made for it.
+    On CUDA float16 is preferred to bfloat16, because its three more bits of precision are visible in images,
+    and because the published weights were made for it.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    torch.dtype
     """
     if device.type == "cuda":
         return torch.float16
@@ -215,11 +241,11 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     preset : str
         A key of :data:`PRESETS`.
     model : str, optional
-        Hub id or local folder in place of the preset's. Nothing but safetensors is loaded.
+        Hub id or local folder. Default: the preset's model. Only safetensors files are loaded.
     lora : path, optional
-        Folder of an adapter, as :func:`LoRATraining.train_lora` writes it; it is merged into the weights.
+        Folder of an adapter, as :func:`LoRATraining.train_lora` writes it. It is merged into the weights.
     device : str or torch.device, optional
-        Default: the fastest there is.
+        Default: the fastest device.
     dtype : torch.dtype, optional
         Default: :func:`choose_dtype`.
 
@@ -232,7 +258,8 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     ModelUnavailableError
         See :func:`load_pretrained`.
     ValueError
-        For an unknown preset or device, or an adapter that doesn't fit the model.
+        If the preset or device is unknown, the preset needs another kind of model, or the adapter does not
+        fit the model.
     """
     settings = find_preset(preset)
     device = choose_device(device)
@@ -248,11 +275,11 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     logging.disable_progress_bar()
     model = str(model or settings.model)
     if Path(model).is_dir():
-        check_model_folder(model)
+        _check_model_folder(model)
 
     def load(name, **options):
         if dtype == torch.float16:
-            # Half the download, where the model offers it. Which error says that it doesn't, varies.
+            # The variant halves the download. Models without it raise various errors.
             with contextlib.suppress(Exception):
                 return AutoPipelineForText2Image.from_pretrained(name, variant="fp16", **options)
         return AutoPipelineForText2Image.from_pretrained(name, **options)
@@ -260,13 +287,13 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     pipeline = load_pretrained(load, model, settings.gigabytes, dtype=dtype, use_safetensors=True)
     if settings.guidance_interval and not isinstance(pipeline, StableDiffusionPipeline):
         raise ValueError(
-            f"The preset {preset!r} limits guidance to an interval, which needs a Stable Diffusion 1.x or 2.x "
+            f"The preset {preset!r} limits guidance to an interval. This needs a Stable Diffusion 1.x or 2.x "
             f"model, but {model} is a {type(pipeline).__name__}. Choose another preset."
         )
     if settings.tiny_decoder:
-        # A local model folder may carry the decoder with it, for machines without network.
-        beside = Path(model) / "tiny_decoder"
-        decoder = str(beside) if beside.is_dir() else settings.tiny_decoder
+        # A local model folder may contain the decoder, for machines without network.
+        local = Path(model) / "tiny_decoder"
+        decoder = str(local) if local.is_dir() else settings.tiny_decoder
         pipeline.vae = load_pretrained(AutoencoderTiny.from_pretrained, decoder, 0.1, dtype=dtype)
     if settings.solver == "dpm-solver++":
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -282,11 +309,11 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     return pipeline
 
 
-def check_model_folder(folder):
+def _check_model_folder(folder):
     """Raise ModelUnavailableError if a folder lacks a part that its ``model_index.json`` names.
 
-    transformers fills in a missing vocabulary with an almost empty one and says nothing, so that every
-    prompt would mean the same. Weights are checked by loading them.
+    transformers silently replaces a missing vocabulary by an almost empty one. Every prompt would then mean
+    the same. Weights are not checked here, because loading them does that.
     """
     folder = Path(folder)
     index = folder / "model_index.json"
@@ -294,29 +321,32 @@ def check_model_folder(folder):
         parts = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelUnavailableError(
-            f"{folder} is no model folder: its model_index.json is missing or damaged ({error})."
+            f"{folder} is no model folder: its model_index.json is missing or damaged ({error}). "
+            "Get it again."
         ) from error
     for part, kind in parts.items():
         if part.startswith("_") or not isinstance(kind, list) or kind[1] is None:
             continue
         files = {f.name for f in (folder / part).glob("*")}
         if not files:
-            raise ModelUnavailableError(f"The model folder {folder} is incomplete: {part} is missing.")
+            raise ModelUnavailableError(
+                f"The model folder {folder} is incomplete: {part} is missing. Get it again."
+            )
         if "Tokenizer" in kind[1] and not (
             "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
         ):
             raise ModelUnavailableError(
                 f"The model folder {folder} is incomplete: {part} has neither tokenizer.json nor vocab.json "
-                "with merges.txt."
+                "with merges.txt. Get it again."
             )
 
 
 def _merge_lora(pipeline, folder):
     if not folder.is_dir():
-        raise ModelUnavailableError(f"There is no adapter folder {folder}: train one with LoRATraining.py.")
+        raise ModelUnavailableError(f"There is no adapter folder {folder}. Train one with LoRATraining.py.")
     try:
         pipeline.load_lora_weights(str(folder), local_files_only=True)
-        pipeline.fuse_lora()  # one matrix again, so that drawing costs nothing more
+        pipeline.fuse_lora()  # one matrix again, so that drawing costs the same as without the adapter
         pipeline.unload_lora_weights()
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
         raise ValueError(
@@ -328,7 +358,7 @@ def _merge_lora(pipeline, folder):
 
 
 class Painter:
-    """Draws images with a loaded pipeline, and goes on with less memory where it runs out of it.
+    """Draws images with a loaded pipeline, and uses less memory if memory runs out.
 
     Parameters
     ----------
@@ -337,11 +367,17 @@ class Painter:
     preset : str
         A key of :data:`PRESETS`.
     steps : int, optional
-        In place of the preset's.
-    size : int, optional
-        Height and width in pixels, a multiple of 8. Default: 512.
+        Denoising steps, at least 1. Default: the preset's number.
+    size : int
+        Height and width of the images in pixels, a multiple of 8.
     batch_size : int, optional
-        Default: the preset's; 1 on a CPU, where larger batches gain nothing.
+        Number of images drawn at the same time, at least 1. Default: the preset's, or 1 on a CPU, where
+        larger batches gain nothing.
+
+    Raises
+    ------
+    ValueError
+        If the preset is unknown or a number is out of range.
     """
 
     def __init__(self, pipeline, preset, steps=None, size=SIZE, batch_size=None):
@@ -366,25 +402,25 @@ class Painter:
         ----------
         prompts : sequence of str
         seeds : sequence of int
-            One per image, below 2^63. The random numbers are drawn on the CPU, so that every device
-            starts from the same noise.
+            One per image, from 0 to 2^63 - 1. The noise is drawn on the CPU, so that it is the same for every
+            device.
         sources : sequence of PIL.Image.Image, optional
-            Images to draw anew (SDEdit); they are enlarged to ``size``.
+            One per image, to start from (SDEdit). They are enlarged to ``size``. Default: start from noise.
         strength : float, optional
-            With ``sources``: the share of the noise levels that is gone through, above 0 and up to 1.
+            Required with ``sources``: the fraction of the noise levels that is used, above 0 and at most 1.
             The larger it is, the less of the source remains.
 
         Returns
         -------
         images : list of PIL.Image.Image, ``size`` x ``size`` pixels
         flagged : list of bool
-            Whether the model's safety checker objects; the image is black then. All False for models
-            that have none.
+            Whether the model's safety checker flags the image, which is then black. Models without a safety
+            checker flag none.
 
         Raises
         ------
         MemoryError
-            If there is too little memory for one image at a time, whatever is tried.
+            If there is too little memory for a single image even with every measure that saves memory.
         """
         images, flagged = [], []
         while len(images) < len(prompts):
@@ -428,10 +464,10 @@ class Painter:
         return result.images, list(flagged)
 
     def _limited_guidance(self, pipeline, prompts, steps, strength):
-        """Options that apply guidance only within the preset's interval of sigma.
+        """Options of the pipeline that apply guidance only within the preset's interval of sigma.
 
-        Outside it the UNet sees each image once instead of twice. The pipeline decides at the start
-        whether it doubles the batch; its callback after each step changes that for the next one.
+        Outside the interval the UNet sees each image once instead of twice. The pipeline decides at the start
+        whether it doubles the batch. The callback after each step changes that for the next step.
         """
         low, high = self.settings.guidance_interval
         scale, scheduler = self.settings.guidance_scale, pipeline.scheduler
@@ -469,7 +505,7 @@ class Painter:
     # --- When memory runs out ---
 
     def _memory_savings(self):
-        """What can be tried one after the other when a single image is too large, slower each time."""
+        """Measures for a single image that does not fit: name and function. Each makes drawing slower."""
         pipeline = self._text_to_image
         yield "attention in slices", pipeline.enable_attention_slicing
         if hasattr(pipeline.vae, "enable_tiling"):
@@ -489,7 +525,7 @@ class Painter:
             if measure is None:
                 raise MemoryError(
                     f"There is too little memory on {self._device} for a single image of {self.size}x{self.size} "
-                    f"pixels ({message}). Free some, or choose the preset 'turbo' or a smaller size."
+                    f"pixels ({message}). Free some, choose the preset 'turbo', or choose a smaller size."
                 )
             apply()
-        tqdm.write(f"Out of memory on {self._device} ({message}): going on with {measure}.")
+        tqdm.write(f"Out of memory on {self._device} ({message}): continuing with {measure}.")

@@ -1,4 +1,4 @@
-"""From large generated images to the size of the data set, and how near they come to real ones there.
+"""Reduce generated images to the size of the data set, and compare and match them with real ones there.
 
     small = downsample(images)                             # 512x512 PIL images -> uint8 (n, 32, 32, 3)
     print(image_statistics(small), image_statistics(real))
@@ -14,24 +14,24 @@ Monge-Kantorovitch linear colour mapping for example-based colour transfer.
 import numpy as np
 from PIL import Image
 
-# Both average over all pixels that a small one covers, so neither aliases. Lanczos keeps edges a little
-# sharper; area is the plain mean.
+SIZE = 32  # pixels, as in CIFAR-10
+# Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.
+# Lanczos keeps edges a little sharper.
 METHODS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 
 
-def downsample(images, method="area", size=32):
-    """Reduce images with antialiasing.
+def downsample(images, method="area"):
+    """Reduce images to 32x32 pixels with antialiasing.
 
     Parameters
     ----------
     images : sequence of PIL.Image.Image
     method : {'area', 'lanczos'}
-    size : int
-        Height and width of the result in pixels.
+        A key of :data:`METHODS`: the mean of the covered pixels, or Lanczos' filter.
 
     Returns
     -------
-    ndarray of uint8, shape (n, size, size, 3)
+    ndarray of uint8, shape (n, 32, 32, 3)
 
     Raises
     ------
@@ -40,15 +40,15 @@ def downsample(images, method="area", size=32):
     """
     if method not in METHODS:
         raise ValueError(f"Unknown downsampling {method!r}. Choose one of {', '.join(METHODS)}.")
-    small = [np.asarray(im.convert("RGB").resize((size, size), METHODS[method])) for im in images]
-    return np.stack(small) if small else np.empty((0, size, size, 3), dtype=np.uint8)
+    small = [np.asarray(im.convert("RGB").resize((SIZE, SIZE), METHODS[method])) for im in images]
+    return np.stack(small) if small else np.empty((0, SIZE, SIZE, 3), dtype=np.uint8)
 
 
 # --- Statistics ---------------------------------------------------------------------------------
 
 
 def image_statistics(images):
-    """Colour and sharpness of a set of images.
+    """Measure the colours and the sharpness of a set of images.
 
     Parameters
     ----------
@@ -57,10 +57,10 @@ def image_statistics(images):
     Returns
     -------
     dict
-        ``mean`` and ``standard_deviation`` of red, green and blue over all pixels (lists of 3 fractions
-        of full brightness), and ``sharpness``: the energy of the differences between neighbouring pixels
-        as a share of the variance within the images, whatever their contrast. 0 is one even area, 2 is
-        white noise.
+        ``mean`` and ``standard_deviation`` are those of red, green and blue over all pixels, each a list of 3
+        fractions of full brightness. ``sharpness`` (float) is the mean squared difference between
+        neighbouring pixels, divided by the variance within the images, and so does not depend on contrast. A
+        uniform area has 0, white noise has 2.
     """
     x = np.asarray(images, dtype=np.float32) / 255
     pixels = x.reshape(-1, 3).astype(np.float64)
@@ -78,16 +78,16 @@ def _sharpness(x):
 
 
 def match_statistics(images, real):
-    """Give generated images the sharpness and the colours of real ones, as a set.
+    """Give a set of generated images the sharpness and the colours of a set of real ones.
 
-    All images get the same sharpening (or blurring) and the same linear map of colours, so that they
-    differ among themselves as before.
+    All images get the same sharpening (or blurring) and the same linear map of colours, so the differences
+    between them remain.
 
     Parameters
     ----------
     images : ndarray of uint8, shape (n, height, width, 3)
     real : ndarray of uint8, shape (m, height, width, 3)
-        Real training images, and none that the split removed.
+        Real training images that the split kept. Never pass images that it removed.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def match_statistics(images, real):
 
 
 def _match_sharpness(x, target):
-    """Add the amount of fine detail (or remove it, if negative) that brings the sharpness to ``target``."""
+    """Find by bisection how much fine detail to add (or, if negative, to remove) for the wanted sharpness."""
     detail = x - _blur(x)
     low, high = -1.0, 4.0  # from the blurred image itself to five times its detail
     for _ in range(12):

@@ -1,7 +1,8 @@
 """Which generated images are worth training on: does CLIP see the class, and is the image new?
 
-    margins = ClipFilter().margins(images, "cat")         # above 0: cat wins
+    margins = ClipFilter().margins(images, "cat")         # positive where CLIP prefers "cat" to other classes
     repeated = find_near_duplicates(small_images)
+    rows, report = select_candidates(candidates, 4950, Selection(margin=0.1))
 
 References
 ----------
@@ -11,6 +12,7 @@ images by CLIP's zero-shot answer.)
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,49 +26,46 @@ CLIP_MODEL = "openai/clip-vit-base-patch32"
 
 
 class ClipFilter:
-    """CLIP's zero-shot opinion on generated images.
+    """CLIP's zero-shot classification of generated images among the classes of CIFAR-10.
 
     Parameters
     ----------
     model : str
         Hub id or local folder of a CLIP model with its processor.
-    class_names : sequence of str
-        The classes that an image is compared with, the ten of CIFAR-10 by default.
     device : str or torch.device, optional
-        Default: the fastest there is.
+        Default: the fastest device.
 
     Raises
     ------
     DiffusionPipelines.ModelUnavailableError
-        If the model cannot be had.
+        If the model is neither on this machine nor downloadable, or its files are damaged.
     """
 
-    def __init__(self, model=CLIP_MODEL, class_names=CIFAR10_CLASSES, device=None):
+    def __init__(self, model=CLIP_MODEL, device=None):
         from transformers import CLIPModel, CLIPProcessor
 
         self._device = choose_device(device)
-        self._class_names = tuple(class_names)
         self._processor = load_pretrained(CLIPProcessor.from_pretrained, model, 0.01)
         network = load_pretrained(CLIPModel.from_pretrained, model, 0.7, use_safetensors=True)
         self._network = network.to(self._device).eval()
 
     @torch.no_grad()
     def margins(self, images, class_name):
-        """By how much the class wins over the best of the others.
+        """Compute by how much a class wins over the best other class.
 
         Parameters
         ----------
         images : sequence of PIL.Image.Image
-            Large ones: CLIP looks at 224x224 pixels.
+            At their original size, since CLIP reads 224x224 pixels.
         class_name : str
-            A class that is not among ``class_names`` is added to them.
+            The class. If CIFAR-10 does not have it, it is compared with all ten.
 
         Returns
         -------
         ndarray of float32, shape (n,)
-            Probability of the class less the highest one of another class, between -1 and 1.
+            Probability of the class minus the highest probability of another class, between -1 and 1.
         """
-        names = list(dict.fromkeys((*self._class_names, class_name)))
+        names = list(dict.fromkeys((*CIFAR10_CLASSES, class_name)))
         texts = [f"a photo of {with_article(name)}" for name in names]
         inputs = self._processor(text=texts, images=list(images), return_tensors="pt", padding=True)
         answer = self._network(**inputs.to(self._device))
@@ -87,12 +86,12 @@ def find_near_duplicates(images, threshold=0.95):
     ----------
     images : ndarray of uint8, shape (n, height, width, 3)
     threshold : float
-        Correlation from which on two images count as the same, at most 1.
+        Two images count as the same if their correlation is at least this. A threshold above 1 finds none.
 
     Returns
     -------
     ndarray of bool, shape (n,)
-        True for an image that repeats an earlier one which itself is not True.
+        True for an image that repeats an earlier image which itself is not marked True.
     """
     x = np.asarray(images, dtype=np.float32)
     vectors, mirrored = _unit_vectors(x), _unit_vectors(x[:, :, ::-1])
@@ -112,6 +111,72 @@ def find_near_duplicates(images, threshold=0.95):
 def _unit_vectors(x):
     flat = x.reshape(len(x), math.prod(x.shape[1:]))
     flat = flat - flat.mean(axis=1, keepdims=True)
-    # The last component makes two images of one even colour alike, whose correlation is undefined.
+    # The last component makes two images of uniform colour alike. Their correlation would be undefined.
     flat = np.concatenate([flat, np.ones((len(x), 1), dtype=np.float32)], axis=1)
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+
+# --- Selection ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which candidates become training images, and whether they are matched with real images.
+
+    Attributes
+    ----------
+    margin : float
+        Lowest margin by which CLIP must prefer the class to every other class, a difference of probabilities
+        from -1 to 1. See :meth:`ClipFilter.margins`. Without a CLIP model every image passes.
+    similarity : float
+        Two images whose pixels correlate at least this much count as near-duplicates, and only the first is
+        kept. Above 1: all are kept. See :func:`find_near_duplicates`.
+    match : bool
+        Whether the selected images get the colours and the sharpness of the real images, see
+        :func:`Downsampling.match_statistics`.
+    """
+
+    margin: float = 0.1
+    similarity: float = 0.95
+    match: bool = False
+
+
+class SelectionError(RuntimeError):
+    """Too few candidates pass the selection. The message says how many each criterion rejects."""
+
+
+def select_candidates(candidates, count, selection):
+    """Choose the images of a data set among candidates, in the order of their indices.
+
+    Parameters
+    ----------
+    candidates : dict of ndarray
+        See :meth:`CandidateImages.CandidateMaker.make`.
+    count : int
+        Largest number of images to choose.
+    selection : Selection
+
+    Returns
+    -------
+    rows : ndarray of int
+        Rows of the chosen candidates, ascending.
+    report : dict
+        Numbers of candidates: all, kept, rejected by each criterion, and left over.
+    """
+    unsafe = ~candidates["usable"]
+    doubtful = ~unsafe & (candidates["margin"] < selection.margin)  # False for NaN
+    passing = np.flatnonzero(~unsafe & ~doubtful)
+    repeated = find_near_duplicates(candidates["image"][passing], selection.similarity)
+    rows = passing[~repeated][:count]
+    report = {
+        "candidates": len(unsafe),
+        "kept": len(rows),
+        "rejected": {
+            "safety checker": int(unsafe.sum()),
+            "CLIP sees another class": int(doubtful.sum()),
+            "near-duplicate": int(repeated.sum()),
+        },
+        "left over": len(passing) - int(repeated.sum()) - len(rows),
+        "drawn again after the safety checker": int(candidates["flagged"].sum()),
+    }
+    return rows, report

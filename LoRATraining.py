@@ -1,10 +1,10 @@
-"""Personalisation: teach Stable Diffusion what the few real images of a class look like.
+"""Train an adapter that teaches Stable Diffusion what the few real images of a class look like.
 
     python LoRATraining.py --class cat --split cat-50 --output models/lora-cat
     python StableDiffusionGeneration.py --class cat --count 4950 --lora models/lora-cat
 
-Only small matrices beside the UNet's attention layers are trained (low-rank adaptation); the model itself
-stays as it is. Ended at any moment and started again, training goes on to the same adapter.
+Low-rank adaptation (LoRA) trains only small matrices beside the UNet's attention layers. The model itself
+does not change. Training can be stopped at any moment. Started again, it continues to the same adapter.
 
 References
 ----------
@@ -27,11 +27,11 @@ from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import with_article
 from Runtime import (
+    Checkpoint,
     atomic_path,
     check_images,
     choose_device,
     derive_seed,
-    load_torch_file,
     mixed_precision,
     require_free_space,
     seeded,
@@ -39,6 +39,7 @@ from Runtime import (
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
 STATE = "training_state.pt"
+SAVE_EVERY = 50  # training steps; a kill loses at most so many
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ class LoRARecipe:
     Attributes
     ----------
     model : str
-        Hub id or folder of a Stable Diffusion 1.x or 2.x pipeline: the one that will draw.
+        Hub id or local folder of a Stable Diffusion 1.x or 2.x pipeline. It must be the one that will draw.
     rank : int
-        Of the low-rank matrices. 8 on 50 images is small on purpose: they shall learn the look of
-        32x32 photographs, not the photographs.
+        Rank of the trained matrices, at least 1. For 50 images 8 is small on purpose: the adapter shall learn
+        the look of 32x32 photographs, not the photographs themselves.
     steps : int
-        Optimiser steps. 800 of 4 images pass over 50 images 64 times.
+        Training steps, at least 1. 800 steps with 4 images each pass over 50 images 64 times.
     batch_size : int
-        Images in a step. Where memory runs out, they are gone through in smaller portions.
+        Images in a training step, at least 1. If memory runs out, each step processes them in smaller
+        portions.
     learning_rate : float
-        Of AdamW; constant.
+        Constant learning rate of AdamW.
     size : int
-        Pixels to which the images are enlarged.
+        Height and width in pixels to which the images are enlarged, a multiple of 8.
     """
 
     model: str = STABLE_DIFFUSION
@@ -70,38 +72,37 @@ class LoRARecipe:
     size: int = SIZE
 
 
-def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None, save_every=50):
+def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     """Train an adapter on the real images of one class.
 
     Parameters
     ----------
     X : ndarray of uint8, shape (n, height, width, 3)
-        The images that the split kept, and no others: whatever is in here can come back in the
-        generated images. Each is used as it is and mirrored.
+        The images that the split kept. Never pass others: whatever is in ``X`` can reappear in the generated
+        images. Each image is used as it is and mirrored.
     class_name : str
         The adapter answers to "a photo of a <class name>" and to prompts that contain it.
     folder : path
-        Where ``pytorch_lora_weights.safetensors`` goes, which a diffusers pipeline reads with
-        ``load_lora_weights(folder)``, and ``training_state.pt``, from which an ended training goes on.
+        Output folder. ``pytorch_lora_weights.safetensors`` in it is the adapter, which a diffusers pipeline
+        reads with ``load_lora_weights(folder)``. ``training_state.pt`` is the checkpoint, from which a
+        stopped training continues.
     recipe : LoRARecipe, optional
     seed : int
-        Of the adapter's first weights, the noise and the order of the images.
+        Decides the adapter's initial weights, the noise and the order of the images.
     device : str or torch.device, optional
-        Default: the fastest there is.
-    save_every : int
-        Steps between two saved states: what a kill can cost.
+        Default: the fastest device.
 
     Returns
     -------
     list of float
-        The loss (mean squared error of the predicted noise) of each step.
+        The loss of each training step: the mean squared error of the predicted noise.
 
     Raises
     ------
     ValueError
         If ``folder`` has an adapter of other images, another class or another recipe.
     DiffusionPipelines.ModelUnavailableError
-        If the model cannot be had.
+        If the model is unavailable.
     MemoryError
         If a single image does not fit into memory.
     FloatingPointError
@@ -112,79 +113,32 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None, save_
     if recipe.steps < 1 or recipe.batch_size < 1 or recipe.rank < 1:
         raise ValueError(f"Steps, batch size and rank must be at least 1: got {recipe}.")
     folder, device = Path(folder), choose_device(device)
-    identity = asdict(recipe) | {
-        "class": class_name,
-        "seed": seed,
-        "images": hashlib.sha256(np.ascontiguousarray(X).tobytes()).hexdigest(),
-    }
-    state = _read_state(folder, identity)
+    images = hashlib.sha256(np.ascontiguousarray(X).tobytes()).hexdigest()
+    identity = asdict(recipe) | {"class": class_name, "seed": seed, "images": images}
+    checkpoint = Checkpoint(folder / STATE, identity)
+    state = _load_state(checkpoint, folder / WEIGHTS)
     if state is not None and state["step"] == recipe.steps and (folder / WEIGHTS).exists():
         return state["history"]
     require_free_space(folder, 0.1)
 
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from diffusers import DDPMScheduler  # imported here because it takes seconds
 
-    # "reference" is the preset that keeps the model's own encoder. float32: the adapter's updates are
-    # small against its weights; the multiplications run in bfloat16 where the hardware does.
-    pipeline = load_pipeline("reference", recipe.model, device=device, dtype=torch.float32)
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise ValueError(
-            f"Adapters are trained for Stable Diffusion 1.x and 2.x, but {recipe.model} is a "
-            f"{type(pipeline).__name__}."
-        )
+    pipeline = _load_base_model(recipe.model, device)
     means, deviations, text = _encode(pipeline, X, class_name, recipe.size)
-    for finished in (pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
-        if finished is not None:
-            finished.to("cpu")  # makes room for the training
-    unet = pipeline.unet.requires_grad_(False)
-    with seeded(derive_seed(seed, 0)):
-        unet.add_adapter(
-            LoraConfig(
-                r=recipe.rank, lora_alpha=recipe.rank, init_lora_weights="gaussian",
-                target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-            )
-        )  # fmt: skip
-    weights = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    history = []
-    if state is not None:
-        set_peft_model_state_dict(unet, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-
-    unet.train()
+    unet = _add_adapter(pipeline, recipe.rank, seed)
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=recipe.learning_rate)
+    history = _restore(state, unet, optimizer)
     portion = recipe.batch_size
     bar = tqdm(
         range(len(history), recipe.steps), initial=len(history), total=recipe.steps,
         desc=f"adapter, {class_name}", unit="step", mininterval=2,
     )  # fmt: skip
     for step in bar:
-        # A generator for each step, so that no state of random numbers has to be kept.
+        # A generator for each step, so that the checkpoint needs no state of random numbers.
         random = torch.Generator().manual_seed(derive_seed(seed, 1, step))
         batch = _draw_batch(means, deviations, schedule, recipe.batch_size, random)
-        while True:
-            optimizer.zero_grad(set_to_none=True)
-            try:
-                loss = _backward(unet, batch, text, portion, device)
-                break
-            except RuntimeError as error:
-                from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-                if not should_reduce_batch_size(error):
-                    raise
-                if portion == 1:
-                    raise MemoryError(
-                        f"There is too little memory on {device} to train with a single image of "
-                        f"{recipe.size}x{recipe.size} pixels. Free some, or choose a smaller --size."
-                    ) from error
-            # Outside the except block, which would keep the failed portion's tensors alive.
-            clear_device_cache(garbage_collection=True)
-            portion //= 2
-            tqdm.write(f"Out of memory on {device}: going on with portions of {portion} images.")
+        loss, portion = _backward_within_memory(unet, optimizer, batch, text, portion, recipe.size)
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"The loss of step {step + 1} is {loss}. Lower the learning rate ({recipe.learning_rate:g})."
@@ -192,39 +146,38 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None, save_
         optimizer.step()
         history.append(loss)
         bar.set_postfix(loss=f"{np.mean(history[-50:]):.4f}", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-            adapter = get_peft_model_state_dict(unet)
-            if step + 1 == recipe.steps:
-                _save_adapter(folder, convert_state_dict_to_diffusers(adapter))
-            with atomic_path(folder / STATE) as temporary:
-                torch.save(
-                    {
-                        "identity": identity, "step": step + 1, "history": history,
-                        "adapter": adapter, "optimizer": optimizer.state_dict(),
-                    },
-                    temporary,
-                )  # fmt: skip
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
+            _save(folder, checkpoint, unet, optimizer, history, finished=step + 1 == recipe.steps)
     return history
 
 
-def _read_state(folder, identity):
-    if not (folder / STATE).exists():
-        if (folder / WEIGHTS).exists():
-            raise ValueError(f"{folder} has an adapter from elsewhere. Choose another folder.")
-        return None
-    state = load_torch_file(folder / STATE, {"identity", "step", "history", "adapter", "optimizer"})
-    different = [name for name in identity if state["identity"].get(name) != identity[name]]
-    if different:
+def _load_state(checkpoint, weights):
+    state = checkpoint.load("step", "history", "adapter", "optimizer")
+    if state is None and weights.exists():
         raise ValueError(
-            f"The adapter in {folder} was trained with another {' and '.join(different)}. Choose another "
-            "folder, or remove it."
+            f"{weights.parent} has an adapter from elsewhere: {checkpoint.path.name} is not beside it. "
+            "Choose another folder, or remove the adapter."
         )
     return state
 
 
+def _load_base_model(model, device):
+    from diffusers import StableDiffusionPipeline
+
+    # The preset "reference" keeps the model's own encoder. The weights are float32, because the adapter's
+    # updates are small compared with them. Multiplications run in bfloat16 where the hardware supports it.
+    pipeline = load_pipeline("reference", model, device=device, dtype=torch.float32)
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise ValueError(
+            f"Adapters can only be trained for Stable Diffusion 1.x and 2.x, but {model} is a "
+            f"{type(pipeline).__name__}. Choose another model."
+        )
+    return pipeline
+
+
 @torch.no_grad()
 def _encode(pipeline, X, class_name, size):
-    """Means and deviations of the images' latents, plain and mirrored, and the prompt's embedding."""
+    """Means and deviations of the latents of the images, plain and mirrored, and the prompt's embedding."""
     enlarged = [np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)) for x in X]
     means, deviations = [], []
     for pixels in (view for x in enlarged for view in (x, x[:, ::-1])):
@@ -238,8 +191,39 @@ def _encode(pipeline, X, class_name, size):
     return factor * torch.cat(means), factor * torch.cat(deviations), text
 
 
+def _add_adapter(pipeline, rank, seed):
+    """Add an untrained adapter to the pipeline's UNet. Returns the UNet, of which only the adapter trains."""
+    from peft import LoraConfig
+
+    for unused in (pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
+        if unused is not None:
+            unused.to("cpu")  # frees memory for the training
+    unet = pipeline.unet.requires_grad_(False)
+    with seeded(derive_seed(seed, 0)):
+        unet.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
+                target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+            )
+        )
+    return unet.train()
+
+
+def _restore(state, unet, optimizer):
+    """Put a checkpoint's adapter and optimiser in place, and return its losses. Without one: no losses."""
+    from peft.utils import set_peft_model_state_dict
+
+    if state is None:
+        return []
+    set_peft_model_state_dict(unet, state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"]
+
+
 def _draw_batch(means, deviations, schedule, batch_size, random):
-    """Noisy latents, their time steps and what the UNet shall predict, all on the CPU."""
+    """Noisy latents, their time steps and what the UNet shall predict. All are on the CPU."""
     rows = torch.randint(len(means), (batch_size,), generator=random)
     shape = (batch_size, *means.shape[1:])
     clean = means[rows] + deviations[rows] * torch.randn(shape, generator=random)
@@ -251,7 +235,34 @@ def _draw_batch(means, deviations, schedule, batch_size, random):
     return schedule.add_noise(clean, noise, times), times, target
 
 
-def _backward(unet, batch, text, portion, device):
+def _backward_within_memory(unet, optimizer, batch, text, portion, size):
+    """Compute the gradients of a batch, in smaller portions if memory runs out.
+
+    Returns the loss, and the portion (number of images) that fitted.
+    """
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            return _backward(unet, batch, text, portion), portion
+        except RuntimeError as error:
+            from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+            if not should_reduce_batch_size(error):
+                raise
+            if portion == 1:
+                raise MemoryError(
+                    f"There is too little memory on {unet.device} to train with a single image of "
+                    f"{size}x{size} pixels. Free some, or choose a smaller --size."
+                ) from error
+        # Outside the except block, which would keep the failed portion's tensors alive.
+        clear_device_cache(garbage_collection=True)
+        portion //= 2
+        tqdm.write(f"Out of memory on {unet.device}: continuing with portions of {portion} images.")
+
+
+def _backward(unet, batch, text, portion):
+    """Add up the gradients of a batch, ``portion`` images at a time, and return the loss."""
+    device = unet.device
     total = len(batch[0])
     loss = 0.0
     for start in range(0, total, portion):
@@ -264,13 +275,21 @@ def _backward(unet, batch, text, portion, device):
     return loss
 
 
-def _save_adapter(folder, layers):
+def _save(folder, checkpoint, unet, optimizer, history, finished):
+    """Write the checkpoint, and the adapter if the training is finished."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
 
-    with atomic_path(folder / WEIGHTS) as temporary:
-        StableDiffusionPipeline.save_lora_weights(
-            temporary.parent, unet_lora_layers=layers, weight_name=temporary.name
-        )
+    adapter = get_peft_model_state_dict(unet)
+    if finished:
+        with atomic_path(folder / WEIGHTS) as temporary:
+            StableDiffusionPipeline.save_lora_weights(
+                temporary.parent,
+                unet_lora_layers=convert_state_dict_to_diffusers(adapter),
+                weight_name=temporary.name,
+            )
+    checkpoint.save(step=len(history), history=history, adapter=adapter, optimizer=optimizer.state_dict())
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -282,18 +301,23 @@ def main(arguments=None):
     )
     add, default = parser.add_argument, LoRARecipe()
     add("--class", dest="class_name", required=True, metavar="CLASS", help="such as cat")
-    add("--split", default="cat-50", help="which images there are (default: cat-50)")
-    add("--output", required=True, metavar="FOLDER", help="where the adapter goes, such as models/lora-cat")
+    add("--split", default="cat-50", help="decides which images were kept (default: cat-50)")
+    add("--output", required=True, metavar="FOLDER", help="output folder, such as models/lora-cat")
     add("--model", default=default.model, help=f"hub id or local folder (default: {default.model})")
-    add("--rank", type=int, default=default.rank, help=f"of the matrices (default: {default.rank})")
-    add("--steps", type=int, default=default.steps, help=f"optimiser steps (default: {default.steps})")
-    add("--batch-size", type=int, default=default.batch_size, help=f"default: {default.batch_size}")
+    add("--rank", type=int, default=default.rank, help=f"rank of the matrices (default: {default.rank})")
+    add("--steps", type=int, default=default.steps, help=f"training steps (default: {default.steps})")
+    add(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        help=f"images in a step (default: {default.batch_size})",
+    )
     add("--size", type=int, default=SIZE, help=f"pixels to which images are enlarged (default: {SIZE})")
     add(
         "--learning-rate", type=float, default=default.learning_rate, help=f"default: {default.learning_rate}"
     )
     add("--seed", type=int, default=0, help="default: 0")
-    add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
+    add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest device")
     options = parser.parse_args(arguments)
     recipe = LoRARecipe(
         options.model, options.rank, options.steps, options.batch_size, options.learning_rate, options.size

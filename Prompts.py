@@ -1,8 +1,8 @@
-"""What Stable Diffusion is asked to draw: a grammar for each class, and prompts drawn from it.
+"""The prompts for Stable Diffusion: a grammar for each class, and prompts drawn from it.
 
     make_prompts("cat", 4950, seed=0)     # 4,950 different prompts; a larger count only adds more
 
-A class of your own is one entry: the kinds of things in it, what they do, and where.
+To add a class of your own, add one entry: the kinds of things in it, what they do, and where.
 
     PROMPTS["zebra"] = {
         "kind": ("a plains zebra", "a zebra foal"),
@@ -10,9 +10,9 @@ A class of your own is one entry: the kinds of things in it, what they do, and w
         "scene": ("in tall grass", "at a water hole", "on a dusty road"),
     }
 
-The fields that an entry leaves out (medium, view, light, template) are those of ``SHARED``. Prompts that
-differ in kind, pose, place, view and light give training images that differ too: class names alone give
-one typical picture again and again (Sariyildiz et al. 2023, Fake it till you make it).
+Fields that an entry leaves out (medium, view, light, template) come from ``SHARED``. Prompts that differ in
+kind, pose, scene, view and light give training images that differ too. Class names alone give one typical
+picture again and again (Sariyildiz et al. 2023, Fake it till you make it).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 
 from Runtime import derive_seed
 
-# Photographs only: a test image is one, and a drawing would teach the classifier another domain.
+# Only photographs, because the test images are photographs. Drawings would teach another domain.
 SHARED = {
     "template": "{medium} of {kind} {pose} {scene}, {view}, {light}",
     "medium": ("a photo", "an amateur snapshot", "a close-up photo", "a documentary photo", "a phone picture"),
@@ -165,7 +165,7 @@ PROMPTS = {
     },
 }  # fmt: skip
 
-# The reference study's sentence; the words that fill its places are ours.
+# The sentence is the reference study's. The words that fill its fields are ours.
 REFERENCE_PROMPTS = {
     "cat": {
         "template": "A {breed} cat {action} {preposition} the {furniture}",
@@ -188,13 +188,14 @@ GRAMMARS = {"varied": PROMPTS, "reference": REFERENCE_PROMPTS}
 
 
 def find_grammar(class_name, grammar="varied"):
-    """Return the complete entry of a class: its template, and its words by field.
+    """Return the complete entry of a class: its template, and the words of each field.
 
     Parameters
     ----------
     class_name : str
     grammar : {'varied', 'reference'}
-        ``'varied'`` knows the ten classes of CIFAR-10; ``'reference'`` is the reference study's, for cats.
+        ``'varied'`` has the ten classes of CIFAR-10. ``'reference'`` is the reference study's and has cats
+        only.
 
     Returns
     -------
@@ -236,17 +237,12 @@ def find_grammar(class_name, grammar="varied"):
 
 
 def with_article(class_name):
-    """``a cat``, ``an airplane``: how CLIP and the adapters are told a class."""
+    """Return a class name with its article, such as ``a cat`` or ``an airplane``, for use in a prompt."""
     return f"{'an' if class_name[0] in 'aeiou' else 'a'} {class_name}"
 
 
-def count_prompts(class_name, grammar="varied"):
-    """How many combinations of words the grammar of a class has."""
-    return math.prod(map(len, find_grammar(class_name, grammar)[1].values()))
-
-
 def fingerprint_of_prompts(class_name, grammar="varied"):
-    """Short hash of a class's template and words, which changes when any of them does."""
+    """Return a short hash (str) of a class's template and words. It changes when any of them changes."""
     text = json.dumps(find_grammar(class_name, grammar))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -258,10 +254,12 @@ def make_prompts(class_name, count, seed=0, grammar="varied"):
     ----------
     class_name : str
     count : int
-        How many. A larger count starts with the same prompts. Only when every prompt of the grammar was
-        used does the list begin again: the same words with another seed give another image.
+        Number of prompts. A larger count starts with the same prompts. The list starts over only after every
+        prompt of the grammar was used; the same words with another seed still give another image.
     seed : int
+        Decides which prompts are drawn, and in which order.
     grammar : {'varied', 'reference'}
+        See :func:`find_grammar`.
 
     Returns
     -------
@@ -274,9 +272,9 @@ def make_prompts(class_name, count, seed=0, grammar="varied"):
     """
     template, fields = find_grammar(class_name, grammar)
     sizes = [len(words) for words in fields.values()]
-    # The class is part of the seed, so that two classes don't walk through their grammars alike.
+    # The class is part of the seed, so that two classes do not draw the same combinations of words.
     rng = np.random.default_rng(derive_seed(seed, *class_name.encode()))
-    prompts = {}  # keeps the order; two combinations may read the same
+    prompts = {}  # a dict keeps the order and drops repetitions: two combinations may give the same sentence
     for combination in rng.permutation(math.prod(sizes)):
         if len(prompts) == count:
             break

@@ -1,14 +1,18 @@
-"""What one 32x32 training image costs with Stable Diffusion: the reference's setting against the presets.
+"""The cost of one 32x32 training image with Stable Diffusion: the reference's setting against the presets.
 
     python benchmarks/stable_diffusion.py              # a few minutes on two CPU cores, 12 GB of memory
     python benchmarks/stable_diffusion.py --count-only # UNet passes and FLOPs, a minute
 
-The networks have the full size of Stable Diffusion v1.x (and of SD-Turbo, which is v2.1 inside) and random
-weights: the cost does not depend on the values. How often a preset calls which network is counted by
-drawing with it, the networks' answers replaced by zeros. FLOPs of a call are counted on PyTorch's meta
-device; its seconds are measured, all networks in turn, and the median taken. An image's cost is the sum over
-its calls. What a preset does to image quality cannot be seen without weights; see the papers that
-``DiffusionPipelines.py`` names. Of SDXL-Turbo only the FLOPs are counted.
+The networks have the full size of Stable Diffusion v1.x and of SD-Turbo, which has the architecture of v2.1.
+Their weights are random, because the cost does not depend on the values. The cost of an image is the sum over
+the calls of networks that drawing it takes:
+
+- Calls are counted by drawing an image while every network answers with zeros.
+- FLOPs of a call are counted on PyTorch's meta device.
+- Seconds of a call are the median of several measurements. Each round measures every network once.
+
+Of SDXL-Turbo only the FLOPs are counted. How a preset changes the quality of images cannot be measured
+without weights. See the papers that ``DiffusionPipelines.py`` names.
 """
 
 import argparse
@@ -52,7 +56,7 @@ RESULT = Path("results/benchmarks/stable_diffusion.json")
 LATENTS = SIZE // 8
 TOKENS = 77
 
-# --- The networks, as their published configurations have them ----------------------------------
+# --- The networks, in their published configurations --------------------------------------------
 
 UNET = {"sample_size": LATENTS, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
 LARGE_VISION = {
@@ -65,7 +69,7 @@ def _safety_checker():
     return StableDiffusionSafetyChecker(CLIPConfig(vision_config=LARGE_VISION, projection_dim=768))
 
 
-# Network -> how it is made, and what it is given for a number of rows.
+# Name -> a function that makes the network, and one that gives the shapes of its inputs for a number of rows.
 NETWORKS = {
     "UNet v1": (
         lambda: UNet2DConditionModel(**UNET, cross_attention_dim=768, attention_head_dim=8),
@@ -121,7 +125,7 @@ NETWORKS = {
 def _call(name, network, inputs):
     if "decoder" in name:
         return network.decode(*inputs)
-    if name == "safety checker":  # its last lines compare a few numbers in Python
+    if name == "safety checker":  # without its last lines, which compare a few numbers in Python
         return network.visual_projection(network.vision_model(inputs[0])[1])
     return network(*inputs)
 
@@ -137,7 +141,17 @@ def _inputs(name, rows, device, dtype=None):
 
 
 def count_flops(name):
-    """Floating-point operations (a multiplication and an addition are two) of one call with one row."""
+    """Count the floating-point operations of one call with one row. A multiplication and an addition are two.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`NETWORKS`.
+
+    Returns
+    -------
+    int
+    """
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):
         network = NETWORKS[name][0]()
@@ -146,14 +160,29 @@ def count_flops(name):
     return counter.get_total_flops()
 
 
-# --- What a preset calls ------------------------------------------------------------------------
+# --- The calls of a preset ----------------------------------------------------------------------
 
 
 def make_networks(names, dtype, weights=True):
-    """Networks on the CPU with random weights; without them, their memory is not even touched."""
+    """Make networks on the CPU with random weights.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Keys of :data:`NETWORKS`.
+    dtype : torch.dtype
+        Data type of the weights.
+    weights : bool
+        If False, the weights stay uninitialised, which takes neither time nor memory.
+
+    Returns
+    -------
+    dict of torch.nn.Module
+        By name.
+    """
     networks = {}
     for name in tqdm(names, desc="making networks", unit="network", disable=not weights):
-        with torch.device("meta"):  # spares their own initialisation, which is slow
+        with torch.device("meta"):  # skips the networks' own initialisation, which is slow
             network = NETWORKS[name][0]()
         network = network.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
         if weights:
@@ -169,7 +198,10 @@ def make_networks(names, dtype, weights=True):
 
 
 def make_pipeline(preset, networks):
-    """The pipeline that :func:`DiffusionPipelines.load_pipeline` would load."""
+    """Make the pipeline of a preset from networks of :func:`make_networks`.
+
+    It is built like the one that :func:`DiffusionPipelines.load_pipeline` loads.
+    """
     kind = "turbo" if preset == "turbo" else "v1"
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     scheduler = PNDMScheduler(**noise, skip_prk_steps=True)
@@ -191,8 +223,21 @@ def make_pipeline(preset, networks):
 
 
 def count_calls(preset, networks):
-    """Draw one image with every answer replaced by zeros, and count: (network, rows) -> calls."""
-    if preset == "sdxl-turbo":  # like turbo with its own UNet; its second text encoder is left out
+    """Count the calls of networks that one image takes, by drawing it while every network answers with zeros.
+
+    Parameters
+    ----------
+    preset : str
+        A key of :data:`DiffusionPipelines.PRESETS`.
+    networks : dict of torch.nn.Module
+        See :func:`make_networks`.
+
+    Returns
+    -------
+    collections.Counter
+        (name of the network, number of rows) -> number of calls.
+    """
+    if preset == "sdxl-turbo":  # counted like turbo with its own UNet, without its second text encoder
         calls = count_calls("turbo", networks)
         return Counter(
             {(name.replace("UNet turbo", "UNet SDXL"), rows): n for (name, rows), n in calls.items()}
@@ -235,7 +280,7 @@ def count_calls(preset, networks):
         for network, method in replaced:
             delattr(network, method)
     if PRESETS[preset].clip_filter:
-        calls["CLIP filter", 1] += 1  # the ten class names are read once for 64 images: left out
+        calls["CLIP filter", 1] += 1  # the text encoder is left out: it reads ten class names per 64 images
     return calls
 
 
@@ -244,21 +289,39 @@ def count_calls(preset, networks):
 
 @torch.no_grad()
 def measure(cases, networks, dtype, repeats):
-    """Median seconds of each (network, rows), all in turn so that a busy moment hits them alike."""
+    """Measure the seconds of calls. Each round measures every case once, so that a busy moment affects all.
+
+    Parameters
+    ----------
+    cases : sequence of tuple
+        (name of the network, number of rows).
+    networks : dict of torch.nn.Module
+        See :func:`make_networks`.
+    dtype : torch.dtype
+    repeats : int
+        Measured rounds, after one that warms up.
+
+    Returns
+    -------
+    dict
+        Case -> median seconds.
+    """
     seconds = {case: [] for case in cases}
-    for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
+    for turn in tqdm(range(repeats + 1), desc="measuring", unit="round"):
         for name, rows in cases:
             inputs = _inputs(name, rows, "cpu", dtype)
             started = time.perf_counter()
             _call(name, networks[name], inputs)
-            if turn:  # the first one warms up
+            if turn:  # the first round warms up
                 seconds[name, rows].append(time.perf_counter() - started)
     return {case: median(times) for case, times in seconds.items()}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Cost of one training image, preset by preset.")
-    parser.add_argument("--count-only", action="store_true", help="count passes and FLOPs, measure nothing")
+    parser.add_argument(
+        "--count-only", action="store_true", help="count passes and FLOPs, but measure nothing"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="measured calls of each network (default: 3)")
     parser.add_argument("--output", default=RESULT, help=f"default: {RESULT}")
     options = parser.parse_args(arguments)
@@ -299,7 +362,7 @@ def _cost(calls, flops, seconds):
 
 
 def table(result):
-    """Markdown table of a result."""
+    """Return a result as a Markdown table (str), one row per preset."""
     head = (
         "preset", "UNet passes an image", "TFLOPs an image", "times fewer", "seconds an image", "times less",
     )  # fmt: skip

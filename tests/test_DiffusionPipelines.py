@@ -46,7 +46,7 @@ def preset(request):
 
 @pytest.fixture
 def painter(pipelines, preset):
-    steps = 6 if preset == "reference" else None  # 30 take long, and prove nothing more
+    steps = 6 if preset == "reference" else None  # 30 steps take long and prove nothing more
     return Painter(pipelines[preset], preset, steps, size=64, batch_size=4)
 
 
@@ -73,7 +73,7 @@ def sources(n=4):
 # --- What a preset does -------------------------------------------------------------------------
 
 
-def test_the_references_setting_is_one_word_away():
+def test_the_preset_reference_has_the_reference_studys_settings():
     preset = find_preset("reference")
     assert (preset.model, preset.steps, preset.guidance_scale) == ("CompVis/stable-diffusion-v1-4", 30, 7.5)
     assert (preset.batch_size, preset.guidance_interval, preset.solver, preset.tiny_decoder) == (
@@ -145,7 +145,7 @@ def test_an_image_depends_on_its_own_prompt_and_seed_alone(painter):
     alone, _ = painter.draw(PROMPTS[::-1], [8, 7, 6, 5])
     assert flagged == [False] * 4
     assert np.abs(pixels(together) - pixels(alone[::-1])).max() <= 1
-    # Tolerance is no excuse: prompts and seeds make a difference.
+    # The tolerance hides nothing: other prompts and seeds make larger differences.
     other_seeds, _ = painter.draw(PROMPTS, [1, 2, 3, 4])
     other_prompts, _ = painter.draw(PROMPTS[::-1], [5, 6, 7, 8])
     assert np.abs(pixels(together) - pixels(other_seeds)).max(axis=(1, 2, 3)).min() > 10
@@ -192,7 +192,7 @@ def test_the_larger_the_strength_the_more_steps_and_the_less_of_the_source(paint
 
 
 def limit_memory(painter, most):
-    """Let the UNet run out of memory, as CUDA words it, for more than ``most`` images."""
+    """Let the UNet run out of memory, with CUDA's message, for more than ``most`` images."""
 
     def check(module, arguments):
         if len(arguments[0]) > most:
@@ -213,8 +213,8 @@ def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(painter, capsy
     assert (painter.batch_size, flagged) == (1, [False] * 8)
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == [
-        "going on with batches of 2.",
-        "going on with batches of 1.",
+        "continuing with batches of 2.",
+        "continuing with batches of 1.",
     ]
     assert all(line.startswith("Out of memory on cpu") for line in lines)
 
@@ -266,7 +266,7 @@ def test_a_pipeline_is_loaded_in_the_type_asked_for(models, dtype):
 
 
 def test_half_precision_files_are_preferred_on_a_gpu_and_not_needed(models, tmp_path):
-    """float16 is what CUDA gets; that nothing is drawn with it here is because CPUs don't multiply in it."""
+    """CUDA gets float16. Nothing is drawn with it here, because CPUs do not multiply in it."""
     whole = load_pipeline("reference", models["stable"], device="cpu", dtype=torch.float16)
     assert whole.unet.dtype == torch.float16
     whole.save_pretrained(tmp_path / "half", variant="fp16")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from CIFAKE import import_cifake
+import CIFAKE
 from Downsampling import downsample, image_statistics, match_statistics
-from StableDiffusionGeneration import load_generated_images
+from ImageCache import load_generated_images
 
 
 def noise(n, size=64, seed=0):
@@ -51,8 +51,9 @@ def test_sharpness_ignores_contrast():
     assert image_statistics(faint)["sharpness"] == pytest.approx(image_statistics(x)["sharpness"], rel=0.02)
 
 
-def test_real_generated_images_take_on_the_statistics_of_fifty_real_ones(cifar10, cifake_zip):
-    import_cifake(cifake_zip, images_per_class=400)
+def test_real_generated_images_take_on_the_statistics_of_fifty_real_ones(cifar10, cifake_zip, monkeypatch):
+    monkeypatch.setattr(CIFAKE, "IMAGES_PER_CLASS", 400)
+    CIFAKE.import_cifake(cifake_zip)
     images, labels = load_generated_images()
     generated, real = images[labels == 3], cifar10.X_train[cifar10.y_train == 3][:50]
     matched = match_statistics(generated, real)

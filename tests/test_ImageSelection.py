@@ -1,4 +1,4 @@
-"""CLIP's opinion and near-duplicates."""
+"""CLIP's margins, near-duplicates, and the selection by both."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from DiffusionPipelines import ModelUnavailableError
-from ImageSelection import ClipFilter, find_near_duplicates
+from ImageSelection import ClipFilter, Selection, find_near_duplicates, select_candidates
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
 
 
@@ -26,7 +26,7 @@ def clip_filter(models):
     return ClipFilter(models["clip"], device="cpu")
 
 
-def test_margins_are_the_classs_probability_less_the_best_other_one(clip_filter):
+def test_margins_are_the_probability_of_the_class_minus_the_best_other(clip_filter):
     images = pictures(6)
     # The same from the model's parts: cosine of image and text, times CLIP's learned scale.
     processor, network = clip_filter._processor, clip_filter._network
@@ -55,8 +55,11 @@ def test_margins_do_not_depend_on_the_batch(clip_filter):
 
 
 def test_a_class_that_cifar10_lacks_is_compared_with_the_ten(clip_filter):
-    assert clip_filter.margins(pictures(3), "zebra").shape == (3,)
-    assert len(clip_filter._class_names) == 10
+    images = pictures(3)
+    before = clip_filter.margins(images, "cat")
+    assert clip_filter.margins(images, "zebra").shape == (3,)
+    # The zebra is not added for good: the other classes are judged as before.
+    assert np.array_equal(clip_filter.margins(images, "cat"), before)
 
 
 def test_a_missing_or_damaged_model_is_named(models, tmp_path):
@@ -115,3 +118,34 @@ def test_even_colours_are_all_alike_and_no_image_is_no_error():
 def test_hardly_any_real_photograph_repeats_another(cifar10):
     cats = cifar10.X_train[cifar10.y_train == 3][:1500]
     assert find_near_duplicates(cats).mean() < 0.005
+
+
+# --- Selection ----------------------------------------------------------------------------------
+
+
+def candidates(n=6, **columns):
+    images = np.random.default_rng(0).integers(0, 256, size=(n, 32, 32, 3), dtype=np.uint8)
+    return {
+        "image": images, "usable": np.ones(n, dtype=bool), "flagged": np.zeros(n, dtype=int),
+        "margin": np.full(n, np.nan, dtype=np.float32),
+    } | columns  # fmt: skip
+
+
+def test_selection_counts_every_rejection_once_and_says_why():
+    table = candidates(
+        8,
+        usable=np.array([1, 0, 1, 1, 1, 1, 1, 1], dtype=bool),
+        flagged=np.array([0, 5, 2, 0, 0, 0, 0, 0]),
+        margin=np.array([0.5, 0.5, 0.5, 0.05, 0.5, 0.5, 0.5, 0.5], dtype=np.float32),
+    )
+    table["image"][4] = table["image"][0]  # repeats a kept image
+    table["image"][5] = table["image"][3]  # repeats one that CLIP has rejected
+    rows, report = select_candidates(table, 4, Selection(margin=0.1))
+    assert rows.tolist() == [0, 2, 5, 6]
+    assert report["rejected"] == {"safety checker": 1, "CLIP sees another class": 1, "near-duplicate": 1}
+    assert (report["candidates"], report["kept"], report["left over"]) == (8, 4, 1)
+    assert report["drawn again after the safety checker"] == 7
+
+
+def test_without_a_clip_model_every_image_passes():
+    assert select_candidates(candidates(), 6, Selection(margin=0.9))[0].tolist() == [0, 1, 2, 3, 4, 5]

@@ -23,7 +23,7 @@ def recipe(models):
 
 @pytest.fixture
 def X():
-    """A few images alike: dark to the left, bright to the right."""
+    """A few similar images: dark on the left, bright on the right."""
     ramp = np.linspace(0, 255, 32)[None, None, :, None]
     noise = np.random.default_rng(0).normal(0, 10, size=(5, 32, 32, 3))
     return np.clip(ramp + noise, 0, 255).astype(np.uint8)
@@ -44,11 +44,11 @@ def same(a, b):
 @pytest.fixture
 def in_float32(monkeypatch):
     """Small losses are compared here; bfloat16 would blur them."""
-    monkeypatch.setattr("Utils.uses_bfloat16", lambda device: False)
+    monkeypatch.setattr("Runtime.uses_bfloat16", lambda device: False)
 
 
 def test_the_loss_falls(X, recipe, in_float32):
-    # Every step has its own noise, the same in both runs: what differs is what was learned.
+    # Every step has its own noise, which is the same in both runs. Only what was learned differs.
     trained = train(X, replace(recipe, steps=40, rank=8))
     untrained = train(X, replace(recipe, steps=40, rank=8, learning_rate=0), "untrained")
     assert len(trained) == 40 and trained[0] == untrained[0]
@@ -76,8 +76,9 @@ def test_only_the_adapter_is_trained(X, recipe):
     assert sum(w.numel() for w in weights().values()) < 20_000
 
 
-def test_after_a_kill_training_goes_on_to_the_same_adapter(X, recipe, monkeypatch):
+def test_after_a_kill_training_continues_to_the_same_adapter(X, recipe, monkeypatch):
     history = train(X, recipe, "whole")
+    monkeypatch.setattr(LoRATraining, "SAVE_EVERY", 2)
 
     class Killed(BaseException):
         pass
@@ -92,11 +93,11 @@ def test_after_a_kill_training_goes_on_to_the_same_adapter(X, recipe, monkeypatc
 
     monkeypatch.setattr(LoRATraining, "_backward", killed_in_step_four)
     with pytest.raises(Killed):
-        train(X, recipe, save_every=2)
+        train(X, recipe)
     assert [f.name for f in Path("adapter").iterdir()] == [STATE]
     trained = []
     monkeypatch.setattr(LoRATraining, "_backward", lambda *a: trained.append(1) or backward(*a))
-    assert train(X, recipe, save_every=2) == history
+    assert train(X, recipe) == history
     assert len(trained) == 2  # the first two steps were kept
     assert same(weights(), weights("whole"))
     trained.clear()
@@ -113,16 +114,16 @@ def test_the_same_seed_gives_the_same_adapter_whatever_the_caller_draws(X, recip
     assert not same(weights("first"), weights("other"))
 
 
-def test_out_of_memory_goes_on_with_smaller_portions_to_nearly_the_same_loss(
+def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
     X, recipe, monkeypatch, capsys, in_float32
 ):
     expected = train(X, recipe, "whole")
     backward = LoRATraining._backward
 
-    def limited(unet, batch, text, portion, device):
+    def limited(unet, batch, text, portion):
         if portion > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return backward(unet, batch, text, portion, device)
+        return backward(unet, batch, text, portion)
 
     monkeypatch.setattr(LoRATraining, "_backward", limited)
     assert train(X, recipe) == pytest.approx(expected, rel=1e-3)
@@ -146,7 +147,9 @@ def test_a_folder_keeps_the_adapter_it_has(X, recipe):
         (X, {"rank": 3}, "rank"),
     ):
         seed = options.pop("seed", 0)
-        with pytest.raises(ValueError, match=f"trained with another {different}. Choose another folder"):
+        with pytest.raises(
+            ValueError, match=rf"belongs to another training \({different}: .* there, .* now\)\. Remove it"
+        ):
             train(images, replace(recipe, **options), seed=seed)
     Path("adapter", STATE).unlink()
     with pytest.raises(ValueError, match="has an adapter from elsewhere"):

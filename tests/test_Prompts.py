@@ -1,10 +1,18 @@
 """The grammar of prompts."""
 
+import math
+
 import pytest
 
 import Prompts
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
-from Prompts import PROMPTS, count_prompts, find_grammar, fingerprint_of_prompts, make_prompts
+from Prompts import PROMPTS, find_grammar, fingerprint_of_prompts, make_prompts
+
+
+def count_prompts(class_name):
+    """Number of combinations of words in the grammar of a class."""
+    _, fields = find_grammar(class_name)
+    return math.prod(map(len, fields.values()))
 
 
 @pytest.mark.parametrize("class_name", CIFAR10_CLASSES)
@@ -29,7 +37,7 @@ def test_a_larger_count_only_adds_and_another_seed_draws_others():
     assert len(set(make_prompts("cat", 300, seed=0)) & set(make_prompts("cat", 300, seed=1))) < 10
 
 
-def test_the_references_sentence_is_a_preset():
+def test_the_references_sentence_is_a_grammar():
     prompts = make_prompts("cat", 4950, grammar="reference")
     assert len(set(prompts)) == 4950
     _, fields = find_grammar("cat", "reference")

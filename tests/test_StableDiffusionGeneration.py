@@ -15,16 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from conftest import REPOSITORY
 
 import CandidateImages
-import Experiment
+import ImageSources
 import Prompts
-import Report
 import StableDiffusionGeneration
 from CandidateImages import (
     MOST_DRAWS,
+    SHARDS,
     CandidateMaker,
     GenerationSettings,
     find_missing,
@@ -32,21 +33,13 @@ from CandidateImages import (
     write_shard,
 )
 from DiffusionPipelines import Painter
-from ImbalancedCIFAR10 import DataUnavailableError, minority_split, split_from_name
+from ImageCache import CACHE, METADATA, describe_cache, load_generated_images, load_metadata
+from ImageOverSampler import source_balanced_strategy
+from ImageSelection import Selection, SelectionError
+from ImageSources import ImagesUnavailableError, prepare_images
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
 from Runtime import derive_seed
-from StableDiffusionGeneration import (
-    CACHE,
-    METADATA,
-    SelectionError,
-    StableDiffusionOverSampler,
-    describe_cache,
-    generate_images,
-    load_generated_images,
-    load_metadata,
-    main,
-    save_generated_images,
-    select_candidates,
-)
+from StableDiffusionGeneration import StableDiffusionOverSampler, generate_images, main
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +50,29 @@ def settings(models):
 @pytest.fixture(scope="module")
 def loaded(settings):
     """A maker whose models are loaded once for all tests."""
-    maker = CandidateMaker(settings, "cpu", torch.float32, batch_size=4)
+    maker = CandidateMaker(settings, device="cpu", dtype=torch.float32, batch_size=4)
     assert maker.painter and maker.clip_filter
     return maker
 
 
-def make_maker(loaded, batch_size=4, **changes):
-    """A maker with other settings or batches and the models of ``loaded``."""
-    maker = CandidateMaker(replace(loaded.settings, **changes), "cpu", torch.float32)
+def make_maker(loaded, batch_size=4, shards=SHARDS, **changes):
+    """A maker with other settings, batches or shards, and the models of ``loaded``."""
+    maker = CandidateMaker(
+        replace(loaded.settings, **changes), device="cpu", dtype=torch.float32, shards=shards
+    )
     maker.painter = Painter(loaded.painter._text_to_image, "turbo", size=64, batch_size=batch_size)
     maker.clip_filter = None if maker.settings.clip_model == "none" else loaded.clip_filter
     return maker
 
 
-def generate(maker, count=10, class_name="cat", **options):
-    options = {"margin": -1} | options  # the tiny CLIP never sees a cat
-    return generate_images(class_name, count, maker.settings, maker=maker, device="cpu", **options)
+def generate(maker, count=10, class_name="cat", margin=-1, match=False, **options):
+    """Generate images. The tiny CLIP never sees a cat, so by default every margin passes."""
+    selection = Selection(margin=margin, match=match)
+    return generate_images(class_name, count, maker, selection=selection, **options)
 
 
 def shards_of(class_name="cat"):
-    [folder] = Path("datasets/stable_diffusion_shards").glob(f"{class_name}-*")
+    [folder] = SHARDS.glob(f"{class_name}-*")
     return folder
 
 
@@ -130,8 +126,8 @@ def test_the_table_beside_the_cache_says_how_each_image_was_made(loaded, models)
 
 
 def test_an_image_does_not_depend_on_the_batch_size(loaded):
-    generate(loaded, 10, path="four.npy", shards="four")
-    generate(make_maker(loaded, batch_size=1), 10, path="one.npy", shards="one")
+    generate(make_maker(loaded, shards="four"), 10, path="four.npy")
+    generate(make_maker(loaded, batch_size=1, shards="one"), 10, path="one.npy")
     four, one = (load_generated_images(f"{name}.npy")[0].astype(int) for name in ("four", "one"))
     assert np.abs(four - one).max() <= 1
     assert np.abs(four[1:] - four[:-1]).max() > 10
@@ -170,34 +166,6 @@ def test_a_class_of_ones_own(loaded, monkeypatch):
 # --- Selection ----------------------------------------------------------------------------------
 
 
-def candidates(n=6, **columns):
-    images = np.random.default_rng(0).integers(0, 256, size=(n, 32, 32, 3), dtype=np.uint8)
-    return {
-        "image": images, "usable": np.ones(n, dtype=bool), "flagged": np.zeros(n, dtype=int),
-        "margin": np.full(n, np.nan, dtype=np.float32),
-    } | columns  # fmt: skip
-
-
-def test_selection_counts_every_rejection_once_and_says_why():
-    table = candidates(
-        8,
-        usable=np.array([1, 0, 1, 1, 1, 1, 1, 1], dtype=bool),
-        flagged=np.array([0, 5, 2, 0, 0, 0, 0, 0]),
-        margin=np.array([0.5, 0.5, 0.5, 0.05, 0.5, 0.5, 0.5, 0.5], dtype=np.float32),
-    )
-    table["image"][4] = table["image"][0]  # repeats a kept image
-    table["image"][5] = table["image"][3]  # repeats one that CLIP has rejected
-    rows, report = select_candidates(table, 4, margin=0.1)
-    assert rows.tolist() == [0, 2, 5, 6]
-    assert report["rejected"] == {"safety checker": 1, "CLIP sees another class": 1, "near-duplicate": 1}
-    assert (report["candidates"], report["kept"], report["left over"]) == (8, 4, 1)
-    assert report["drawn again after the safety checker"] == 7
-
-
-def test_without_a_judge_every_image_passes():
-    assert select_candidates(candidates(), 6, margin=0.9)[0].tolist() == [0, 1, 2, 3, 4, 5]
-
-
 def test_further_candidates_are_drawn_for_those_that_clip_rejects(loaded):
     margins = loaded.make("cat", 3, range(40))["margin"]
     bar = float(np.median(margins))
@@ -228,19 +196,11 @@ def test_when_too_few_pass_the_reasons_are_given_and_nothing_is_written(loaded):
 
 @pytest.fixture
 def strict(models):
-    """A maker whose safety checker, the real class, objects to about half of all images."""
+    """A maker whose safety checker, of the real class, flags about half of all images."""
     settings = GenerationSettings("fast", models["stable"], steps=2, size=64, clip_model="none")
-    maker = CandidateMaker(settings, "cpu", torch.float32, batch_size=4)
-    pipeline = maker.painter._text_to_image
+    maker = CandidateMaker(settings, device="cpu", dtype=torch.float32, batch_size=4)
     images, _ = maker.painter.draw(Prompts.make_prompts("dog", 16), range(16))
-    checker = pipeline.safety_checker
-    with torch.no_grad():
-        inputs = pipeline.feature_extractor(images, return_tensors="pt").pixel_values
-        embeddings = checker.visual_projection(checker.vision_model(inputs)[1])
-        concept = torch.nn.functional.normalize(embeddings[0] - embeddings.mean(0), dim=0)
-        cosines = torch.nn.functional.normalize(embeddings) @ concept
-        checker.concept_embeds[0] = concept
-        checker.concept_embeds_weights[0] = cosines.median()
+    tiny_models.make_strict(maker.painter._text_to_image, images)
     return maker
 
 
@@ -248,7 +208,7 @@ def test_a_flagged_image_is_drawn_again_with_another_seed(strict):
     table = strict.make("cat", 3, range(16))
     flagged = table["flagged"]
     assert 0 < np.count_nonzero(flagged) < 16
-    assert flagged.max() >= 2  # one at least was flagged twice
+    assert flagged.max() >= 2  # at least one was flagged twice
     for i, draws in enumerate(flagged):
         attempt = min(draws, MOST_DRAWS - 1)
         assert table["seed"][i] == derive_seed(0, 3, i, int(attempt))
@@ -258,7 +218,7 @@ def test_a_flagged_image_is_drawn_again_with_another_seed(strict):
     assert report["drawn again after the safety checker"] == read_shards(shards_of())["flagged"].sum()
 
 
-def test_an_image_that_is_flagged_again_and_again_is_given_up_and_counted(strict):
+def test_an_image_that_is_always_flagged_is_given_up_and_counted(strict):
     strict.painter._text_to_image.safety_checker.concept_embeds_weights.data[0] = -1.0
     table = strict.make("cat", 3, range(3))
     assert table["flagged"].tolist() == [MOST_DRAWS] * 3
@@ -274,7 +234,7 @@ def real(n=3, seed=7):
     return np.random.default_rng(seed).integers(0, 256, size=(n, 32, 32, 3), dtype=np.uint8)
 
 
-def test_every_real_image_is_drawn_anew_at_every_strength(loaded):
+def test_drawing_starts_from_every_real_image_at_every_strength(loaded):
     maker = make_maker(loaded, strengths=(0.5, 1.0))
     generate(maker, 12, real_images=real())
     rows = load_metadata()
@@ -292,7 +252,7 @@ def test_matched_images_have_the_statistics_of_the_real_ones(loaded):
     report = generate(loaded, 12, real_images=goal, match=True)["statistics"]
     assert report["matched"]["mean"] == pytest.approx(report["real"]["mean"], abs=0.01)
     assert report["generated"]["mean"] != pytest.approx(report["real"]["mean"], abs=0.05)
-    plain = generate(loaded, 12, path="plain.npy", shards="plain")
+    plain = generate(make_maker(loaded, shards="plain"), 12, path="plain.npy")
     assert "statistics" not in plain
     assert not np.array_equal(load_generated_images()[0], load_generated_images("plain.npy")[0])
 
@@ -320,7 +280,7 @@ def test_no_removed_image_has_any_influence(models, tiny_data, monkeypatch, argu
     assert not np.array_equal(results["clean"], results["kept"])  # the kept ones do have influence
 
 
-# --- Shards and resuming ------------------------------------------------------------------------
+# --- Shards and continuing ------------------------------------------------------------------------
 
 
 def count_draws(maker, monkeypatch):
@@ -369,7 +329,7 @@ def test_other_settings_have_shards_of_their_own(loaded, monkeypatch):
         generate(make_maker(loaded, **changes), 3, path=f"{k}.npy")
     monkeypatch.setitem(Prompts.PROMPTS, "cat", Prompts.PROMPTS["cat"] | {"view": ("from above",)})
     generate(loaded, 3, path="words.npy")
-    folders = list(Path("datasets/stable_diffusion_shards").iterdir())
+    folders = list(SHARDS.iterdir())
     assert len(folders) == 5
     assert all(json.loads((f / "settings.json").read_text())["class"] == "cat" for f in folders)
 
@@ -390,20 +350,6 @@ def test_a_damaged_shard_is_named_and_the_others_stay(loaded, damage, small_shar
     shard.unlink()
     generate(loaded, 8)
     assert CACHE.read_bytes() == before
-
-
-def test_a_kill_between_the_two_files_gives_no_image_a_foreign_row(loaded):
-    generate(loaded, 3)
-    old = CACHE.read_bytes()
-    generate(loaded, 4, "dog")
-    CACHE.write_bytes(old)  # the table speaks of dogs already
-    assert [row["class"] for row in load_metadata()] == ["cat"] * 3
-    images = load_generated_images()[0]
-    save_generated_images(images[::-1], np.full(3, 3), metadata=load_metadata()[::-1])
-    assert [row["index"] for row in load_metadata()] == ["2", "1", "0"]
-    save_generated_images(images, np.full(3, 3))
-    assert not CACHE.with_suffix(".csv").exists()
-    assert describe_cache() == "3 images imported"
 
 
 def test_a_full_disk_is_noticed_before_anything_is_loaded(loaded, monkeypatch):
@@ -433,7 +379,7 @@ def test_a_disk_that_fills_up_costs_only_the_shard_that_does_not_fit(loaded, sma
     assert len(load_generated_images()[0]) == 10
 
 
-# --- What the study uses ------------------------------------------------------------------------
+# --- Images for the study -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -441,66 +387,65 @@ def no_cifake(monkeypatch):
     def refuse():
         raise DataUnavailableError("no CIFAKE here.")
 
-    monkeypatch.setattr(Experiment, "import_cifake", refuse)
+    monkeypatch.setattr(ImageSources, "import_cifake", refuse)
 
 
-def test_a_cache_comes_first_and_is_described(tiny_data, tiny_cache, no_cifake):
-    source = Experiment.prepare_stable_diffusion_images(tiny_data)
-    assert source == f"the cache {CACHE}: 600 images imported"
-    assert Report.stable_diffusion_source(tiny_data, None) == f"Stable Diffusion images: {source}."
+@pytest.fixture
+def tiny_turbo(loaded, no_cifake, monkeypatch):
+    """Generation is the only source, with the tiny models."""
+    monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: "turbo")
+
+    def make_tiny_maker(settings, device):
+        assert settings == GenerationSettings("turbo")
+        return make_maker(loaded, clip_model="none")
+
+    monkeypatch.setattr(ImageSources, "CandidateMaker", make_tiny_maker)
 
 
-def test_cifake_comes_second(tiny_data, monkeypatch):
-    monkeypatch.setattr(Experiment, "import_cifake", lambda: 50_000)
-    assert (
-        Experiment.prepare_stable_diffusion_images(tiny_data)
-        == f"CIFAKE, 50,000 images imported into {CACHE}"
-    )
+def test_a_cache_comes_first_and_is_described(tiny_cache, no_cifake):
+    assert prepare_images({"cat": 5}) == f"the cache {CACHE}: 600 images imported"
 
 
-def test_generation_comes_third_and_makes_what_the_arms_need(loaded, tiny_data, no_cifake, monkeypatch):
-    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
-    monkeypatch.setattr(Experiment, "CandidateMaker", lambda settings: make_maker(loaded, clip_model="none"))
-    split = minority_split(tiny_data.y_train, keep=4)
-    source = Experiment.prepare_stable_diffusion_images(tiny_data, split)
+def test_cifake_comes_second(monkeypatch):
+    monkeypatch.setattr(ImageSources, "import_cifake", lambda: 50_000)
+    assert prepare_images({"cat": 5}) == f"CIFAKE, 50,000 images imported into {CACHE}"
+
+
+def test_generation_comes_third_and_makes_what_the_sampler_needs(tiny_turbo, tiny_data):
+    X, y = minority_split(tiny_data.y_train, keep=4).cut(tiny_data.X_train, tiny_data.y_train)
+    strategy = source_balanced_strategy(y)
+    counts = {CIFAR10_CLASSES[c]: wanted - int(np.sum(y == c)) for c, wanted in strategy.items()}
+    source = prepare_images(counts)
     # 26 cats that were removed, and 0.4 times 30 of each other class.
     assert source == f"the preset turbo, 134 images generated into {CACHE}"
     assert np.bincount(load_generated_images()[1]).tolist() == [12, 12, 12, 26, 12, 12, 12, 12, 12, 12]
     assert len(load_metadata()) == 134 and all(row["model"] for row in load_metadata())
     assert sorted(f.suffix for f in Path("datasets").iterdir() if f.is_file()) == [".csv", ".npy"]
-    for arm in ("stable", "stable-source-balanced"):
-        Experiment.make_training_set(arm, tiny_data, split)
+    for sampling_strategy in ("auto", strategy):
+        StableDiffusionOverSampler(sampling_strategy=sampling_strategy).fit_resample(X, y)
 
 
-def test_generation_makes_what_the_most_demanding_split_needs(loaded, tiny_data, no_cifake, monkeypatch):
-    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
-    monkeypatch.setattr(Experiment, "CandidateMaker", lambda settings: make_maker(loaded, clip_model="none"))
-    splits = [split_from_name(name, tiny_data.y_train) for name in ("cat-4", "cat+dog-10")]
-    Experiment.prepare_stable_diffusion_images(tiny_data, *splits)
-    assert np.bincount(load_generated_images()[1]).tolist() == [12, 12, 12, 26, 12, 20, 12, 12, 12, 12]
+def test_a_generation_that_breaks_off_leaves_no_cache_and_is_continued(tiny_turbo, monkeypatch):
+    generate_whole = ImageSources.generate_images
+
+    def break_off_at_dogs(class_name, *arguments, **options):
+        if class_name == "dog":
+            raise SelectionError("Only 0 of 12 candidates pass")
+        return generate_whole(class_name, *arguments, **options)
+
+    monkeypatch.setattr(ImageSources, "generate_images", break_off_at_dogs)
+    with pytest.raises(ImagesUnavailableError, match="generating .* failed: Only 0 of 12"):
+        prepare_images({"cat": 3, "dog": 2})
+    assert not CACHE.exists() and not CACHE.with_suffix(".csv").exists()
+    monkeypatch.setattr(ImageSources, "generate_images", generate_whole)
+    assert prepare_images({"cat": 3, "dog": 2}) == f"the preset turbo, 5 images generated into {CACHE}"
+    assert load_generated_images()[1].tolist() == [3] * 3 + [5] * 2
 
 
-def test_a_generation_that_fails_skips_the_arms_and_leaves_no_cache(tiny_data, no_cifake, monkeypatch):
-    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: "turbo")
-
-    def fail(*arguments, **options):
-        raise SelectionError("Only 0 of 12 candidates pass")
-
-    monkeypatch.setattr(Experiment, "generate_images", fail)
-    split = minority_split(tiny_data.y_train, keep=4)
-    with pytest.raises(Experiment.ArmUnavailableError, match="generating .* failed: Only 0 of 12"):
-        Experiment.prepare_stable_diffusion_images(tiny_data, split)
-    assert not CACHE.exists()
-    said = Report.stable_diffusion_source(tiny_data, split)
-    assert said.startswith("**No Stable Diffusion images:**") and "Only 0 of 12" in said
-
-
-def test_without_any_source_both_reasons_are_given(tiny_data, no_cifake, monkeypatch):
-    monkeypatch.setattr(Experiment, "preset_at_hand", lambda: None)
-    with pytest.raises(
-        Experiment.ArmUnavailableError, match=r"no CIFAKE here\. Nor can they be generated here"
-    ):
-        Experiment.prepare_stable_diffusion_images(tiny_data)
+def test_without_any_source_both_reasons_are_given(no_cifake, monkeypatch):
+    monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: None)
+    with pytest.raises(ImagesUnavailableError, match=r"no CIFAKE here\. Nor can they be generated here"):
+        prepare_images({"cat": 5})
 
 
 @pytest.mark.parametrize(
@@ -514,11 +459,9 @@ def test_without_any_source_both_reasons_are_given(tiny_data, no_cifake, monkeyp
     ],
 )
 def test_generation_needs_a_gpu_and_every_model_of_a_preset(monkeypatch, device, here, expected):
-    monkeypatch.setattr(StableDiffusionGeneration, "choose_device", lambda: torch.device(device))
-    monkeypatch.setattr(
-        StableDiffusionGeneration, "is_on_this_machine", lambda model: any(part in model for part in here)
-    )
-    assert StableDiffusionGeneration.preset_at_hand() == expected
+    monkeypatch.setattr(ImageSources, "choose_device", lambda: torch.device(device))
+    monkeypatch.setattr(ImageSources, "is_on_this_machine", lambda model: any(part in model for part in here))
+    assert ImageSources.preset_at_hand() == expected
 
 
 # --- What is refused ----------------------------------------------------------------------------
@@ -528,7 +471,7 @@ def test_images_from_elsewhere_are_not_overwritten_unasked(loaded, tiny_cache):
     before = tiny_cache.read_bytes()
     with pytest.raises(ValueError, match=r"already has 60 images of cat .*imported.*--replace"):
         generate(loaded, 3)
-    assert tiny_cache.read_bytes() == before and not Path("datasets/stable_diffusion_shards").exists()
+    assert tiny_cache.read_bytes() == before and not SHARDS.exists()
     generate(loaded, 3, replace=True)
     assert np.bincount(load_generated_images()[1]).tolist() == [60] * 3 + [3] + [60] * 6
     assert [row["model"] != "" for row in load_metadata()] == [False] * 180 + [True] * 3 + [False] * 360
@@ -542,14 +485,15 @@ def test_images_from_elsewhere_are_not_overwritten_unasked(loaded, tiny_cache):
         ({"preset": "best"}, "Unknown preset 'best'"),
         ({"downsampling": "nearest"}, "Unknown downsampling 'nearest'"),
         ({"prompts": "reference"}, "no 'reference' prompts for the class 'dog'"),
-        ({"strengths": (0.5, 1.5)}, "Strengths lie above 0 and up to 1: got 0.5, 1.5"),
+        ({"strengths": (0.5, 1.5)}, "Strengths must be above 0 and at most 1: got 0.5, 1.5"),
         ({"seed": -1}, "seed must not be negative"),
         ({"lora": "nowhere"}, "no adapter .* in nowhere"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_loaded(settings, change, message):
     with pytest.raises((ValueError, OSError), match=message):
-        generate_images("dog", 3, replace(settings, **change), real_images=real(), device="cpu")
+        maker = CandidateMaker(replace(settings, **change), device="cpu")
+        generate_images("dog", 3, maker, real_images=real())
     assert not Path("datasets").exists()
 
 
@@ -600,8 +544,8 @@ def environment():
 def test_two_processes_make_what_one_makes(models):
     count = ("--count", "150")
     main(command_line(models, *count, "--output", "one.npy", "--shards", "one"))
-    # accelerate starts one process for --cpu whatever is asked for. With --multi_gpu it starts two, as on a
-    # machine with two GPUs; that they compute on the CPU is what our own --device says.
+    # With --cpu accelerate always starts one process. With --multi_gpu it starts two, as on a machine with
+    # two GPUs. They compute on the CPU because of our own --device.
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -610,7 +554,7 @@ def test_two_processes_make_what_one_makes(models):
     ]  # fmt: skip
     answer = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert answer.stdout.count("150 images of cat from 150 candidates") == 1  # one process speaks
+    assert answer.stdout.count("150 images of cat from 150 candidates") == 1  # only one process prints
     assert "86/86" in answer.stderr  # the first process drew shards 0 and 2: 64 + 22 images
     assert Path("two.npy").read_bytes() == Path("one.npy").read_bytes()
     assert Path("two.csv").read_bytes() == Path("one.csv").read_bytes()

@@ -1,148 +1,34 @@
-"""The cache of Stable Diffusion images, and filling it with CIFAKE."""
+"""Filling the cache with CIFAKE."""
 
 import io
-import os
-import pickle
-import resource
 import shutil
 import tempfile
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import CIFAKE
-import StableDiffusionGeneration
 from CIFAKE import import_cifake
+from ImageCache import CACHE, load_generated_images, save_generated_images
 from ImbalancedCIFAR10 import DataUnavailableError
-from StableDiffusionGeneration import CACHE, load_generated_images, save_generated_images
-
-
-@pytest.fixture
-def images():
-    return np.random.default_rng(0).integers(0, 256, size=(40, 32, 32, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def labels():
-    return np.arange(40) % 10
-
-
-# --- The cache ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 40])
-def test_what_is_saved_is_loaded(images, labels, n):
-    save_generated_images(images[:n], labels[:n])
-    loaded_images, loaded_labels = load_generated_images()
-    assert CACHE.exists()
-    assert np.array_equal(loaded_images, images[:n])
-    assert np.array_equal(loaded_labels, labels[:n])
-    assert (loaded_images.dtype, loaded_labels.dtype) == (np.uint8, np.int64)
-    loaded_images[:] = 0  # a copy: neither read-only nor the file itself
-    loaded_labels[:] = 0
-    assert np.array_equal(load_generated_images()[0], images[:n])
-
-
-def test_saving_again_replaces_the_cache(images, labels):
-    save_generated_images(images, labels)
-    save_generated_images(images[:7], labels[:7])
-    assert len(load_generated_images()[0]) == 7
-    assert [f.name for f in CACHE.parent.iterdir()] == [CACHE.name]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda X, y: (X / 255, y),
-        lambda X, y: (X.astype(np.int16) + 256, y),
-        lambda X, y: (X[..., :1], y),
-        lambda X, y: (X[:, :16, :16], y),
-        lambda X, y: (X, y[:1]),
-        lambda X, y: (X, y + 0.5),
-    ],
-    ids=["floats", "int16", "one channel", "16x16", "one label", "float labels"],
-)
-def test_only_images_with_a_label_each_are_saved(images, labels, change):
-    with pytest.raises((TypeError, ValueError)):
-        save_generated_images(*change(images, labels))
-    assert not CACHE.exists()
-
-
-def test_a_save_that_fails_midway_leaves_the_old_cache_and_nothing_else(images, labels):
-    save_generated_images(images, labels)
-    before = CACHE.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # as if the disk were full
-    try:
-        with pytest.raises(OSError, match=CACHE.name):
-            save_generated_images(np.tile(images, (10, 1, 1, 1)), np.tile(labels, 10))  # 1.2 MB
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert CACHE.read_bytes() == before
-    assert [f.name for f in CACHE.parent.iterdir()] == [CACHE.name]
-
-
-def test_a_missing_cache_is_named():
-    with pytest.raises(FileNotFoundError, match=r"stable_diffusion_dataset\.npy.*import_cifake"):
-        load_generated_images()
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("unpickled",)
-
-
-def npy(array, **options):
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def npz(array):
-    buffer = io.BytesIO()
-    np.savez(buffer, images=array)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda good: good[:-1],
-        lambda good: good[:1000],
-        lambda good: good[:60],
-        lambda good: b"",
-        lambda good: b"<html>not found</html>",
-        lambda good: good.replace(b"), }", b"), (", 1),
-        lambda good: pickle.dumps(Bomb()),
-        lambda good: npy(np.array([Bomb()], dtype=object), allow_pickle=True),
-        lambda good: npy(np.zeros((4, 32, 32, 3), dtype=np.uint8)),
-        lambda good: npy(np.zeros(4, dtype=[("image", np.uint8, (32, 32, 3)), ("label", np.int32)])),
-        lambda good: npy(np.zeros((2, 2), dtype=StableDiffusionGeneration.RECORD)),
-        lambda good: npz(np.zeros(4, dtype=StableDiffusionGeneration.RECORD)),
-        lambda good: npz(np.zeros(4, dtype=StableDiffusionGeneration.RECORD))[:5000],
-    ],
-    ids=[
-        "last byte gone", "truncated", "truncated header", "empty", "text", "damaged header", "pickle",
-        "array of objects", "images only", "other dtype", "two axes", "npz", "truncated npz",
-    ],
-)  # fmt: skip
-def test_a_damaged_or_foreign_cache_is_refused_by_name_and_never_unpickled(images, labels, damage):
-    save_generated_images(images, labels)
-    CACHE.write_bytes(damage(CACHE.read_bytes()))
-    with pytest.raises(ValueError, match=CACHE.name):
-        load_generated_images()
-    assert not Path("unpickled").exists()
-
 
 # --- A small CIFAKE -----------------------------------------------------------------------------
 
 NUMBERS = (9, 10, 100)  # as text, 100 would come before 9
+
+
+@pytest.fixture
+def images_per_class(monkeypatch):
+    """Sets how many images of each class an import takes."""
+
+    def set_number(number):
+        monkeypatch.setattr(CIFAKE, "IMAGES_PER_CLASS", number)
+
+    set_number(len(NUMBERS))
+    return set_number
 
 
 def colour(c, number):
@@ -160,8 +46,8 @@ def save_flat_image(path, rgb, size=(32, 32)):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """CIFAKE's layout with three images a class. Everything outside train/FAKE is white: a poison."""
+def folder(tmp_path, images_per_class):
+    """CIFAKE's layout with three images of each class. Images outside train/FAKE are white: a poison."""
     root = tmp_path / "cifake"
     for c in range(10):
         for number in NUMBERS:
@@ -186,26 +72,29 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("make_source", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("images_per_class", [2, 3])
-def test_the_first_images_of_each_class_by_number_are_imported(folder, make_source, images_per_class):
-    assert import_cifake(make_source(folder), images_per_class=images_per_class) == 10 * images_per_class
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_first_images_of_each_class_by_number_are_imported(folder, make_source, images_per_class, n):
+    images_per_class(n)
+    assert import_cifake(make_source(folder)) == 10 * n
     images, labels = load_generated_images()
-    assert np.bincount(labels).tolist() == [images_per_class] * 10
-    wanted = [colour(c, number) for c in range(10) for number in NUMBERS[:images_per_class]]
+    assert np.bincount(labels).tolist() == [n] * 10
+    wanted = [colour(c, number) for c in range(10) for number in NUMBERS[:n]]
     # JPEG changes a flat colour by a few values.
     assert np.abs(images.astype(int) - np.array(wanted)[:, None, None, :]).max() <= 6
-    assert labels.tolist() == [c for c in range(10) for _ in range(images_per_class)]
+    assert labels.tolist() == [c for c in range(10) for _ in range(n)]
 
 
-def test_real_images_do_not_make_up_for_missing_synthetic_ones(folder):
+def test_real_images_do_not_replace_missing_synthetic_ones(folder, images_per_class):
+    images_per_class(4)
     with pytest.raises(ValueError, match="3 images of class airplane"):
-        import_cifake(folder, images_per_class=4)
+        import_cifake(folder)
 
 
-def test_a_folder_with_real_images_only_is_refused(folder):
+def test_a_folder_with_real_images_only_is_refused(folder, images_per_class):
+    images_per_class(1)
     shutil.rmtree(folder / "train" / "FAKE")
     with pytest.raises(ValueError, match="0 images"):
-        import_cifake(folder, images_per_class=1)
+        import_cifake(folder)
 
 
 def break_jpeg(folder):
@@ -231,14 +120,14 @@ CONTENT_ERRORS = {
 
 
 def assert_refused_without_a_trace(source, error, message):
-    """The import fails, once without a cache and once with one that stays as it is."""
+    """The import fails, once without a cache and once with a cache, which stays as it is."""
     with pytest.raises(error, match=message):
-        import_cifake(source, images_per_class=3)
+        import_cifake(source)
     assert not CACHE.exists()
     save_generated_images(np.zeros((1, 32, 32, 3), dtype=np.uint8), [0])
     before = CACHE.read_bytes()
     with pytest.raises(error, match=message):
-        import_cifake(source, images_per_class=3)
+        import_cifake(source)
     assert CACHE.read_bytes() == before
     assert [f.name for f in CACHE.parent.iterdir()] == [CACHE.name]
 
@@ -281,12 +170,12 @@ def test_a_missing_source_is_named_and_no_cache_written():
 # --- Where CIFAKE comes from --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["root", "datasets"])
-def test_the_archive_is_found_in_the_data_root_or_datasets(folder, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("parent", ["root", "datasets"])
+def test_the_archive_is_found_in_the_data_root_or_datasets(folder, tmp_path, monkeypatch, parent):
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / "root"))
-    (tmp_path / place).mkdir()
-    zip_of(folder, tmp_path / place / "cifake.zip")
-    assert import_cifake(images_per_class=3) == 30
+    (tmp_path / parent).mkdir()
+    zip_of(folder, tmp_path / parent / "cifake.zip")
+    assert import_cifake() == 30
 
 
 @pytest.fixture
@@ -304,7 +193,7 @@ def test_without_a_source_the_archive_is_downloaded_and_removed_after_use(
 ):
     server.files["/cifake"] = SOURCES["zip"](folder).read_bytes()
     monkeypatch.setattr(CIFAKE, "CIFAKE_URL", f"{server.url}/cifake")
-    assert import_cifake(images_per_class=3) == 30
+    assert import_cifake() == 30
     assert len(load_generated_images()[0]) == 30
     assert not list(nothing_here.iterdir())
     assert [f.name for f in CACHE.parent.iterdir()] == [CACHE.name]
@@ -314,7 +203,7 @@ def test_a_damaged_download_is_refused_and_leaves_nothing(folder, nothing_here, 
     server.files["/cifake"] = SOURCES["zip"](folder).read_bytes()[:-100]
     monkeypatch.setattr(CIFAKE, "CIFAKE_URL", f"{server.url}/cifake")
     with pytest.raises(DataUnavailableError, match="not CIFAKE"):
-        import_cifake(images_per_class=3)
+        import_cifake()
     assert not CACHE.exists()
     assert not list(nothing_here.iterdir())
 

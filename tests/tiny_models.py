@@ -1,18 +1,18 @@
 """Models of diffusers' and transformers' real classes with random weights, small enough to draw in milliseconds.
 
-They draw 64x64 pixels of nothing in particular. What they prove is that the code around them is right.
+Their images have 64x64 pixels and show nothing. The models serve to test the code around them.
 """
 
 import torch
 
-PROMPT_LENGTH = 256  # tokens, which here are letters
+PROMPT_LENGTH = 256  # tokens; here a token is a letter
 
 
 def _tokenizer():
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    # Every byte is a token of its own, so that every prompt can be spelled and no two are alike.
+    # Every byte is a token, so that every prompt can be spelled and different prompts have different tokens.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -60,7 +60,7 @@ def save_pipeline(folder):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     for name, weight in unet.named_parameters():
-        if "attn2.to_out" in name:  # so that the text, too, changes more than the last bit
+        if "attn2.to_out" in name:  # so that the text changes more than the last bit of an image
             weight.data *= 20
     vae = AutoencoderKL(
         block_out_channels=(16,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
@@ -80,14 +80,14 @@ def save_pipeline(folder):
     )  # fmt: skip
     for name, weight in decoder.decoder.named_parameters():
         if name.endswith("bias"):
-            weight.data.zero_()  # what differs between images must not drown in what all share
+            weight.data.zero_()  # biases are the same in all images and would hide the differences
     decoder.decoder.layers[-1].bias.data.fill_(0.5)
     decoder.decoder.layers[-1].weight.data *= 8
     decoder.save_pretrained(folder / "tiny_decoder")
 
 
 def save_turbo(folder, source):
-    """A pipeline like that of SD-Turbo: one Euler step is enough, and there is no safety checker."""
+    """A pipeline like SD-Turbo's, with one Euler step and no safety checker."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -107,3 +107,15 @@ def save_clip(folder):
     tokenizer = _tokenizer()
     CLIPModel(_clip_config(tokenizer)).save_pretrained(folder)
     CLIPProcessor(_image_processor(), tokenizer).save_pretrained(folder)
+
+
+def make_strict(pipeline, images):
+    """Set the pipeline's safety checker so that it flags about half of all images like the given ones."""
+    checker = pipeline.safety_checker
+    with torch.no_grad():
+        inputs = pipeline.feature_extractor(images, return_tensors="pt").pixel_values
+        embeddings = checker.visual_projection(checker.vision_model(inputs)[1])
+        concept = torch.nn.functional.normalize(embeddings[0] - embeddings.mean(0), dim=0)
+        cosines = torch.nn.functional.normalize(embeddings) @ concept
+        checker.concept_embeds[0] = concept
+        checker.concept_embeds_weights[0] = cosines.median()

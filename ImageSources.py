@@ -1,0 +1,85 @@
+"""Where the study's Stable Diffusion images come from: the cache, CIFAKE, or generation on this machine.
+
+print(prepare_images({"cat": 4950}))
+"""
+
+from CandidateImages import CandidateMaker, GenerationSettings
+from CIFAKE import import_cifake
+from DiffusionPipelines import PRESETS, is_on_this_machine
+from ImageCache import CACHE, describe_cache
+from ImageGeneration import generate_images
+from ImageSelection import CLIP_MODEL, SelectionError
+from Runtime import choose_device
+
+UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
+
+
+class ImagesUnavailableError(RuntimeError):
+    """There are no Stable Diffusion images, and none can be obtained here. The message says why."""
+
+
+def prepare_images(counts):
+    """Make sure that the cache exists, and say where its images come from.
+
+    The sources are tried in this order: an existing cache; CIFAKE, from this machine or downloaded;
+    generation, if there is a GPU and the weights of a preset are on this machine. Generation starts from text
+    alone and uses no real image.
+
+    Parameters
+    ----------
+    counts : dict
+        Class name of CIFAR-10 -> number of images, at least 1. Only generation uses it.
+
+    Returns
+    -------
+    str
+        Where the images come from, for use in a sentence.
+
+    Raises
+    ------
+    ImagesUnavailableError
+        If every source fails.
+    """
+    if CACHE.exists():
+        return f"the cache {CACHE}: {describe_cache()}"
+    try:
+        imported = import_cifake()
+    except OSError as error:
+        reason = error
+    else:
+        return f"CIFAKE, {imported:,} images imported into {CACHE}"
+    preset = preset_at_hand()
+    if preset is None:
+        raise ImagesUnavailableError(
+            f"no Stable Diffusion images could be had: {str(reason).rstrip('.')}. Nor can they be generated "
+            "here, which takes a GPU and a model's weights: see StableDiffusionGeneration.py"
+        ) from reason
+    # On the GPU that preset_at_hand found, even if the study itself runs on the CPU.
+    maker = CandidateMaker(GenerationSettings(preset), device=choose_device())
+    try:
+        for class_name, count in counts.items():
+            # Into another file, so that the cache appears only when it is complete.
+            generate_images(class_name, count, maker, path=UNFINISHED_CACHE, replace=True)
+    except (OSError, SelectionError, MemoryError) as error:
+        raise ImagesUnavailableError(f"generating Stable Diffusion images failed: {error}") from error
+    for suffix in (".csv", CACHE.suffix):
+        UNFINISHED_CACHE.with_suffix(suffix).rename(CACHE.with_suffix(suffix))
+    return f"the preset {preset}, {sum(counts.values()):,} images generated into {CACHE}"
+
+
+def preset_at_hand():
+    """Name the cheapest preset that can draw on this machine without a download.
+
+    Returns
+    -------
+    str or None
+        ``'turbo'`` or ``'fast'``. None without a GPU or without the weights. The preset ``'reference'`` is
+        never returned: it takes a night, so a user has to start it.
+    """
+    if choose_device().type == "cpu":
+        return None
+    for name in ("turbo", "fast"):
+        models = (PRESETS[name].model, PRESETS[name].tiny_decoder, CLIP_MODEL)
+        if all(is_on_this_machine(model) for model in models):
+            return name
+    return None
