@@ -1,11 +1,11 @@
-"""How good generated images are, whatever generator made them: four measures on features of images.
+"""How good generated images are, whatever generator made them: measures on features of images.
 
-    features = InceptionFeatures()                     # or ImageFeatures(a network of your own, its name)
-    quality = generation_quality(real, generated, features)     # uint8 images, (n, 32, 32, 3) each
+    features = InceptionFeatures()             # or ImageFeatures(network, name, device) with your own network
+    quality = generation_quality(real, generated, features)      # uint8 images, (n, 32, 32, 3) each
     memory = memorisation(minority_images, generated_minority_images, features)
 
-Distances depend on the features, so a result always says which ones: the Fréchet distance is the
-published FID with Inception's alone, and numbers from two kinds of features cannot be compared.
+Distances depend on the features, so a result always says which ones. The Fréchet distance is the published
+FID only with Inception's features. Numbers from two kinds of features cannot be compared.
 
 References
 ----------
@@ -26,16 +26,17 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from Runtime import check_images, choose_device, derive_seed, is_reachable, mixed_precision, seeded
-from Utils import plot_image_rows
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+NEIGHBOURS = 3  # of precision and recall, as in Kynkäänniemi et al. (2019)
+SUBSETS_SEED = derive_seed(0, 5)  # of the subsets that the kernel distance averages over
 
 
 # --- Features -----------------------------------------------------------------------------------
 
 
 class FeaturesUnavailableError(OSError):
-    """The weights of the feature network are neither on this machine nor can they be downloaded."""
+    """The weights of the feature network are not on this machine and cannot be downloaded."""
 
 
 class ImageFeatures:
@@ -46,9 +47,11 @@ class ImageFeatures:
     network : callable
         uint8 (n, 3, height, width) pixels from 0 to 255 -> float (n, d), on ``device``.
     name : str
-        What the features are; it stands in every result.
+        What the features are. Every result contains it.
     device : torch.device
+        Where the network computes.
     batch_size : int, default 500
+        Images that the network gets at once.
     """
 
     is_inception = False
@@ -58,7 +61,7 @@ class ImageFeatures:
 
     @torch.inference_mode()
     def __call__(self, images):
-        """Features of ``images``, uint8 (n, height, width, 3): float32 tensor (n, d) on the CPU."""
+        """Features of images: uint8 ndarray (n, height, width, 3) -> float32 tensor (n, d) on the CPU."""
         images, _ = check_images(images, np.zeros(len(images), dtype=int))
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         return torch.cat(
@@ -71,34 +74,41 @@ class ImageFeatures:
 
 
 class InceptionFeatures(ImageFeatures):
-    """The 2,048 features of Inception-v3 trained on ImageNet that FID and KID are defined on.
+    """The 2,048 features of Inception-v3 trained on ImageNet that define FID and KID.
 
-    They come from torchmetrics, with torch-fidelity's port of the original weights (about 90 MB,
-    downloaded once).
+    torchmetrics computes them with torch-fidelity's port of the original weights (about 90 MB, downloaded
+    once).
+
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        Default: the fastest there is.
 
     Raises
     ------
     FeaturesUnavailableError
-        If the weights are not here and cannot be downloaded.
+        If the weights are not on this machine and cannot be downloaded.
     """
 
     is_inception = True
 
-    def __init__(self, device=None, batch_size=100):
+    def __init__(self, device=None):
         device = choose_device(device)
         weights = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
         if not weights.exists() and not is_reachable(INCEPTION_URL):
             raise FeaturesUnavailableError(
-                f"There is no {weights.name} in the folder checkpoints of torch.hub.get_dir() and {INCEPTION_URL} does "
-                "not answer. Use the features of a network of your own (ImageFeatures), or put the file there."
+                f"There is no {weights.name} in the folder checkpoints of torch.hub.get_dir(), and "
+                f"{INCEPTION_URL} does not answer. Use the features of a network of your own "
+                "(ImageFeatures), or put the file there."
             )
         try:
             network = FrechetInceptionDistance(feature=2048).inception.to(device)
         except (OSError, RuntimeError) as error:
             raise FeaturesUnavailableError(
-                f"The weights of Inception-v3 could not be had from {INCEPTION_URL}: {error}"
+                f"The weights of Inception-v3 could not be loaded from {INCEPTION_URL}: {error}. Use the "
+                "features of a network of your own (ImageFeatures), or try again."
             ) from error
-        super().__init__(network, "Inception-v3 (ImageNet)", device, batch_size)
+        super().__init__(network, "Inception-v3 (ImageNet)", device, batch_size=100)
 
     def _features(self, batch):
         return self.network(batch).float()  # float32, as in every published FID
@@ -108,7 +118,7 @@ class InceptionFeatures(ImageFeatures):
 
 
 def frechet_distance_to(real, features):
-    """Prepare to measure the Fréchet distance of many sets of images from the same real ones.
+    """Prepare to measure the Fréchet distance of many sets of images to the same real ones.
 
     Parameters
     ----------
@@ -118,9 +128,9 @@ def frechet_distance_to(real, features):
     Returns
     -------
     callable
-        ``distance(images) -> float``: the Fréchet distance (Heusel et al. 2017) of normal
-        distributions fitted to the features, 0 for equal ones. Both sets should have several times as
-        many images as there are features; with fewer the distance comes out too large.
+        ``distance(images) -> float``: the Fréchet distance (Heusel et al. 2017) between normal distributions
+        fitted to the features of the two sets. It is 0 for equal distributions. Both sets should have several
+        times as many images as there are features. With fewer, the distance is too large.
     """
     distance = _frechet_distance_to(features(real))
     return lambda images: distance(features(images))
@@ -139,55 +149,60 @@ def _frechet_distance_to(of_real):
 
 
 def _given_features(features):
-    """torchmetrics' place for a feature network, filled with nothing: the features are there already."""
-    nothing = nn.Identity()
-    nothing.num_features = features.shape[1]
-    return nothing
+    """A network that returns its input: torchmetrics asks for one, but the features exist already."""
+    identity = nn.Identity()
+    identity.num_features = features.shape[1]
+    return identity
 
 
-def _kernel_distance(real, generated, seed):
+def _kernel_distance(real, generated):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")  # says: uses memory
         metric = KernelInceptionDistance(
-            # Halves at most: subsets that are the whole set would all be the same.
+            # At most half of each set: subsets that are the whole set would all be the same.
             feature=_given_features(real),
             subset_size=min(1000, len(real) // 2, len(generated) // 2),
         )
     metric.update(real, real=True)
     metric.update(generated, real=False)
-    with seeded(seed):  # torchmetrics draws the subsets from the global generator
+    with seeded(SUBSETS_SEED):  # torchmetrics draws the subsets from the global generator
         return float(metric.compute()[0])
 
 
-def precision_and_recall(real, generated, neighbours=3):
+def precision_and_recall(real, generated):
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
-    Each set is taken for the union of balls around its images, as wide as the distance to the
-    ``neighbours``-th nearest image of the same set. Precision is the share of generated images inside
-    the real ones' union: do they look real? Recall is the share of real images inside the generated
-    ones' union: is their diversity covered?
+    Each image of a set gets a ball whose radius is the distance to the third nearest other image of the set.
+    The union of the balls stands for the set. Precision is the share of generated images inside the union of
+    the real ones: do they look real? Recall is the share of real images inside the union of the generated
+    ones: is their diversity covered?
 
     Parameters
     ----------
     real, generated : float tensors, shapes (n, d), (m, d)
-        Features. The measure depends on n and m: compare only results with equal ones.
-    neighbours : int, default 3
-        The paper's.
+        Features, with n and m at least 4. The measure depends on n and m, so compare only results with equal
+        n and equal m.
 
     Returns
     -------
     precision, recall : float
+        Fractions from 0 to 1.
+
+    Raises
+    ------
+    ValueError
+        If a set has fewer than 4 images.
     """
-    if min(len(real), len(generated)) <= neighbours:
+    if min(len(real), len(generated)) <= NEIGHBOURS:
         raise ValueError(
-            f"Precision and recall with {neighbours} neighbours need more images than that of each kind: got "
-            f"{len(real)} real and {len(generated)} generated ones."
+            f"Precision and recall with {NEIGHBOURS} neighbours need more images than that in each set: got "
+            f"{len(real)} real and {len(generated)} generated ones. Give at least {NEIGHBOURS + 1} of each."
         )
 
     def covered(points, centres):
         radii = torch.cat(
-            [  # the nearest one is the image itself
-                _distances(chunk, centres).kthvalue(neighbours + 1, dim=1).values
+            [  # the nearest image of the set is the image itself
+                _distances(chunk, centres).kthvalue(NEIGHBOURS + 1, dim=1).values
                 for chunk in centres.split(1000)
             ]
         )
@@ -198,27 +213,28 @@ def precision_and_recall(real, generated, neighbours=3):
 
 
 def _distances(a, b):
-    # Not through a matrix product: its rounding would tell an image from itself.
+    # Not through a matrix product: its rounding would give an image a distance to itself.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def generation_quality(real, generated, features, *, seed=0):
+def generation_quality(real, generated, features):
     """Judge generated images against real ones.
+
+    The same images always give the same numbers: the kernel distance draws its subsets with a fixed seed.
 
     Parameters
     ----------
     real, generated : ndarray of uint8, shapes (n, height, width, 3), (m, height, width, 3)
-        At least 4 each; some thousands for a Fréchet distance that means something.
+        At least 4 each. A meaningful Fréchet distance needs some thousands.
     features : ImageFeatures
-    seed : int
-        Of the subsets that the kernel distance averages over.
 
     Returns
     -------
     dict
-        ``features`` (their name), ``real_images``, ``generated_images`` (counts), ``precision``,
-        ``recall``, and ``fid`` and ``kid`` if the features are Inception's. With other features the two
-        distances are called ``frechet_distance`` and ``kernel_distance``, for they are other numbers.
+        ``features`` (their name), ``real_images``, ``generated_images`` (counts), two distances,
+        ``precision``, ``recall``. The distances are called ``fid`` (Heusel et al. 2017) and ``kid``
+        (Bińkowski et al. 2018) if the features are Inception's. With other features they are other numbers, and are
+        called ``frechet_distance`` and ``kernel_distance``.
     """
     names = ("fid", "kid") if features.is_inception else ("frechet_distance", "kernel_distance")
     of_real, of_generated = features(real), features(generated)
@@ -228,7 +244,7 @@ def generation_quality(real, generated, features, *, seed=0):
         "real_images": len(real),
         "generated_images": len(generated),
         names[0]: _frechet_distance_to(of_real)(of_generated),
-        names[1]: _kernel_distance(of_real, of_generated, derive_seed(seed, 5)),
+        names[1]: _kernel_distance(of_real, of_generated),
         "precision": precision,
         "recall": recall,
     }
@@ -246,9 +262,9 @@ class Memorisation:
     nearest : ndarray of int64, shape (m,)
         Row of the real image that is nearest to each generated one.
     distances : ndarray of float32, shape (m,)
-        To that image.
+        From each generated image to that real one, in feature space.
     distances_among_real : ndarray of float32, shape (n,)
-        From each real image to the nearest other one.
+        From each real image to the nearest other real one.
     """
 
     nearest: np.ndarray
@@ -257,31 +273,38 @@ class Memorisation:
 
     @property
     def share_of_copies(self):
-        """Share of generated images nearer to a real one than any other real image is to that one."""
+        """Share of generated images, from 0 to 1, that count as near copies: see :func:`memorisation`."""
         return float(np.mean(self.distances < self.distances_among_real[self.nearest]))
 
 
 def memorisation(real, generated, features):
     """Look for generated images that are near copies of training images.
 
-    An image counts as one if it is nearer to its nearest real image than that image's nearest real
-    neighbour is (the authenticity of Alaa et al. 2022). Mirror images count as the same image. New
-    real images of the class come out above 0 as well, so compare with them: pass them as ``generated``.
+    A generated image counts as one if it is nearer to its nearest real image than any other real image is to
+    that one (the authenticity of Alaa et al. 2022). An image and its mirror image count as the same. Some new
+    real images of the class count as near copies too. Pass them as ``generated`` to compare with their share.
 
     Parameters
     ----------
     real : ndarray of uint8, shape (n, height, width, 3), n at least 2
-        What the generator was trained on, of one class.
+        The images of one class that the generator was trained on.
     generated : ndarray of uint8, shape (m, height, width, 3)
-        Of the same class.
+        Generated images of the same class.
     features : ImageFeatures
 
     Returns
     -------
     Memorisation
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 2 real images.
     """
     if len(real) < 2:
-        raise ValueError("Memorisation compares with the distances among real images: give at least 2.")
+        raise ValueError(
+            f"Memorisation compares with the distances among real images: give at least 2, not {len(real)}."
+        )
     straight, mirrored = features(real), features(real[:, :, ::-1])
 
     def to_real(points):
@@ -290,31 +313,3 @@ def memorisation(real, generated, features):
     distances, nearest = to_real(features(generated)).min(dim=1)
     among_real = to_real(straight).fill_diagonal_(torch.inf).min(dim=1).values
     return Memorisation(nearest.numpy(), distances.numpy(), among_real.numpy())
-
-
-def memorisation_figure(real, generated, memory, title, columns=10):
-    """The generated images nearest to real ones, each above its nearest real image.
-
-    Parameters
-    ----------
-    real, generated : ndarray of uint8
-        As given to :func:`memorisation`.
-    memory : Memorisation
-    title : str
-    columns : int
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    order = np.argsort(memory.distances, kind="stable")
-    typical = order[np.linspace(0, len(order) - 1, columns).astype(int)]
-    return plot_image_rows(
-        {
-            "generated, nearest ones": generated[order[:columns]],
-            "their nearest real image": real[memory.nearest[order[:columns]]],
-            "generated, nearest to farthest": generated[typical],
-            "nearest real image of these": real[memory.nearest[typical]],
-        },
-        title,
-    )

@@ -1,12 +1,11 @@
-"""One full training step, discriminator and generator: ours beside a DCGAN of the reference's shape.
+"""The speed of a full training step, both networks: our GAN and a DCGAN of the reference's shape.
 
     python benchmarks/gan.py                    # prints a table, writes results/benchmarks/gan.json
 
 The DCGAN is what the reference study trains: latent 100, 64 feature maps, CIFAR-10 images enlarged to
 64x64 with PIL in a DataLoader, float32, Adam 2e-4 (0.5, 0.999), cross-entropy against 0.9 and 0.1, noise
 on the discriminator's input. The two take turns, so that a machine that gets slower slows both down.
-Images per second are real images, each with a generated one beside it. Memory is the peak of a process of
-its own (on CUDA: of what PyTorch allocated), data included, the DataLoader's workers not.
+Images per second are real images, each with a generated one beside it.
 
 References
 ----------
@@ -31,7 +30,8 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from GANGeneration import GAN_SETTINGS, Adversaries, BalancedBatches, count_flops
+from Arms import PROFILES
+from GANGeneration import Adversaries, BalancedBatches, count_flops
 from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json, uses_bfloat16
 from Utils import markdown_table
 
@@ -41,7 +41,7 @@ IMAGES = 5000  # speed does not depend on what they show
 
 
 class PILImages(Dataset):
-    """uint8 images, enlarged one by one."""
+    """uint8 images (n, 32, 32, 3), enlarged one by one to float32 (3, 64, 64) from -1 to 1."""
 
     def __init__(self, X):
         self.X = X
@@ -134,16 +134,16 @@ class Ours:
     """:meth:`GANGeneration.Adversaries.step`."""
 
     def __init__(self, X, device, profile):
-        settings = self.settings = GAN_SETTINGS[profile]
+        settings = self.settings = PROFILES[profile].gan
         self.name = f"ours, profile {profile}"
-        # Real images of one step: several discriminator updates each take a batch.
+        # Real images of one training step: each discriminator update takes a batch.
         self.batch_size = settings.batch_size * settings.discriminator_steps
         self.adversaries = Adversaries(10, settings, 0, device)
         self.batches = BalancedBatches(X, np.arange(len(X)) % 10, device, settings.flip)
         self.steps = 0
 
     def step(self):
-        self.adversaries.step(self.batches, self.settings.batch_size, self.steps % self.settings.steps, 0)
+        self.adversaries.step(self.batches, self.steps % self.settings.steps, 0)
         self.steps += 1
 
     def flops_per_image(self):
@@ -187,7 +187,7 @@ def table(result):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Time a training step of our GAN beside a DCGAN's.")
-    parser.add_argument("--profile", default="cpu", choices=GAN_SETTINGS, help="our settings (default: cpu)")
+    parser.add_argument("--profile", default="cpu", choices=PROFILES, help="our settings (default: cpu)")
     parser.add_argument("--batch-size", type=int, default=128, help="the DCGAN's (default: 128)")
     parser.add_argument("--workers", type=int, default=2, help="of its DataLoader (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")

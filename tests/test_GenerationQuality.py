@@ -12,7 +12,6 @@ from GenerationQuality import (
     frechet_distance_to,
     generation_quality,
     memorisation,
-    memorisation_figure,
     precision_and_recall,
 )
 
@@ -50,9 +49,8 @@ def test_features_do_not_depend_on_the_batch_size():
 def test_inception_without_weights_and_network_is_a_clear_error(monkeypatch, tmp_path, closed_url):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(GenerationQuality, "INCEPTION_URL", closed_url)
-    with pytest.raises(
-        FeaturesUnavailableError, match="does not answer. Use the features of a network of your own"
-    ):
+    message = "does not answer. Use the features of a network of your own"
+    with pytest.raises(FeaturesUnavailableError, match=message):
         InceptionFeatures("cpu")
 
 
@@ -94,7 +92,7 @@ def test_the_kernel_distance_has_the_value_of_its_formula_and_repeats():
     def off_diagonal_mean(k):
         return (k.sum() - k.trace()) / (50 * 49)
 
-    # The mean over many random halves comes near to the value of the whole sets.
+    # The mean over many random halves is near the value of the whole sets.
     expected = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()
     first = generation_quality(real, generated, FEATURES)["kernel_distance"]
     assert first == pytest.approx(expected.item(), rel=0.1)
@@ -114,20 +112,20 @@ def test_precision_and_recall_of_points_on_a_line():
     # All generated points between two real ones: they look real but cover few real ones.
     alike = torch.linspace(4.4, 4.6, 10)[:, None]
     assert precision_and_recall(real, alike) == (1, 0)
-    # Half of the generated points lie far off: precision a half, and recall whole.
+    # Half of the generated points lie far away, so precision is a half. Recall stays 1.
     half = torch.cat([real + 0.25, real + 1000])
     precision, recall = precision_and_recall(real, half)
     assert (precision, recall) == (0.5, 1)
 
 
-def test_the_radius_is_the_distance_to_the_kth_other_point():
-    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
-    # With 1 neighbour the radii are 1, 1, 2, 4.
-    inside = torch.tensor([[-1.0], [2.0], [5.0], [11.0]])
-    outside = torch.tensor([[-1.1], [11.1], [12.0], [-3.0]])
-    assert precision_and_recall(real, inside, neighbours=1)[0] == 1
-    assert precision_and_recall(real, outside, neighbours=1)[0] == 0
-    with pytest.raises(ValueError, match="with 3 neighbours need more images"):
+def test_the_radius_is_the_distance_to_the_third_nearest_other_point():
+    real = torch.tensor([0.0, 1, 3, 7, 100, 101, 103, 107])[:, None]
+    # The radii are 7, 6, 4, 7 and again 7, 6, 4, 7, so the balls cover -7 to 14 and 93 to 114.
+    inside = torch.tensor([-7.0, 14, 93, 114])[:, None]
+    outside = torch.tensor([-7.1, 14.1, 92.9, 114.1])[:, None]
+    assert precision_and_recall(real, inside)[0] == 1
+    assert precision_and_recall(real, outside)[0] == 0
+    with pytest.raises(ValueError, match="with 3 neighbours need more images.*at least 4 of each"):
         precision_and_recall(real[:3], inside)
 
 
@@ -154,16 +152,3 @@ def test_mirror_images_are_copies_and_an_image_is_not_its_own_neighbour():
     assert (memory.distances_among_real > 1).all()
     with pytest.raises(ValueError, match="at least 2"):
         memorisation(real[:1], real, FEATURES)
-
-
-def test_the_figure_shows_each_image_above_its_neighbour():
-    real, generated = noise(10, 0), noise(30, 1)
-    memory = memorisation(real, generated, FEATURES)
-    figure = memorisation_figure(real, generated, memory, "copies?", columns=5)
-    shown = [ax.images[0].get_array() for ax in figure.axes if ax.images]
-    assert len(shown) == 20
-    order = np.argsort(memory.distances)
-    for column in range(5):
-        assert np.array_equal(shown[column], generated[order[column]])
-        assert np.array_equal(shown[5 + column], real[memory.nearest[order[column]]])
-    assert np.array_equal(shown[14], generated[order[-1]])

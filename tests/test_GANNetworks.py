@@ -1,0 +1,224 @@
+"""The GAN's networks, its augmentation, the averaged generator, and the files of both networks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import GANNetworks
+from ClassifierNetwork import create_classifier, save_classifier
+from GANNetworks import (
+    Discriminator,
+    Generator,
+    diff_augment,
+    load_discriminator,
+    load_generator,
+    sample_images,
+    save_discriminator,
+    save_generator,
+    settle_statistics,
+    update_average,
+)
+
+
+def tiny_generator(trained=(0, 1, 2), num_classes=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = Generator(num_classes, latent_size=8, channels=4).eval()
+    generator.trained_classes[list(trained)] = True
+    return generator
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def random(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- Networks -------------------------------------------------------------------------------------
+
+
+def test_the_generator_makes_32x32_images_from_minus_1_to_1():
+    images = tiny_generator()(10 * torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1]))
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.float32
+    assert images.min() >= -1 and images.max() <= 1
+    assert images.std() > 0
+
+
+def test_the_score_follows_its_definition():
+    """Score and projection: psi(phi(x)) + <embedding of the class, phi(x)> with sum-pooled phi."""
+    discriminator = Discriminator(3, channels=4).eval()
+    images, labels = torch.randn(2, 3, 32, 32).clamp(-1, 1), torch.tensor([0, 2])
+    x = discriminator.blocks(images)
+    phi = torch.relu(x).sum(dim=(2, 3))
+    expected = phi @ discriminator.score.weight[0] + discriminator.score.bias
+    expected = expected + (phi * discriminator.embedding.weight[labels]).sum(dim=1)
+    assert torch.allclose(discriminator(images, labels), expected, atol=1e-5)
+
+
+def test_the_power_iteration_runs_in_float32_under_autocast(monkeypatch):
+    discriminator = Discriminator(3, channels=4)
+    seen = []
+    original = torch.nn.utils.parametrizations._SpectralNorm.forward
+
+    def spy(self, weight):
+        seen.append((weight.dtype, torch.is_autocast_enabled("cpu")))
+        return original(self, weight)
+
+    monkeypatch.setattr(torch.nn.utils.parametrizations._SpectralNorm, "forward", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        discriminator(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert seen == [(torch.float32, False)] * 9, "once for each layer"
+
+
+# --- Differentiable augmentation ------------------------------------------------------------------
+
+
+def test_diff_augment_leaves_images_unchanged_at_strength_0():
+    images = torch.rand(6, 3, 32, 32, generator=random()) * 2 - 1
+    assert torch.equal(diff_augment(images, random(1), strength=0.0), images)
+
+
+def test_diff_augment_is_differentiable_and_random():
+    images = (torch.rand(8, 3, 32, 32, generator=random()) * 2 - 1).requires_grad_()
+    augmented = diff_augment(images, random(1))
+    assert augmented.shape == images.shape
+    augmented.square().sum().backward()
+    assert images.grad.isfinite().all()
+    assert ((images.grad != 0).float().mean(dim=(1, 2, 3)) > 0.3).all()
+    assert torch.equal(diff_augment(images, random(1)), augmented)
+    assert not torch.equal(diff_augment(images, random(2)), augmented)
+    same_image_four_times = diff_augment(images[:1].repeat(4, 1, 1, 1), random())
+    assert len({tuple(image.flatten().tolist()) for image in same_image_four_times}) == 4
+
+
+def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth():
+    ones = torch.ones(200, 3, 32, 32)
+    augmented = diff_augment(ones, random())
+    zeros = (augmented == 0).all(dim=1)
+    assert zeros.sum(dim=(1, 2)).max() <= 16 * 16 + 2 * 4 * 32
+    assert zeros.sum(dim=(1, 2)).min() >= 8 * 8, "at least a quarter of the square lies inside"
+    rows_moved_in = zeros.all(dim=2).sum(dim=1)
+    assert rows_moved_in.max() == 4 and rows_moved_in.min() == 0
+
+
+def test_diff_augment_changes_brightness_by_the_papers_range():
+    flat = torch.zeros(500, 3, 32, 32)
+    values = diff_augment(flat, random()).flatten(1)
+    shift = torch.where(values.max(dim=1).values > 0, values.max(dim=1).values, values.min(dim=1).values)
+    assert shift.min() == pytest.approx(-0.5, abs=0.02) and shift.max() == pytest.approx(0.5, abs=0.02)
+
+
+# --- The averaged generator -----------------------------------------------------------------------
+
+
+def test_the_average_equals_its_definition():
+    model, average = tiny_generator(), tiny_generator()
+    expected = [p.detach().clone() for p in average.parameters()]
+    for step in range(40):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=random(step)))
+        update_average(average, model, step, decay=0.6)
+        d = min(0.6, (1 + step) / (10 + step))
+        expected = [d * e + (1 - d) * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]
+    for got, wanted in zip(average.parameters(), expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_settled_statistics_normalise_the_generators_own_activations():
+    generator = tiny_generator()
+    labels = torch.arange(3).repeat(32)
+    first = generator.blocks[0].norm1.norm
+    first.running_mean.fill_(100.0)
+    settle_statistics(generator, labels, seed=0)
+    assert not generator.training
+    with torch.no_grad():
+        x = generator.project(torch.randn(2000, 8)).view(2000, -1, 4, 4)
+    assert torch.allclose(first.running_mean, x.mean(dim=(0, 2, 3)), atol=0.1)
+    assert torch.allclose(first.running_var, x.var(dim=(0, 2, 3)), rtol=0.25)
+
+
+def test_samples_are_seeded_uint8_images_of_any_batch_size(monkeypatch):
+    generator = tiny_generator()
+    labels = np.array([0, 1, 2, 2, 1])
+    images = sample_images(generator, labels, seed=3)
+    assert images.shape == (5, 32, 32, 3) and images.dtype == np.uint8
+    assert np.array_equal(sample_images(generator, labels, seed=3), images)
+    assert not np.array_equal(sample_images(generator, labels, seed=4), images)
+    monkeypatch.setattr(GANNetworks, "SAMPLING_BATCH", 2)
+    in_twos = sample_images(generator, labels, seed=3).astype(int)
+    assert np.abs(in_twos - images).max() <= 1, "up to rounding"
+
+
+def test_pixels_are_rounded_from_the_generators_range(monkeypatch):
+    values = torch.tensor([-1.0, 0.0, 1.0])
+    monkeypatch.setattr(
+        Generator, "forward", lambda self, z, y: values.view(1, 3, 1, 1).expand(len(y), 3, 32, 32)
+    )
+    pixels = sample_images(tiny_generator(), [0], seed=0)[0, 0, 0].tolist()
+    assert pixels == [0, 128, 255]
+
+
+def test_truncation_cuts_off_latents_and_makes_images_more_alike(monkeypatch):
+    seen, original = [], Generator.forward
+
+    def forward(self, latents, labels):
+        seen.append(latents)
+        return original(self, latents, labels)
+
+    monkeypatch.setattr(Generator, "forward", forward)
+    generator = tiny_generator()
+    plain = sample_images(generator, [0] * 300, seed=0)
+    truncated = sample_images(generator, [0] * 300, seed=0, truncation=0.5)
+    assert seen[0].abs().max() > 2.5
+    assert 0.45 < seen[1].abs().max() <= 0.5
+    # A standard normal cut off at 0.5 has this standard deviation.
+    assert seen[1].std() == pytest.approx(0.2834, abs=0.01)
+    assert truncated.std(axis=0).mean() < 0.6 * plain.std(axis=0).mean()
+
+
+def test_wrong_requests_are_refused():
+    with pytest.raises(ValueError, match="not trained on class 2; it knows 0, 1"):
+        sample_images(tiny_generator(trained=(0, 1)), [0, 2], seed=0)
+    with pytest.raises(ValueError, match="truncation is a positive number.* got 0"):
+        sample_images(tiny_generator(), [0], seed=0, truncation=0)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def test_files_give_back_the_same_networks():
+    generator = tiny_generator(trained=(0, 2))
+    save_generator(generator, "generator.pt")
+    loaded = load_generator("generator.pt", "cpu")
+    assert not loaded.training and equal(loaded.state_dict(), generator.state_dict())
+    discriminator = Discriminator(3, channels=4).eval()
+    save_discriminator(discriminator, "discriminator.pt")
+    loaded = load_discriminator("discriminator.pt", "cpu")
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(loaded(images, labels), discriminator(images, labels))
+
+
+def test_wrong_files_are_refused():
+    with pytest.raises(FileNotFoundError, match=r"no file none\.pt"):
+        load_generator("none.pt")
+    save_discriminator(Discriminator(3, channels=4), "discriminator.pt")
+    with pytest.raises(ValueError, match="not the expected kind of file: it lacks generator, latent_size"):
+        load_generator("discriminator.pt")
+    save_classifier(create_classifier(3, 4, ((127.5,) * 3, (63.75,) * 3), seed=0), "resnet.pt")
+    with pytest.raises(ValueError, match="not the expected kind of file"):
+        load_generator("resnet.pt")
+    save_generator(tiny_generator(), "generator.pt")
+    content = torch.load("generator.pt", weights_only=True)
+    torch.save(content | {"channels": 8}, "other.pt")
+    with pytest.raises(ValueError, match=r"weights in other\.pt do not fit the generator"):
+        load_generator("other.pt")
+    whole = Path("generator.pt").read_bytes()
+    Path("half.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.pt is damaged"):
+        load_generator("half.pt")
