@@ -2,9 +2,9 @@
 
     data = load_cifar10()                                      # uint8 images, int64 labels
     split = minority_split(data.y_train, data.class_names)     # cat: 50 of 5,000 images stay
-    X, y = split.cut(data.X_train, data.y_train)               # the 4,950 others are not in X
+    X, y = split.cut(data.X_train, data.y_train)               # X holds none of the 4,950 removed cats
 
-The same seed gives the same images. The test set is never cut.
+The same split always keeps the same images. The test set is never cut.
 
 References
 ----------
@@ -35,7 +35,7 @@ CIFAR10_CLASSES = (
 
 
 class DataUnavailableError(OSError):
-    """The data set is neither on this machine nor can it be downloaded now."""
+    """The data set is not on this machine and cannot be downloaded now."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,13 @@ class ImageDataSet:
     name : str
         ``"cifar10"`` or ``"digits"``.
     class_names : tuple of str
-    X_train, X_test : ndarray of uint8, shape (n, 32, 32, 3), RGB, values 0 to 255
+        The name at position c belongs to class number c.
+    X_train, X_test : ndarray of uint8, shape (n, 32, 32, 3)
+        RGB images with values from 0 to 255.
     y_train, y_test : ndarray of int64, shape (n,)
+        The class number of each image.
     mirrored_images_keep_their_class : bool
-        Whether a horizontal flip is a valid augmentation (it is not for digits).
+        Whether a horizontal flip is a valid augmentation. It is not for digits.
     """
 
     name: str
@@ -66,12 +69,12 @@ class ImageDataSet:
 
 
 def default_root():
-    """Folder that holds (or will hold) CIFAR-10: ``$CIFAR10_ROOT``, else ``datasets``."""
+    """The folder that holds CIFAR-10 or into which it is downloaded: ``$CIFAR10_ROOT``, else ``datasets``."""
     return Path(os.environ.get("CIFAR10_ROOT") or "datasets")
 
 
 def load_cifar10(root=None):
-    """Load CIFAR-10, downloading it only if it is not there.
+    """Load CIFAR-10. It is downloaded only if there is no copy.
 
     Parameters
     ----------
@@ -86,24 +89,24 @@ def load_cifar10(root=None):
     Raises
     ------
     ValueError
-        If files are there but damaged; it names them. They are left as they are.
+        If the copy is damaged. The message names the damaged files. They are left as they are.
     DataUnavailableError
-        If there is no copy and none can be downloaded; a missing network is noticed in 20 seconds.
+        If there is no copy and none can be downloaded. A missing network is noticed within 20 seconds.
     """
     root = default_root() if root is None else Path(root)
     folder = root / CIFAR10.base_folder
     if not folder.exists():
         _download_cifar10(root)
     try:
-        # torchvision unpickles a batch only after its MD5 was found right.
+        # torchvision checks a batch's MD5 before it unpickles the batch.
         train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
     except RuntimeError as error:
         files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
         damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
         raise ValueError(
-            f"CIFAR-10 in {folder} is damaged: {', '.join(damaged)} missing, truncated or changed. "
-            f"Remove the folder {folder} to have it downloaded again, or point CIFAR10_ROOT to an "
-            "intact copy."
+            f"CIFAR-10 in {folder} is damaged. Missing, truncated or changed: {', '.join(damaged)}. "
+            f"Remove the folder {folder} to download it again, or set CIFAR10_ROOT to the folder that "
+            "contains an intact copy."
         ) from error
     return ImageDataSet(
         name="cifar10",
@@ -124,9 +127,9 @@ def _download_cifar10(root):
     require_free_space(root, gigabytes=0.6)
     root.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # torchvision's download would wait for a stalled server forever
+    socket.setdefaulttimeout(60)  # otherwise torchvision's download waits forever for a stalled server
     try:
-        # Unpacked elsewhere and then renamed, so that a kill leaves no incomplete copy behind.
+        # The archive is unpacked into a temporary folder and renamed, so a kill leaves no incomplete copy.
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as temporary:
             CIFAR10(temporary, download=True)
             (Path(temporary) / CIFAR10.base_folder).rename(root / CIFAR10.base_folder)
@@ -139,11 +142,11 @@ def _download_cifar10(root):
         socket.setdefaulttimeout(timeout)
 
 
-def load_digits_as_images(random_state=0):
-    """scikit-learn's bundled 8x8 digits in CIFAR-10's format: the stand-in that needs no download.
+def load_digits_as_images():
+    """Load scikit-learn's bundled 8x8 digits in CIFAR-10's format. This substitute needs no download.
 
-    Each digit is enlarged to 32x32 by repeating pixels 4x4 and copied to three channels. A fifth of
-    each class, chosen by ``random_state``, becomes the test set.
+    Each digit is enlarged to 32x32 by repeating each pixel 4x4 times, and copied to three channels. A fifth
+    of each class becomes the test set. It is the same fifth in every call.
 
     Returns
     -------
@@ -158,9 +161,8 @@ def load_digits_as_images(random_state=0):
     images = np.repeat(np.repeat(images, 4, axis=1), 4, axis=2)
     images = np.repeat(images[..., np.newaxis], 3, axis=-1)
     X_train, X_test, y_train, y_test = train_test_split(
-        images, digits.target.astype(np.int64), test_size=0.2, stratify=digits.target,
-        random_state=random_state,
-    )  # fmt: skip
+        images, digits.target.astype(np.int64), test_size=0.2, stratify=digits.target, random_state=0
+    )
     return ImageDataSet(
         name="digits",
         class_names=tuple(str(d) for d in range(10)),
@@ -173,16 +175,30 @@ def load_digits_as_images(random_state=0):
 
 
 def load_data(root=None):
-    """CIFAR-10 if it can be had, else the bundled digits with a warning.
+    """Load CIFAR-10. If it is not available, warn and load the bundled digits.
 
-    A damaged copy of CIFAR-10 is still an error: replacing it quietly would hide it.
+    A damaged copy of CIFAR-10 is still an error, because the digits would hide the damage.
+
+    Parameters
+    ----------
+    root : path, optional
+        The folder that contains ``cifar-10-batches-py``. Default: :func:`default_root`.
+
+    Returns
+    -------
+    ImageDataSet
+
+    Raises
+    ------
+    ValueError
+        If there is a damaged copy of CIFAR-10.
     """
     try:
         return load_cifar10(root)
     except DataUnavailableError as error:
         warnings.warn(
-            f"NOT CIFAR-10: {error} The study runs on scikit-learn's bundled digits instead, and "
-            "every result of it is named so.",
+            f"NOT CIFAR-10: {error} The study runs on scikit-learn's bundled digits instead. The "
+            "titles and file names of its results say so.",
             stacklevel=2,
         )
         return load_digits_as_images()
@@ -198,13 +214,14 @@ class Split:
     Attributes
     ----------
     name : str
-        Short and fit for a folder's name, for example ``"cat-50"``.
+        A short name that can be a folder's name, for example ``"cat-50"``.
     counts : dict
-        Class number -> number of images kept; classes not named keep all.
+        Class number -> number of images kept. A class that is not in it keeps all its images.
     minority_classes : tuple of int
-        The classes whose recall the study is about.
+        The rare classes, whose recall the study measures.
     draw : int
-        Seed of the choice of images. For one draw, smaller counts keep subsets of larger ones.
+        Seed of the choice of images. With the same draw, a smaller count keeps a subset of the images that a
+        larger count keeps.
     """
 
     name: str
@@ -213,14 +230,31 @@ class Split:
     draw: int = 0
 
     def kept_rows(self, y):
-        """Row numbers that stay, ascending. See :meth:`cut`."""
+        """The rows of ``y`` that stay.
+
+        Parameters
+        ----------
+        y : ndarray of int, shape (n,)
+            The class number of each image of the whole training set.
+
+        Returns
+        -------
+        ndarray of int64, shape (m,), m <= n
+            Row numbers in ascending order.
+
+        Raises
+        ------
+        ValueError
+            If a class has fewer images than it should keep.
+        """
         kept = []
         for c in np.unique(y):
             rows = np.flatnonzero(y == c)
             count = self.counts.get(int(c), len(rows))
             if not 1 <= count <= len(rows):
                 raise ValueError(
-                    f"Class {c} has {len(rows)} images, so {count} cannot be kept; keep 1 to {len(rows)}."
+                    f"Split {self.name} cannot keep {count} of the {len(rows)} images of class {c}. Keep "
+                    f"1 to {len(rows)}."
                 )
             order = np.random.default_rng(derive_seed(self.draw, int(c))).permutation(len(rows))
             kept.append(rows[order[:count]])
@@ -232,24 +266,42 @@ class Split:
         Parameters
         ----------
         X : ndarray of shape (n, ...)
+            The images of the whole training set.
         y : ndarray of int, shape (n,)
+            Their class numbers.
 
         Returns
         -------
-        X, y : ndarrays of shape (m, ...) and (m,), m <= n. They share no memory with the input, so
-            no removed image can be reached through them.
+        X : ndarray of shape (m, ...), m <= n
+        y : ndarray of int, shape (m,)
+            Neither shares memory with the input, so no removed image can be reached through them.
+
+        Raises
+        ------
+        ValueError
+            If a class has fewer images than it should keep.
         """
         rows = self.kept_rows(y)
         return X[rows], y[rows]
 
 
 def class_number(name_or_number, class_names):
-    """Turn a class's name, number or number in digits into its number.
+    """Find the number of a class.
+
+    Parameters
+    ----------
+    name_or_number : str or int
+        The name of the class, its number, or its number as text (``"3"``).
+    class_names : sequence of str
+
+    Returns
+    -------
+    int
 
     Raises
     ------
     ValueError
-        For an unknown class; it lists the valid ones.
+        If there is no such class. The message lists the valid ones.
     """
     text = str(name_or_number)
     if text in class_names:
@@ -263,7 +315,7 @@ def class_number(name_or_number, class_names):
 
 
 def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw=0):
-    """One or more rare classes; the others stay whole.
+    """Make one or more classes rare. The other classes keep all their images.
 
     Parameters
     ----------
@@ -271,10 +323,11 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
         Labels of the whole training set.
     class_names : sequence of str
     minority : str or int, or a list of them
-        The class or classes to cut, by name or number. The reference study: cat.
+        The class or classes to cut, by name or number. The reference study cuts the cats.
     keep : int or float
-        An integer is a number of images per rare class; a float between 0 and 1 a fraction of them,
-        rounded up. The reference study: 50 of 5,000, which is 0.01.
+        What stays of each rare class. An integer is a number of images. A float above 0 and up to 1 is a
+        fraction, rounded up to a whole image. The reference study keeps 50 of 5,000 images, which is the
+        fraction 0.01.
     draw : int
         Seed of the choice of images.
 
@@ -285,20 +338,20 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
     Raises
     ------
     ValueError
-        For an unknown class, or a count that is not between 1 and the number of images.
+        If a class is unknown or named twice, or if the count is not between 1 and the number of images.
     """
     names = [minority] if isinstance(minority, (str, int, np.integer)) else list(minority)
     classes = [class_number(name, class_names) for name in names]
     if not classes or len(set(classes)) != len(classes):
-        raise ValueError(f"Name at least one minority class, and each once: got {names}.")
+        raise ValueError(f"Name at least one minority class, and each only once. Got {names}.")
     counts = {}
     for c in classes:
         available = int(np.sum(y == c))
         count = int(np.ceil(keep * available - 1e-9)) if isinstance(keep, float) else int(keep)
         if not 1 <= count <= available or (isinstance(keep, float) and keep > 1):
             raise ValueError(
-                f"Cannot keep {keep} of class {class_names[c]}, which has {available} images: give a "
-                f"count from 1 to {available}, or a fraction (0.01) above 0 and up to 1."
+                f"Cannot keep {keep} of class {class_names[c]}, which has {available} images. Choose a "
+                f"count from 1 to {available}, or a fraction above 0.0 and up to 1.0."
             )
         counts[c] = count
     name = "+".join(class_names[c] for c in classes) + f"-{keep}" + _draw_suffix(draw)
@@ -306,24 +359,33 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
 
 
 def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
-    """Exponentially falling class sizes (Cui et al. 2019): n_c = n_0 * factor^(-c / (C - 1)).
+    """Let the class sizes fall exponentially (Cui et al. 2019).
+
+    Of C classes, class c keeps n_c = n_0 * factor^(-c / (C - 1)) images.
 
     Parameters
     ----------
     y : ndarray of int, shape (n,)
+        Labels of the whole training set.
     class_names : sequence of str
     imbalance_factor : float, at least 1
-        Images of the first class per image of the last. With 100: 5000, 2997, 1796, ..., 83, 50.
+        Images of the first class per image of the last. With 100, the classes of CIFAR-10 keep 5000, 2997,
+        1796, ..., 83, 50.
     draw : int
         Seed of the choice of images.
 
     Returns
     -------
     Split
-        Its minority classes are those with at most a tenth of the largest class's images, or the
-        last class alone where there is none.
+        Its minority classes are those with at most a tenth of the largest class's images. If there are none,
+        the last class is the minority.
+
+    Raises
+    ------
+    ValueError
+        If the factor is below 1, or so large that a class would keep no image.
     """
-    _check_factor("imbalance_factor", imbalance_factor)
+    _check_factor(imbalance_factor)
     sizes = np.bincount(y, minlength=len(class_names))
     powers = np.arange(len(class_names)) / (len(class_names) - 1)
     wanted = (sizes.max() * (1 / imbalance_factor) ** powers + 1e-9).astype(int)
@@ -335,11 +397,12 @@ def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw
 
 
 def step_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
-    """The second half of the classes is rare, all equally (Buda et al. 2018, mu = 0.5).
+    """Make the second half of the classes equally rare (Buda et al. 2018, mu = 0.5).
 
     Parameters
     ----------
     y : ndarray of int, shape (n,)
+        Labels of the whole training set.
     class_names : sequence of str
     imbalance_factor : float, at least 1
         Images of a frequent class per image of a rare one.
@@ -349,8 +412,13 @@ def step_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
     Returns
     -------
     Split
+
+    Raises
+    ------
+    ValueError
+        If the factor is below 1, or so large that a class would keep no image.
     """
-    _check_factor("imbalance_factor", imbalance_factor)
+    _check_factor(imbalance_factor)
     sizes = np.bincount(y, minlength=len(class_names))
     minority = tuple(range((len(class_names) + 1) // 2, len(class_names)))
     counts = {c: int(min(sizes.max() / imbalance_factor + 1e-9, sizes[c])) for c in minority}
@@ -365,8 +433,9 @@ def split_from_name(name, y, class_names=CIFAR10_CLASSES):
     ----------
     name : str
         ``cat-50`` (class, kept images), ``cat+dog-0.01`` (classes, kept fraction), ``long-tailed-100``
-        or ``step-10`` (imbalance factor), each with an optional ``@1`` for another draw of images.
+        or ``step-10`` (imbalance factor). An optional ``@1`` at the end chooses other images to keep.
     y : ndarray of int, shape (n,)
+        Labels of the whole training set.
     class_names : sequence of str
 
     Returns
@@ -376,7 +445,7 @@ def split_from_name(name, y, class_names=CIFAR10_CLASSES):
     Raises
     ------
     ValueError
-        For a name of no such form, an unknown class or an impossible count.
+        If the name has none of these forms, a class is unknown, or a count or factor is impossible.
     """
     match = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)(?:@(\d+))?", name)
     if match is None:
@@ -392,18 +461,20 @@ def split_from_name(name, y, class_names=CIFAR10_CLASSES):
     return minority_split(y, class_names, kind.split("+"), value, draw)
 
 
-def _check_factor(name, value):
-    if not value >= 1:
-        raise ValueError(f"{name} is images of the largest class per image of the smallest, so at least "
-                         f"1: got {value}.")  # fmt: skip
+def _check_factor(imbalance_factor):
+    if not imbalance_factor >= 1:  # also refuses NaN
+        raise ValueError(
+            "imbalance_factor is the number of images of the largest class per image of the smallest, so it "
+            f"must be at least 1. Got {imbalance_factor}."
+        )
 
 
 def _check_none_empty(counts, class_names, imbalance_factor):
     empty = [class_names[c] for c, count in counts.items() if count < 1]
     if empty:
         raise ValueError(
-            f"An imbalance factor of {imbalance_factor:g} leaves no image of class {', '.join(empty)}: "
-            "choose a smaller one."
+            f"An imbalance factor of {imbalance_factor:g} leaves no image of class {', '.join(empty)}. "
+            "Choose a smaller one."
         )
 
 
