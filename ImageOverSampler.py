@@ -1,7 +1,13 @@
-"""The interface that all samplers of this project share: imbalanced-learn's, for images as they are.
+"""The interface of all samplers here: imbalanced-learn's ``fit_resample``, for images as they are.
 
-imbalanced-learn's own samplers want a matrix of shape (n_samples, n_features). Here ``X`` stays a stack
-of images, and a sampler only has to say how it makes new images of one class.
+imbalanced-learn's own samplers take a matrix of shape (n_samples, n_features). Here ``X`` stays a stack of
+images, and a new sampler has to implement one method:
+
+    class Black(ImageOverSampler):
+        def _make_images(self, X, c, count, seed):
+            return np.zeros((count, *X.shape[1:]), dtype=np.uint8)
+
+    X_res, y_res = Black().fit_resample(X, y)     # the first len(X) rows are X, then the new images
 """
 
 from abc import abstractmethod
@@ -13,6 +19,10 @@ from sklearn.utils import check_random_state
 from Runtime import check_images, derive_seed
 
 
+class TooFewImagesError(ValueError):
+    """A class has too few images for the sampler; the message says which sampler and how many it needs."""
+
+
 class ImageOverSampler(BaseOverSampler):
     """Base class of the samplers: appends new images after the given ones.
 
@@ -20,9 +30,10 @@ class ImageOverSampler(BaseOverSampler):
 
     Parameters
     ----------
-    sampling_strategy : str or dict, default 'auto'
-        As in imbalanced-learn. ``'auto'`` brings every class up to the size of the largest. A dict
-        maps a class number to the number of images of it wanted *in all*, real ones included.
+    sampling_strategy : str, dict or callable, default 'auto'
+        How many images each class shall have, as in imbalanced-learn. ``'auto'`` brings every class up to the
+        size of the largest. A dict maps a class number to the number of images of it wanted *in all*, real
+        ones included. A callable returns such a dict from ``y``, as :func:`source_balanced_strategy` does.
     random_state : int, RandomState instance or None, default None
         Seed of the new images.
     """
@@ -46,13 +57,13 @@ class ImageOverSampler(BaseOverSampler):
         -------
         X_resampled : ndarray of uint8, shape (m, height, width, 3)
         y_resampled : ndarray of int64, shape (m,)
-            The first n rows are the input, unchanged and in order; rows n to m are synthetic, class
-            after class in ascending order.
+            The first n rows are the input, unchanged and in order. Rows n to m are synthetic, class after
+            class in ascending order.
 
         Raises
         ------
         TypeError, ValueError
-            For arrays of another dtype or shape, or a strategy that asks for fewer images than given.
+            If an array has another dtype or shape, or the strategy asks for fewer images than given.
         """
         return super().fit_resample(X, y)
 
@@ -90,23 +101,27 @@ class ImageOverSampler(BaseOverSampler):
 def source_balanced_strategy(y, share=0.4):
     """A ``sampling_strategy`` that gives every class some synthetic images.
 
-    If only the minority class has synthetic images, "looks synthetic" predicts that class, and a
-    classifier learns this cue in place of the class. With some synthetic images in every class the
-    cue loses its worth.
+    If only the minority class has synthetic images, "looks synthetic" predicts that class, and a classifier
+    can learn this shortcut instead of the class. If every class has synthetic images, the shortcut is worth less.
 
     Parameters
     ----------
     y : ndarray of int, shape (n,)
         Labels of the imbalanced training set.
     share : float, default 0.4
-        Synthetic images of a class that is not short of any, as a share of the largest class's size:
+        Number of synthetic images of a class that lacks none, as a fraction of the largest class's size:
         2,000 of 5,000.
 
     Returns
     -------
     dict
-        Class number -> number of images wanted in all. Each class gets what it lacks to the largest
-        class's size, or ``share`` of that size if this is more.
+        Class number -> number of images wanted in all. Each class gets the images that it lacks to the size of
+        the largest class, or ``share`` of that size if this is more.
+
+    Examples
+    --------
+    >>> source_balanced_strategy(np.array([0] * 10 + [1] * 2))
+    {0: 14, 1: 10}
     """
     classes, sizes = np.unique(y, return_counts=True)
     largest = int(sizes.max())

@@ -10,20 +10,21 @@ RUN := .venv/bin/python
 main: $(ENVIRONMENT)  ## run the study: notebooks in order, plots in images/, numbers in results/
 	$(RUN) RunNotebooks.py --profile $(PROFILE)
 
-test: $(ENVIRONMENT)  ## check the modules, the notebook and that the README shows what results/ says
+test: $(ENVIRONMENT)  ## check modules, notebooks, and that the documents show what results/ says
 	$(RUN) -m pytest
 	$(RUN) Report.py --check
 	$(RUN) benchmarks/report.py --check
 
 data: $(ENVIRONMENT)  ## fetch CIFAR-10 and CIFAKE without running anything
-	$(RUN) -c "import Experiment as e; data = e.load_data(); print(data); print(e.prepare_stable_diffusion_images(data))"
+	$(RUN) -c "import Experiment as e; d = e.load_data(); print(d); \
+	    print(e.prepare_stable_diffusion_images(d, e.split_from_name(e.default_split(d), d.y_train, d.class_names)))"
 
 evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or full, the notebooks, then the report
 	$(RUN) Experiment.py --arm all --profile $(PROFILE)
 	$(RUN) RunNotebooks.py --profile $(PROFILE)
 	$(RUN) Report.py
 
-report: $(ENVIRONMENT)  ## redraw images/ and the tables of both READMEs from results/
+report: $(ENVIRONMENT)  ## redraw images/ and the documents' tables from results/
 	$(RUN) Report.py
 	$(RUN) benchmarks/report.py
 

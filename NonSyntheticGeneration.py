@@ -1,23 +1,41 @@
-"""Oversampling without a generator: more images of the rare class by augmenting the few there are.
+"""Oversampling without a generator: more images of the rare class from the few that are there.
 
-X_res, y_res = AugmentationOverSampler(random_state=0).fit_resample(X, y)
+    X_res, y_res = AugmentationOverSampler(random_state=0).fit_resample(X, y)     # augmented copies
+    X_res, y_res = PixelOverSampler(SMOTE(), random_state=0).fit_resample(X, y)    # imbalanced-learn's SMOTE
+
+References
+----------
+Chawla et al. (2002), SMOTE: Synthetic minority over-sampling technique.
 """
 
 import numpy as np
+from imblearn.over_sampling.base import BaseOverSampler
 from PIL import Image
+from sklearn.base import clone
 from torchvision.transforms import InterpolationMode, v2
 
-from ImageOverSampler import ImageOverSampler
-from Runtime import seeded
+from ImageOverSampler import ImageOverSampler, TooFewImagesError
+from Runtime import check_images, seeded
+
+# --- Augmentation -------------------------------------------------------------------------------
 
 
 def mild_augmentation(size):
-    """What moves a small photograph about without leaving its class, for images of ``size`` (h, w).
+    """Transforms that vary a small photograph without changing its class.
 
-    Chosen before any result was seen: crops and rotations stay small because at 32x32 the object fills
-    the frame; hue stays put because coat colour is a cue; nothing is solarised or turned upside down,
-    as no test image is. No flip either: the training loop flips every image already, and not every
-    data set allows it.
+    They were chosen before any result was seen. Crops and rotations are small because the object fills a
+    32x32 image. Hue stays because coat colour is a cue. Nothing is solarised or turned upside down, since no
+    test image is. There is no flip, because the training loop flips images already and not every data
+    set allows it.
+
+    Parameters
+    ----------
+    size : pair of int
+        Height and width of the images in pixels.
+
+    Returns
+    -------
+    tuple of torchvision transforms
     """
     return (
         v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
@@ -27,10 +45,10 @@ def mild_augmentation(size):
 
 
 def reference_augmentation(size):
-    """The reference study's: strong colour and geometry, made for large photographs.
+    """The reference study's transforms: strong changes of colour and geometry, made for large photographs.
 
-    Solarising inverts the brighter half of the values; corners that rotation and perspective uncover
-    are black. It keeps any ``size``.
+    Solarising inverts the brighter half of the pixel values. Rotation and perspective leave black corners.
+    Images of every ``size`` keep it.
     """
     return (
         v2.ColorJitter(brightness=0.5, hue=0.3),
@@ -53,10 +71,10 @@ class AugmentationOverSampler(ImageOverSampler):
     preset : {'mild', 'reference'}, default 'mild'
         ``'mild'`` suits 32x32 photographs: crop to 70 to 100 % of the area, rotation by up to 10
         degrees, brightness, contrast and saturation by up to 20 %. ``'reference'`` is the reference
-        study's: brightness 0.5, hue 0.3, perspective 0.2, rotation 0 to 180 degrees, solarise with
+        study's: brightness 0.5, hue 0.3, perspective 0.2, rotation by 0 to 180 degrees, solarise with
         probability 0.5.
-    sampling_strategy : str or dict, default 'auto'
-        As in imbalanced-learn: see :class:`ImageOverSampler.ImageOverSampler`.
+    sampling_strategy : str, dict or callable, default 'auto'
+        How many images each class shall have: see :class:`ImageOverSampler.ImageOverSampler`.
     random_state : int, RandomState instance or None, default None
         The same seed gives the same images.
 
@@ -80,7 +98,64 @@ class AugmentationOverSampler(ImageOverSampler):
         augment = v2.Compose(PRESETS[self.preset](X.shape[1:3]))
         rng = np.random.default_rng(seed)
         sources = np.concatenate([rng.permutation(len(X)) for _ in range(-(-count // len(X)))])[:count]
-        # Image by image, because torchvision draws one set of parameters per call; as PIL images,
-        # because on 32x32 pixels they take 0.6 times as long as tensors (both presets).
+        # Image by image, because torchvision draws one set of parameters per call. As PIL images, because
+        # at 32x32 pixels they take 0.6 times as long as tensors (both presets).
         with seeded(seed):
             return np.stack([np.asarray(augment(Image.fromarray(X[row]))) for row in sources])
+
+
+# --- imbalanced-learn's own samplers ------------------------------------------------------------
+
+
+class PixelOverSampler(BaseOverSampler):
+    """Any over-sampler of imbalanced-learn (RandomOverSampler, SMOTE, ADASYN, ...) on the pixels of images.
+
+    Each image becomes one row of pixel values (float32), and each new row becomes an image again, rounded to
+    uint8. A sampler that interpolates between neighbours gets at most as many neighbours as the smallest class has.
+
+    Parameters
+    ----------
+    sampler : imbalanced-learn over-sampler
+        It is cloned, so the given object stays as it is.
+    sampling_strategy, random_state
+        Passed to ``sampler``: see :class:`ImageOverSampler.ImageOverSampler`.
+
+    Raises
+    ------
+    TooFewImagesError
+        In ``fit_resample``, if the sampler interpolates between neighbours and a class has one image.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from imblearn.over_sampling import SMOTE
+    >>> X = np.zeros((12, 32, 32, 3), dtype=np.uint8)
+    >>> y = np.array([0] * 9 + [1] * 3)
+    >>> X_res, y_res = PixelOverSampler(SMOTE(), random_state=0).fit_resample(X, y)
+    >>> X_res.shape, np.bincount(y_res).tolist()
+    ((18, 32, 32, 3), [9, 9])
+    """
+
+    def __init__(self, sampler, *, sampling_strategy="auto", random_state=None):
+        super().__init__(sampling_strategy=sampling_strategy)
+        self.sampler = sampler
+        self.random_state = random_state
+
+    def _check_X_y(self, X, y):
+        return *check_images(X, y), False
+
+    def _fit_resample(self, X, y):
+        sampler = clone(self.sampler).set_params(
+            sampling_strategy=self.sampling_strategy, random_state=self.random_state
+        )
+        smallest = int(np.unique(y, return_counts=True)[1].min())
+        for name in sampler.get_params().keys() & {"k_neighbors", "n_neighbors"}:
+            if smallest < 2:
+                raise TooFewImagesError(
+                    f"{type(sampler).__name__} interpolates between images of a class, but one class has only one"
+                )
+            sampler.set_params(**{name: min(getattr(sampler, name), smallest - 1)})
+        # float32, because differences of uint8 wrap around.
+        X_res, y_res = sampler.fit_resample(X.reshape(len(X), -1).astype(np.float32), y)
+        X_res = np.rint(X_res, out=X_res).astype(np.uint8)
+        return X_res.reshape(-1, *X.shape[1:]), y_res

@@ -1,72 +1,109 @@
-"""Tables and plots made from ``results/``, and the part of the README that shows them.
+"""Tables, sentences and figures made from ``results/``. Nothing here trains, resamples or downloads.
 
-python Report.py           redraw images/ and write the README's results
-python Report.py --check   fail if the README does not show what results/ says
+python Report.py           redraw images/ and write the generated parts of README.md and docs/results.md
+python Report.py --check   fail if a generated part does not show what results/ says
 """
 
 import argparse
-import contextlib
-from dataclasses import fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
-from ClassifierNetwork import Recipe, ResNet18
-from Experiment import (
-    ARMS,
-    PROFILES,
-    REFERENCE_SPLIT,
-    ArmUnavailableError,
-    caption,
-    classifier_features,
-    gan_path,
-    generated_minority_images,
-    generation_path,
-    load_results,
-    load_test_labels,
-    make_training_set,
-    output_path,
-    prepare_generator,
-    prepare_stable_diffusion_images,
-    read_result,
-    save_arm_plots,
-    warning,
-)
-from GANGeneration import load_generator, sample_images
-from GenerationQuality import memorisation, memorisation_figure
+from Arms import ARMS, PROFILES, REFERENCE_SPLIT
+from Results import Study, predictions_of, read_json
 from Runtime import atomic_path, describe_differences, hardware_text
 from Utils import (
     markdown_table,
     mcnemar_test,
-    plot_adversarial_training,
     plot_comparison,
-    plot_generation_quality,
-    plot_image_rows,
+    plot_confusion_matrix,
+    plot_learning_curves,
     save_figure,
 )
 
-README = Path("README.md")
 NOT_RUN = "*Not run yet.*"
-
-# The questions that the study asks of pairs of arms: does the second do better than the first?
-PAIRS = (
-    ("imbalanced", "non-synthetic"),
-    ("imbalanced", "stable"),
-    ("imbalanced", "gan"),
-    ("non-synthetic", "gan"),
-    ("gan", "stable"),
-    ("gan", "gan-source-balanced"),
-    ("stable", "stable-source-balanced"),
-    ("stable", "logit-adjusted"),
-    ("logit-adjusted", "gan-source-balanced-adjusted"),
-    ("logit-adjusted", "stable-source-balanced-adjusted"),
-    ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"),
+README_ARMS = (
+    "imbalanced",
+    "non-synthetic",
+    "gan",
+    "stable",
+    "logit-adjusted",
+    "stable-source-balanced-adjusted",
 )
 
+# The questions that the study asks of two arms: does the second find more of the minority than the first?
+QUESTIONS = {
+    ("imbalanced", "non-synthetic"): "Do augmented copies help?",
+    ("imbalanced", "stable"): "Do Stable Diffusion images of the minority help?",
+    ("imbalanced", "gan"): "Do the GAN's images of the minority help?",
+    ("non-synthetic", "gan"): "Does the GAN beat augmented copies?",
+    ("gan", "stable"): "Does Stable Diffusion beat the GAN?",
+    ("gan", "gan-source-balanced"): "Does it help to give every class images of the GAN?",
+    ("stable", "stable-source-balanced"): "Does it help to give every class Stable Diffusion images?",
+    ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
+    ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to that loss?",
+    ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images add to that loss?",
+    ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
+        "With that loss, does Stable Diffusion beat the GAN?",
+}  # fmt: skip
 
-# --- Tables -------------------------------------------------------------------------------------
+
+# --- Titles -------------------------------------------------------------------------------------
+
+
+def data_warning(data_name):
+    """What every title begins with if the data is not CIFAR-10; else nothing."""
+    return "" if data_name == "cifar10" else f"{data_name.upper()}, NOT CIFAR-10 - "
+
+
+def title(study, subject):
+    """A plot's title: the subject, the split, and a warning if the data is not CIFAR-10."""
+    return f"{data_warning(study.data)}{subject}: {study.split}"
+
+
+def caption(results):
+    """The runs behind a plot: data, split, profile, seeds.
+
+    Parameters
+    ----------
+    results : list of dict
+        One result per seed.
+    """
+    first, seeds = results[0], [result["seed"] for result in results]
+    many = f"{len(seeds)} seeds" if len(seeds) > 1 else f"1 seed ({seeds[0]})"
+    return f"{data_warning(first['data'])}{first['split']}, profile {first['profile']}, {many}"
+
+
+def banner(study, data, split):
+    """Markdown that opens a notebook: data, split and profile.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+    split : ImbalancedCIFAR10.Split
+    """
+    minority = ", ".join(data.class_names[c] for c in split.minority_classes)
+    kept = ", ".join(
+        f"{split.counts[c]:,} of {int((data.y_train == c).sum()):,}" for c in split.minority_classes
+    )
+    text = (
+        f"Data: **{data.name}**, {len(data.y_train):,} training and {len(data.y_test):,} test images. "
+        f"Split **{study.split}**: {kept} training images of class {minority} stay. "
+        f"Profile **{study.profile}**: {study.settings.purpose}."
+    )
+    if data.name != "cifar10":
+        text = (
+            "> **This is not CIFAR-10.** CIFAR-10 is not on this machine and could not be downloaded. The study "
+            "runs on scikit-learn's bundled digits instead. Set `CIFAR10_ROOT` or connect to the internet to get "
+            "CIFAR-10. What the text says about cats and photographs does not apply to digits.\n\n" + text
+        )
+    return text
+
+
+# --- Tables of arms -----------------------------------------------------------------------------
 
 
 def percent(fractions, digits=1):
@@ -76,47 +113,105 @@ def percent(fractions, digits=1):
     return f"{values.mean():.{digits}f}{spread}"
 
 
-def results_table(results):
+def _metric(*keys):
+    """A column: one metric of all runs."""
+
+    def cell(runs):
+        values = []
+        for value in runs:
+            for key in keys:
+                value = value and value[key]
+            values.append(value)
+        return "" if None in values else percent(values)
+
+    return cell
+
+
+COLUMNS = {
+    "images added": lambda runs: f"{sum(runs[0]['training_images']['synthetic']):,}",
+    "minority recall": lambda runs: f"**{_metric('metrics', 'minority', 'recall')(runs)}**",
+    "minority precision": _metric("metrics", "minority", "precision"),
+    "minority F1": _metric("metrics", "minority", "f1"),
+    "balanced accuracy": _metric("metrics", "balanced_accuracy"),
+    "accuracy": _metric("metrics", "accuracy"),
+    "seeds": lambda runs: str(len(runs)),
+}
+MORE_COLUMNS = {
+    "recall of the other classes": _metric("metrics", "majority_recall"),
+    "macro F1": _metric("metrics", "macro_f1"),
+    "G-mean": _metric("metrics", "g_mean"),
+    "accuracy, averaged flips": _metric("metrics_with_averaged_flips", "accuracy"),
+    "accuracy, best epoch by test accuracy": _metric("best_look_at_test", "test_accuracy"),
+}
+
+
+def results_table(results, columns=COLUMNS):
     """Markdown table of all arms, the minority class first.
 
     Parameters
     ----------
     results : dict
-        Arm name -> list of results, as :func:`Experiment.load_results` gives them.
+        Arm name -> list of results, as :meth:`Results.Study.load_results` returns them.
+    columns : dict
+        Column head -> function of an arm's runs that returns the cell.
 
     Returns
     -------
     str
         All scores in percent; mean and sample standard deviation over seeds if there are several.
     """
-    head = (
-        "arm", "images added", "minority recall", "minority precision", "balanced accuracy",
-        "macro F1", "accuracy", "accuracy, best look at test", "accuracy, averaged flips", "seeds",
-    )  # fmt: skip
+    rows = [(ARMS[name].title, *(cell(runs) for cell in columns.values())) for name, runs in results.items()]
+    return markdown_table(("arm", *columns), rows)
+
+
+def arms_table(names):
+    """Markdown table of what arms differ in: the sampler, the classes that get its images, the loss.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Keys of :data:`Arms.ARMS`.
+
+    Returns
+    -------
+    str
+    """
     rows = []
-    for name, runs in results.items():
-        metrics = [run["metrics"] for run in runs]
-        flips = [run["metrics_with_averaged_flips"] for run in runs]
-        cells = (
-            ARMS[name].title,
-            f"{sum(runs[0]['training_images']['synthetic']):,}",
-            f"**{percent([m['minority']['recall'] for m in metrics])}**",
-            percent([m["minority"]["precision"] for m in metrics]),
-            percent([m["balanced_accuracy"] for m in metrics]),
-            percent([m["macro_f1"] for m in metrics]),
-            percent([m["accuracy"] for m in metrics]),
-            percent([run["best_look_at_test"]["test_accuracy"] for run in runs]),
-            percent([f["accuracy"] for f in flips]) if all(flips) else "",
-            str(len(runs)),
-        )
-        rows.append(cells)
-    return markdown_table(head, rows)
+    for name in names:
+        arm = ARMS[name]
+        sampler, classes = "none", ""
+        if arm.sampler is not None:
+            sampler = f"`{type(arm.sampler).__name__}`"
+            classes = "every class" if callable(arm.sampler.sampling_strategy) else "the minority"
+        loss = "logit-adjusted cross-entropy" if arm.logit_adjusted else "cross-entropy"
+        rows.append((arm.title, sampler, classes, loss))
+    return markdown_table(("arm", "sampler", "adds images to", "loss"), rows)
+
+
+def _compare(results, first, second):
+    """Exact McNemar tests of two arms' first seeds: on the minority's test images, and on all."""
+    run = results[first][0]
+    y_true = Study(run["profile"], run["data"], run["split"]).load_test_labels()
+    predictions = [predictions_of(results[name][0]) for name in (first, second)]
+    minority = np.isin(y_true, [run["class_names"].index(c) for c in run["minority_classes"]])
+    return [
+        mcnemar_test(y_true[rows], *(predicted[rows] for predicted in predictions))
+        for rows in (minority, np.ones_like(minority))
+    ]
+
+
+def _asked(results):
+    return {pair: question for pair, question in QUESTIONS.items() if set(pair) <= results.keys()}
+
+
+def _p_value(p):
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def paired_table(results):
     """Markdown table of exact McNemar tests between arms, on the minority's test images and on all.
 
-    The first seed of each arm is compared, image by image.
+    The first seeds of two arms are compared image by image.
 
     Parameters
     ----------
@@ -128,39 +223,72 @@ def paired_table(results):
     str
     """
     head = (
-        "compared arms", "minority images that only the first / only the second finds", "p",
-        "all images that only the first / only the second gets right", "p",
-    )  # fmt: skip
+        "compared arms",
+        "minority images that only the first / only the second finds",
+        "p",
+        "all images that only the first / only the second gets right",
+        "p",
+    )
     rows = []
-    for first, second in PAIRS:
-        if first not in results or second not in results:
-            continue
-        run = results[first][0]
-        y_true = load_test_labels(run["profile"], run["data"], run["split"])
-        predicted_first, predicted_second = (
-            np.array(results[name][0]["test_predictions"].split(), dtype=int) for name in (first, second)
-        )
-        rare = [run["class_names"].index(c) for c in run["minority_classes"]]
-        minority = np.isin(y_true, rare)
+    for first, second in _asked(results):
         cells = [f"{ARMS[first].title} / {ARMS[second].title}"]
-        for judged in (minority, np.ones_like(minority)):
-            test = mcnemar_test(y_true[judged], predicted_first[judged], predicted_second[judged])
-            p = test["p_value"]
+        for test in _compare(results, first, second):
             cells.append(f"{test['only_first_right']:,} / {test['only_second_right']:,}")
-            cells.append("< 0.0001" if p < 1e-4 else f"{p:.4f}")
+            cells.append(_p_value(test["p_value"]))
         rows.append(cells)
     return markdown_table(head, rows)
 
 
+def findings(results):
+    """The study's questions, each answered from the results: a markdown list.
+
+    The answer is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 (exact McNemar test,
+    first seeds), else *undecided*.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results.
+
+    Returns
+    -------
+    str
+    """
+    lines = []
+    for (first, second), question in _asked(results).items():
+        test, _ = _compare(results, first, second)
+        recalls = [results[name][0]["metrics"]["minority"]["recall"] for name in (first, second)]
+        answer = "Undecided" if test["p_value"] >= 0.05 else "Yes" if recalls[1] > recalls[0] else "No"
+        lines.append(
+            f"- **{question}** {answer}. *{ARMS[second].title}* finds {recalls[1]:.1%} of the minority, "
+            f"*{ARMS[first].title}* {recalls[0]:.1%} (p {_p_value(test['p_value'])})."
+        )
+    profile = next(iter(results.values()))[0]["profile"]
+    if not PROFILES[profile].evidence:
+        lines.insert(0, f"*The profile `{profile}` is too short to conclude anything from these answers.*\n")
+    return "\n".join(lines)
+
+
 def conditions(results):
-    """One sentence: under which conditions the results were obtained."""
+    """The conditions under which results were obtained, in a few sentences.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results.
+
+    Raises
+    ------
+    ValueError
+        If two arms were trained with different recipes or networks.
+    """
     runs = [run for arm in results.values() for run in arm]
     first = runs[0]
-    configuration = first["configuration"] | {"downsampling": ResNet18.downsampling}
-    shared = [field.name for field in fields(Recipe)] + ["width", "downsampling"]
+    configuration = first["configuration"]
+    shared = configuration.keys() - {"logit_adjusted", "processes", "bfloat16"}
     for run in runs:
         if differences := describe_differences(
-            run["configuration"], {key: configuration.get(key) for key in shared}
+            run["configuration"], {key: configuration[key] for key in shared}
         ):
             raise ValueError(
                 f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
@@ -170,72 +298,75 @@ def conditions(results):
     torch_versions = ", ".join(dict.fromkeys(run["versions"]["torch"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
     minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
-    minority = ", ".join(first["minority_classes"])
     support = sum(first["metrics"]["per_class"][c]["support"] for c in first["minority_classes"])
     recall = binomtest(support // 2, support).proportion_ci(method="wilson")
     return (
         f"Split `{first['split']}` of {'CIFAR-10' if first['data'] == 'cifar10' else first['data']} "
-        f"(minority: {minority}), profile `{first['profile']}`: ResNet-18 of width "
-        f"{configuration['width']} with {configuration['downsampling']} ({configuration['parameters']:,} parameters), "
-        f"{configuration['steps']:,} steps of {configuration['batch_size']} images "
-        f"({first['training_pflops']:.2g} PFLOPs) in every arm, last weights, no test-time augmentation "
-        f"unless the column says so; seed"
-        f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; PyTorch "
-        f"{torch_versions} on {hardware}, median {minutes:.0f} minutes of training an arm, "
-        f"whatever else the machine did meanwhile. All scores are percentages. With {support:,} test images of the "
-        f"minority, a recall near a half is uncertain by {100 * (recall.high - recall.low) / 2:.0f} points "
-        "(95 %) from the choice of test images alone; the choice of seed comes on top."
+        f"(minority: {', '.join(first['minority_classes'])}), profile `{first['profile']}`. "
+        f"Every arm trains a ResNet-18 of width {configuration['width']} with {configuration['downsampling']} "
+        f"({configuration['parameters']:,} parameters) for {configuration['steps']:,} steps of "
+        f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). "
+        "Its last weights are evaluated, with one view of each test image unless the column says otherwise. "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
+        f"PyTorch {torch_versions} on {hardware}; the median training took {minutes:.0f} minutes, possibly "
+        "beside other work on the machine. All scores are percentages. "
+        f"There are {support:,} test images of the minority, so a recall near one half is uncertain by "
+        f"{100 * (recall.high - recall.low) / 2:.0f} points (95 %) from the choice of test images alone. "
+        "The choice of the seed adds to that."
     )
 
 
-# --- What the notebook says in words ------------------------------------------------------------
+# --- Figures of arms ----------------------------------------------------------------------------
 
 
-def title(subject, data, split):
-    """A plot's title: the subject, the split, and a warning if the data is not CIFAR-10."""
-    return f"{warning(data.name)}{subject}: {split.name}"
+def confusion_figure(results):
+    """Confusion matrix of one arm, added up over its seeds.
+
+    Parameters
+    ----------
+    results : list of dict
+        The arm's results, one per seed.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    first = results[0]
+    matrix = np.sum([result["metrics"]["confusion_matrix"] for result in results], axis=0)
+    return plot_confusion_matrix(matrix, first["class_names"], _arm_title(results))
 
 
-def banner(data, split, profile_name):
-    """Markdown that opens the notebook: data, split and profile."""
-    rare = ", ".join(data.class_names[c] for c in split.minority_classes)
-    kept = ", ".join(
-        f"{split.counts[c]:,} of {int((data.y_train == c).sum()):,}" for c in split.minority_classes
-    )
-    text = (
-        f"Data: **{data.name}**, {len(data.y_train):,} training and {len(data.y_test):,} test images. Split "
-        f"**{split.name}**: of class {rare}, {kept} training images stay. Profile **{profile_name}**: "
-        f"{PROFILES[profile_name].purpose}."
-    )
-    if data.name != "cifar10":
-        text = (
-            "> **This is not CIFAR-10.** CIFAR-10 was neither found nor could it be downloaded, so the study "
-            "runs on scikit-learn's bundled digits. Set `CIFAR10_ROOT` or connect to the internet for the "
-            "real one. What is said about cats and photographs below does not apply.\n\n" + text
-        )
-    return text
+def learning_curves_figure(results):
+    """Learning curves of one arm, one line per seed; parameters as for :func:`confusion_figure`."""
+    histories = [result["history"] for result in results]
+    return plot_learning_curves(histories, _arm_title(results), chance=1 / len(results[0]["class_names"]))
 
 
-def skipped(outcomes):
-    """Markdown list of the arms that :func:`Experiment.run_arms` skipped, with the reasons."""
-    reasons = [
-        f"- **{ARMS[arm].title}** was skipped: {outcome}."
-        for (arm, _, _), outcome in outcomes.items()
-        if isinstance(outcome, str)
-    ]
-    return "\n".join(reasons) or "Every arm of the story ran."
+def _arm_title(results):
+    return f"{ARMS[results[0]['arm']].title}\n{caption(results)}"
 
 
-def story_of(results, *names):
-    """Those of ``names`` that have results."""
-    return [name for name in names if name in results]
-
-
-# --- Pictures -----------------------------------------------------------------------------------
+def save_arm_plots(study, arm_name):
+    """Draw ``cm_<tag>.png`` and ``test_<tag>.png`` of an arm from all its finished seeds."""
+    results = study.load_results()[arm_name]
+    figures = confusion_figure(results), learning_curves_figure(results)
+    for path, figure in zip(study.plot_paths(arm_name), figures, strict=True):
+        save_figure(figure, path)
+        plt.close(figure)
 
 
 def comparison_figure(results):
-    """Bars of all arms: recall of the minority class, balanced accuracy, accuracy."""
+    """Bars of all arms: recall of the minority class, balanced accuracy, accuracy.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
     rows = {
         ARMS[name].title: {
             "minority_recall": [run["metrics"]["minority"]["recall"] for run in runs],
@@ -244,128 +375,32 @@ def comparison_figure(results):
         }
         for name, runs in results.items()
     }
-    everything = [run for runs in results.values() for run in runs]
-    distinct = {run["seed"]: run for run in everything}
-    return plot_comparison(rows, caption(list(distinct.values())))
+    by_seed = {run["seed"]: run for runs in results.values() for run in runs}
+    return plot_comparison(rows, caption(list(by_seed.values())))
 
 
-def class_counts(data, split):
-    """Real and synthetic images per class of the sets that the story compares.
+# --- The GAN and the quality of generated images ------------------------------------------------
 
-    Returns
-    -------
-    dict
-        Name -> pair of int arrays of shape (n_classes,), for :func:`Utils.plot_class_counts`.
+
+def gan_conditions(record):
+    """What was trained, on what, for how much: a few sentences.
+
+    Parameters
+    ----------
+    record : dict
+        The content of ``gan.json``.
     """
-    names = {
-        "imbalanced": "imbalanced",
-        "non-synthetic": "one class filled up",
-        "stable-source-balanced": "every class gets some",
-    }
-    counts = {}
-    for name, label in names.items():
-        try:
-            counts[label] = make_training_set(name, data, split).counts(len(data.class_names))
-        except ArmUnavailableError:
-            continue
-    return counts
-
-
-def stable_diffusion_source(data, split):
-    """Markdown that says where the Stable Diffusion images come from, or why there are none."""
-    try:
-        return f"Stable Diffusion images: {prepare_stable_diffusion_images(data, split)}."
-    except ArmUnavailableError as error:
-        return f"**No Stable Diffusion images:** {error}. Their arms are skipped."
-
-
-def sample_figure(data, split, columns=10):
-    """Real images of the minority class beside what the methods add to it.
-
-    Methods that are not to be had are left out.
-    """
-    c = split.minority_classes[0]
-    X, y = split.cut(data.X_train, data.y_train)
-    real = X[y == c]
-    rows = {f"real ({min(columns, len(real))} of {len(real)} left)": real[:columns]}
-    for name in ("non-synthetic-reference", "non-synthetic", "stable"):
-        with contextlib.suppress(ArmUnavailableError):
-            rows[ARMS[name].title] = generated_minority_images(name, data, split)[:columns]
-    subject = f"{data.class_names[c]}, real images and what each method adds"
-    return plot_image_rows(rows, title(subject, data, split))
-
-
-# --- The GAN ------------------------------------------------------------------------------------
-
-
-def load_gan_result(profile_name, data_name, split_name):
-    """What :func:`Experiment.prepare_generator` wrote to ``gan.json``."""
-    return read_result(gan_path(profile_name, data_name, split_name))
-
-
-def gan_conditions(result):
-    """One paragraph: what was trained, on what, for how much."""
-    settings, parameters, last = result["settings"], result["parameters"], result["history"][-1]
-    best = next(record for record in result["history"] if record["step"] == result["best_step"])
+    settings, parameters, last = record["settings"], record["parameters"], record["history"][-1]
+    best = next(entry for entry in record["history"] if entry["step"] == record["best_step"])
     return (
-        f"{settings['steps']:,} generator steps with {settings['batch_size']} real images each time the "
-        f"discriminator was updated, {last['images_seen']:,} in all, every class equally often; "
-        f"{parameters['generator']:,} and {parameters['discriminator']:,} parameters (generator, discriminator); "
-        f"{result['petaflops']:.2g} PFLOPs in {result['seconds']['training'] / 60:.0f} minutes on "
-        f"{hardware_text(result['hardware'])}. The generator of step {result['best_step']:,} was "
-        f"taken (quality {best['quality']:.3g}), by this measure: {result['chosen_by']}."
+        f"The generator has {parameters['generator']:,} parameters, the discriminator "
+        f"{parameters['discriminator']:,}. The generator was updated {settings['steps']:,} times. Each update of "
+        f"the discriminator saw {settings['batch_size']} real images, every class equally often: "
+        f"{last['images_seen']:,} in all. The training took {record['petaflops']:.2g} PFLOPs and "
+        f"{record['seconds']['training'] / 60:.0f} minutes on {hardware_text(record['hardware'])}. The generator "
+        f"of step {record['best_step']:,} was chosen. It has the smallest quality measure, {best['quality']:.3g}: "
+        f"{record['chosen_by']}."
     )
-
-
-def gan_training_figure(data, split, profile_name):
-    """Losses and scores over the adversarial training."""
-    result = load_gan_result(profile_name, data.name, split.name)
-    return plot_adversarial_training(result["history"], title(f"GAN, profile {profile_name}", data, split))
-
-
-def gan_quality_figure(data, split, profile_name):
-    """The Fréchet distance over the adversarial training."""
-    result = load_gan_result(profile_name, data.name, split.name)
-    return plot_generation_quality(
-        result["history"], result["best_step"], "Fréchet distance, ResNet-18 features\n(not comparable with FID)",
-        title("Distance to the kept training images", data, split),
-    )  # fmt: skip
-
-
-def gan_progress_figure(data, split, profile_name):
-    """The same latents over training: a row for some records, a column for each class."""
-    result = load_gan_result(profile_name, data.name, split.name)
-    path = gan_path(profile_name, data.name, split.name).with_name("gan-snapshots.npy")
-    snapshots = np.load(path, allow_pickle=False)
-    shown = np.unique(np.linspace(0, len(snapshots) - 1, 5).astype(int))
-    rows = {f"step {result['history'][k]['step']:,}": snapshots[k] for k in shown}
-    return plot_image_rows(rows, title(f"Columns: {', '.join(data.class_names)}", data, split))
-
-
-def gan_sample_figure(data, split, profile_name, device=None, columns=8):
-    """Generated images of each class, and the kept real images of the first minority class on top."""
-    c = split.minority_classes[0]
-    X, y = split.cut(data.X_train, data.y_train)
-    generator = load_generator(prepare_generator(data, split, profile_name, device), device)
-    rows = {f"real {data.class_names[c]}": X[y == c][:columns]}
-    for label, name in enumerate(data.class_names):
-        rows[f"generated {name}"] = sample_images(generator, [label] * columns, seed=label)
-    return plot_image_rows(rows, title(f"Samples of the GAN, profile {profile_name}", data, split))
-
-
-def gan_memorisation_figure(data, split, profile_name, device=None):
-    """Generated images of the first minority class above the kept real image nearest to each."""
-    c = split.minority_classes[0]
-    X, y = split.cut(data.X_train, data.y_train)
-    kept = X[y == c]
-    generated = generated_minority_images("gan", data, split, profile_name, device)
-    features = classifier_features(data, split, profile_name, device)
-    memory = memorisation(kept, generated, features)
-    subject = (
-        f"Generated {data.class_names[c]} images and the nearest of the {len(kept)} real ones; near copies: "
-        f"{memory.share_of_copies:.1%}\n({features.name})"
-    )
-    return memorisation_figure(kept, generated, memory, title(subject, data, split))
 
 
 def generation_table(judged):
@@ -374,97 +409,144 @@ def generation_table(judged):
     Parameters
     ----------
     judged : dict
-        As :func:`Experiment.judge_generated_images` gives it.
+        As :func:`QualityExperiment.judge_generated_images` returns it.
 
     Returns
     -------
     str
     """
     first = next(iter(judged["methods"].values()))
-    frechet, kernel = ("fid", "kid") if "fid" in first else ("frechet_distance", "kernel_distance")
-    inception = frechet == "fid"
+    inception = "fid" in first
+    frechet, kernel = ("fid", "kid") if inception else ("frechet_distance", "kernel_distance")
     head = (
-        "method", "FID" if inception else "Fréchet distance", "KID" if inception else "kernel distance",
-        "precision", "recall", "near copies (%)",
-    )  # fmt: skip
+        "method",
+        "FID" if inception else "Fréchet distance",
+        "KID" if inception else "kernel distance",
+        "precision",
+        "recall",
+        "near copies (%)",
+    )
     rows = [
         (
-            ARMS[name].title, f"{scores[frechet]:.3g}", f"{scores[kernel]:.3g}", f"{scores['precision']:.2f}",
-            f"{scores['recall']:.2f}", f"{100 * scores['share_of_copies']:.1f}",
+            ARMS[name].title,
+            f"{scores[frechet]:.3g}",
+            f"{scores[kernel]:.3g}",
+            f"{scores['precision']:.2f}",
+            f"{scores['recall']:.2f}",
+            f"{100 * scores['share_of_copies']:.1f}",
         )
         for name, scores in judged["methods"].items()
-    ]  # fmt: skip
+    ]
     new = judged["share_of_copies_among_new_real_images"]
     rows.append(("new real images (the test set's)", "", "", "", "", f"{100 * new:.1f}"))
     return (
-        f"Images of class {judged['class']}: {first['generated_images']:,} of each method against "
-        f"{first['real_images']:,} test images; near copies are counted among all that were generated. Features: "
-        f"{first['features']}. With so few images the distances come out too large: compare them with each other "
-        "only.\n\n" + markdown_table(head, rows)
+        f"Images of class {judged['class']}: {first['generated_images']:,} of each method are compared with "
+        f"{first['real_images']:,} test images. Near copies are counted among all images of the method. "
+        f"Features: {first['features']}. With so few images all distances are too large, so compare them only "
+        "with each other.\n\n" + markdown_table(head, rows)
     )
 
 
-# --- README -------------------------------------------------------------------------------------
+# --- Generated parts of the documents -----------------------------------------------------------
 
 
 def evidence():
-    """Results of each evidence profile on the reference split: profile name -> results."""
-    found = {
-        name: load_results(name, "cifar10", REFERENCE_SPLIT) for name in PROFILES if PROFILES[name].evidence
+    """The studies of the reference split that have results of an evidence profile: study -> results."""
+    studies = [
+        Study(name, "cifar10", REFERENCE_SPLIT) for name, profile in PROFILES.items() if profile.evidence
+    ]
+    found = {study: study.load_results() for study in studies}
+    return {study: results for study, results in found.items() if results}
+
+
+def generated_parts():
+    """Document -> name of each generated part -> its text, made from ``results/``."""
+    summary, arms, gan = [], [], []
+    for study, results in evidence().items():
+        few = {name: results[name] for name in README_ARMS if name in results}
+        summary += [f"Profile `{study.profile}`, all scores in percent:", results_table(few)]
+        arms += [
+            conditions(results),
+            results_table(results, COLUMNS | MORE_COLUMNS),
+            "Exact McNemar tests (first seed of each arm):",
+            paired_table(results),
+            "The study's questions, answered by the recall of the minority:",
+            findings(results),
+        ]
+        gan_path, judged_path = (study.record_path(name) for name in ("gan.json", "generated-images.json"))
+        if gan_path.exists():
+            gan.append(f"Profile `{study.profile}`. {gan_conditions(read_json(gan_path))}")
+        if judged_path.exists():
+            gan.append(generation_table(read_json(judged_path)))
+    return {
+        Path("README.md"): {"summary": "\n\n".join(summary) or NOT_RUN},
+        Path("docs", "results.md"): {
+            "results": "\n\n".join(arms) or NOT_RUN,
+            "gan": "\n\n".join(gan) or NOT_RUN,
+        },
     }
-    return {name: results for name, results in found.items() if results}
 
 
-def readme_sections():
-    """Name of each generated part of the README -> its text, made from ``results/``."""
-    arms, gan = [], []
-    for profile_name, results in evidence().items():
-        place = (profile_name, "cifar10", REFERENCE_SPLIT)
-        arms += [conditions(results), results_table(results), "Paired tests (exact McNemar, first seed):",
-                 paired_table(results)]  # fmt: skip
-        if gan_path(*place).exists():
-            gan.append(f"Profile `{profile_name}`: {gan_conditions(load_gan_result(*place))}")
-        if generation_path(*place).exists():
-            gan.append(generation_table(read_result(generation_path(*place))))
-    return {name: "\n\n".join(parts) or NOT_RUN for name, parts in (("results", arms), ("gan", gan))}
-
-
-def with_section(text, name, section):
-    """``text`` with everything between the two markers ``name`` replaced by ``section``.
+def with_part(text, name, part):
+    """``text`` with everything between the two markers ``name`` replaced by ``part``.
 
     Raises
     ------
     ValueError
-        If the markers are not there.
+        If the markers are missing or occur more than once.
     """
     begin, end = f"<!-- {name}:begin (generated) -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"There must be one line {begin!r} and one {end!r}.")
     before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}"
+    return f"{before}{begin}\n\n{part}\n\n{end}{rest.partition(end)[2]}"
+
+
+def update_documents(documents, check):
+    """Write the generated parts into their documents, or only say which documents are not current.
+
+    Parameters
+    ----------
+    documents : dict
+        As :func:`generated_parts` returns it.
+    check : bool
+        Whether to write nothing.
+
+    Returns
+    -------
+    list of path
+        The documents that were not current.
+    """
+    changed = []
+    for path, parts in documents.items():
+        text = current = path.read_text(encoding="utf-8")
+        for name, part in parts.items():
+            current = with_part(current, name, part)
+        if current != text:
+            changed.append(path)
+            if not check:
+                with atomic_path(path) as temporary:
+                    temporary.write_text(current, encoding="utf-8")
+    return changed
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Make the README's results and the plots from results/.")
+    parser = argparse.ArgumentParser(description="Make plots and the documents' tables from results/.")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the README is not current"
+        "--check", action="store_true", help="write nothing; fail if a document is not current"
     )
     options = parser.parse_args(arguments)
-    current = text = README.read_text(encoding="utf-8")
-    for name, section in readme_sections().items():
-        current = with_section(current, name, section)
+    changed = update_documents(generated_parts(), options.check)
     if options.check:
-        if current != text:
-            parser.exit(1, "README.md does not show what results/ says. Run 'make report' and commit.\n")
-        print("README.md shows what results/ says.")
+        if changed:
+            names = " and ".join(map(str, changed))
+            parser.exit(1, f"What results/ says is not in {names}. Run 'make report' and commit.\n")
+        print("The documents show what results/ says.")
         return
-    for profile_name, results in evidence().items():
-        place = (profile_name, "cifar10", REFERENCE_SPLIT)
+    for study, results in evidence().items():
         for name in results:
-            save_arm_plots(name, *place)
-        plt.close(save_figure(comparison_figure(results), output_path("images", *place, "comparison.png")))
-    with atomic_path(README) as temporary:
-        temporary.write_text(current, encoding="utf-8")
+            save_arm_plots(study, name)
+        plt.close(save_figure(comparison_figure(results), study.image_path("comparison.png")))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Execute the study's notebooks in order: what `make main` calls.
+"""Execute the study's notebooks in order, as ``make main`` does.
 
     python RunNotebooks.py --profile auto
 
-The executed copies go to ``results/<profile>/``; the notebooks themselves stay without output.
+The executed copies go to ``results/<profile>/``. The notebooks themselves stay without output.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from Experiment import PROFILES, resolve_profile
+from Arms import PROFILES, resolve_profile
 from ImbalancedCIFAR10 import load_data
 from Runtime import atomic_path
 
@@ -28,15 +28,20 @@ def run_notebook(name, profile_name, data_name):
     Parameters
     ----------
     name : str
-        Path of the notebook; it takes the papermill parameter ``profile``.
+        Path of the notebook. It takes the papermill parameter ``profile``.
     profile_name : str
+        A key of :data:`Arms.PROFILES`.
     data_name : str
-        Stands in the copy's file name unless it is ``"cifar10"``.
+        Part of the copy's file name unless it is ``"cifar10"``.
+
+    Returns
+    -------
+    pathlib.Path
 
     Raises
     ------
     papermill.PapermillExecutionError
-        If a cell fails. The copy as far as it came is kept as ``failed-<name>``.
+        If a cell fails. The copy up to that cell is kept as ``failed-<name>``.
     RuntimeError
         If the executed notebook is larger than 1 MB.
     """
@@ -46,14 +51,14 @@ def run_notebook(name, profile_name, data_name):
         try:
             notebook = papermill.execute_notebook(
                 name, str(temporary), parameters={"profile": profile_name}, progress_bar=False,
-                # Cell output goes to the terminal as it comes: progress bars stay bars there, and
-                # in the copy a cell's many small pieces become one.
+                # Cell output goes to the terminal at once, so that progress bars stay bars. In the copy, the
+                # many small pieces of a cell's output are joined.
                 stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
             )  # fmt: skip
         except papermill.PapermillExecutionError:
             temporary.replace(output.with_name(f"failed-{output.name}"))
             raise
-        # papermill notes where it wrote; the place on this machine is nobody else's business.
+        # papermill notes the temporary path, which means nothing to others.
         notebook.metadata.papermill["output_path"] = str(output)
         nbformat.write(notebook, temporary)
         if temporary.stat().st_size > MOST_BYTES:
@@ -79,7 +84,7 @@ def main(arguments=None):
         line = "*" * 100
         print(f"{line}\n{caught[-1].message}\n{line}", flush=True)
     print(f"Profile {profile_name}: {profile.purpose}.", flush=True)
-    # A library's hint about progress bars would stand in the copies, with its place on this machine.
+    # Without this, a library's hint about progress bars and its path on this machine would be in the copies.
     warnings_of_user = os.environ.get("PYTHONWARNINGS", "")
     os.environ["PYTHONWARNINGS"] = f"{warnings_of_user},ignore:IProgress not found".lstrip(",")
     for name in NOTEBOOKS:

@@ -1,4 +1,4 @@
-"""Metrics, confusion matrix and plots: how predictions and images are judged and shown.
+"""Metrics, confusion matrix and plots of predictions and images.
 
 Nothing here knows about CIFAR-10, a generator or a network. Accuracies, recalls and precisions are
 fractions between 0 and 1; only plots and tables turn them into percent.
@@ -20,7 +20,7 @@ from sklearn.metrics import (
 
 from Runtime import atomic_path
 
-# Okabe and Ito's colours stay apart for colour-blind readers and in greyscale print.
+# Okabe and Ito's colours can be told apart by colour-blind readers and in greyscale print.
 COLOURS = {"real": "#0072B2", "synthetic": "#E69F00", "minority": "#D55E00", "total": "#999999"}
 
 
@@ -28,23 +28,42 @@ COLOURS = {"real": "#0072B2", "synthetic": "#E69F00", "minority": "#D55E00", "to
 
 
 def save_figure(figure, path):
-    """Write a matplotlib figure as PNG at 120 dpi, atomically, and return the figure still open."""
+    """Write a matplotlib figure at 120 dpi, atomically, and return the figure still open.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    path : path
+        Its suffix chooses the format, such as ``.png``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    OSError
+        If the folder is not writable or the disk is full.
+    """
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight")
     return figure
 
 
 def markdown_table(head, rows):
-    """Markdown table with its first column to the left and the others to the right.
+    """Make a Markdown table. Its first column is aligned to the left, the others to the right.
 
     Parameters
     ----------
     head : sequence of str
+        The titles of the columns.
     rows : iterable of sequence of str
+        The cells of each row, as many as there are titles.
 
     Returns
     -------
     str
+        Without a line break at the end.
     """
     alignment = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows))
@@ -54,27 +73,37 @@ def markdown_table(head, rows):
 
 
 def classification_metrics(y_true, y_pred, class_names, minority_classes):
-    """Judge predictions, the minority classes first.
+    """Compute the metrics of predictions, the minority classes first.
 
-    Total accuracy is the last thing to look at on imbalanced data: with one of ten classes missing,
-    a model that never predicts it still scores up to 90 %.
+    Accuracy is the least useful metric on imbalanced data. If one of ten classes is missing, a model that
+    never predicts it still scores up to 90 %.
 
     Parameters
     ----------
     y_true, y_pred : array of int, shape (n,)
         Class numbers below ``len(class_names)``.
     class_names : sequence of str
+        The name at position c belongs to class number c.
     minority_classes : sequence of int
-        The classes that were made rare; their scores are averaged under ``minority``.
+        The classes that were made rare. ``minority`` holds the averages of their scores.
 
     Returns
     -------
     dict
-        ``minority`` (recall, precision, f1), ``balanced_accuracy`` (mean recall), ``macro_f1``,
-        ``g_mean`` (geometric mean of the recalls, Kubat and Matwin 1997; 0 as soon as one class is
-        never found), ``accuracy``, ``majority_recall`` (mean recall of the other classes; None if
-        every class is a minority), ``per_class`` and ``confusion_matrix`` (rows: true class).
-        Precision and F1 of a class that is never predicted count as 0.
+        All scores are fractions between 0 and 1.
+
+        - ``minority``: ``classes`` (names), ``recall``, ``precision`` and ``f1`` of the minority classes.
+        - ``balanced_accuracy``: the mean recall of all classes.
+        - ``macro_f1``: the mean F1 of all classes.
+        - ``g_mean``: the geometric mean of the recalls (Kubat and Matwin 1997). It is 0 if one class is
+          never found.
+        - ``accuracy``.
+        - ``majority_recall``: the mean recall of the other classes. None if every class is a minority.
+        - ``per_class``: name of the class -> its ``recall``, ``precision``, ``f1`` and ``support`` (number
+          of images).
+        - ``confusion_matrix``: list of lists of counts. Rows are true classes, columns are predicted ones.
+
+        Precision and F1 of a class that is never predicted are 0.
     """
     labels = np.arange(len(class_names))
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -108,26 +137,32 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
 
 
 def mcnemar_test(y_true, first, second):
-    """Exact McNemar test: do two models err differently on the same images?
+    """Exact McNemar test: does one of two models get more of the same images right (McNemar 1947)?
 
-    Only images that exactly one of the models gets right carry information; under the null
-    hypothesis each model wins half of them (McNemar 1947; recommended for comparing classifiers on
-    one test set by Dietterich 1998). It covers the choice of test images, not the choice of seed.
+    Only images that exactly one of the models gets right carry information. Under the null hypothesis, each
+    model is right on half of them. Dietterich (1998) recommends this test for comparing two classifiers on
+    one test set. It covers the choice of test images. It does not cover the choice of seed.
 
     Parameters
     ----------
     y_true, first, second : array of int, shape (n,)
-        The true classes and the two models' predictions, row by row for the same images.
+        The true classes and the predictions of the two models, in the same order of images.
 
     Returns
     -------
-    dict with ``only_first_right``, ``only_second_right`` (counts) and ``p_value`` (two-sided).
+    dict
+        ``only_first_right`` and ``only_second_right`` (numbers of images) and ``p_value`` (two-sided).
+
+    Raises
+    ------
+    ValueError
+        If the three arrays have different shapes.
     """
     y_true, first, second = map(np.asarray, (y_true, first, second))
     if not y_true.shape == first.shape == second.shape:
         raise ValueError(
-            f"The predictions must be for the same images: shapes {y_true.shape}, {first.shape}, "
-            f"{second.shape}."
+            f"The predictions must be for the same images, but y_true, first and second have the shapes "
+            f"{y_true.shape}, {first.shape} and {second.shape}."
         )
     only_first = int(np.sum((first == y_true) & (second != y_true)))
     only_second = int(np.sum((second == y_true) & (first != y_true)))
@@ -144,14 +179,16 @@ def mcnemar_test(y_true, first, second):
 
 
 def plot_class_counts(counts_by_data_set, class_names, title):
-    """Bars of real and synthetic images per class, one panel per data set.
+    """Bars of the numbers of real and synthetic images per class, one panel per data set.
 
     Parameters
     ----------
     counts_by_data_set : dict
-        Name of the data set -> pair of integer arrays of shape (n_classes,): real and synthetic.
+        Name of the data set -> two integer arrays of shape (n_classes,): the number of real images of each
+        class, and of synthetic ones.
     class_names : sequence of str
     title : str
+        Of the whole figure.
 
     Returns
     -------
@@ -176,13 +213,14 @@ def plot_class_counts(counts_by_data_set, class_names, title):
 
 
 def plot_image_rows(rows, title):
-    """A grid of images, one labelled row per source, for looking at real beside synthetic images.
+    """A grid of images with one labelled row per source, to compare real with synthetic images by eye.
 
     Parameters
     ----------
     rows : dict
-        Label of the row -> uint8 array of shape (n, height, width, 3).
+        Label of the row -> uint8 array of shape (n, height, width, 3). Rows may differ in n.
     title : str
+        Of the whole figure.
 
     Returns
     -------
@@ -212,12 +250,13 @@ def plot_learning_curves(histories, title, chance=None):
     Parameters
     ----------
     histories : list of list of dict
-        One list per run; each dict is one epoch with ``images_seen``, ``train_loss``,
-        ``train_accuracy``, ``test_loss``, ``test_accuracy`` and ``test_minority_recall``; the last three
-        only where the test set was looked at.
+        One list per run. Each dict is one epoch with ``images_seen`` (number of training images so far),
+        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy`` and ``test_minority_recall``. The
+        last three are missing if the model was not evaluated on the test set after that epoch.
     title : str
+        Of the whole figure.
     chance : float, optional
-        Recall by guessing, drawn as a dotted line.
+        The recall that guessing reaches, between 0 and 1. It is drawn as a dotted line.
 
     Returns
     -------
@@ -249,20 +288,21 @@ def plot_learning_curves(histories, title, chance=None):
     for ax in (left, right):
         ax.set_xlabel("training images shown (thousands)")
         ax.grid(alpha=0.3)
-        # Below the axes: inside it would hide the curves of one arm or another.
+        # The legend is below the axes, because inside it would hide the curves of some arms.
         ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     figure.suptitle(title)
     return figure
 
 
 def plot_adversarial_training(history, title):
-    """Losses of the two networks, and the discriminator's mean scores, over training.
+    """Losses of generator and discriminator, and the discriminator's mean scores, over training.
 
     Parameters
     ----------
     history : list of dict
-        As :func:`GANGeneration.train_gan` gives it.
+        As :func:`GANGeneration.train_gan` returns it.
     title : str
+        Of the whole figure.
 
     Returns
     -------
@@ -289,15 +329,16 @@ def plot_adversarial_training(history, title):
 
 
 def plot_generation_quality(history, best_step, measure, title):
-    """The quality of generated images over training, with the record that was chosen.
+    """The quality of generated images over training, with the chosen training step marked.
 
     Parameters
     ----------
     history : list of dict
-        As :func:`GANGeneration.train_gan` gives it, with a quality measure.
+        As :func:`GANGeneration.train_gan` returns it when it is given a quality measure.
     best_step : int
+        The training step of the generator that was chosen. The history must have a record of it.
     measure : str
-        What the quality is, for the axis.
+        Name of the quality measure, for the axis.
     title : str
 
     Returns
@@ -322,12 +363,12 @@ def plot_generation_quality(history, best_step, measure, title):
 
 
 def plot_confusion_matrix(matrix, class_names, title):
-    """Confusion matrix with the share of each true class, in percent.
+    """Confusion matrix in percent of each true class.
 
     Parameters
     ----------
     matrix : array of shape (n_classes, n_classes)
-        Counts; rows are true classes. Several runs may have been added up.
+        Counts. Rows are true classes, columns are predicted ones. It may be the sum over several runs.
     class_names : sequence of str
     title : str
 
@@ -353,14 +394,15 @@ def plot_confusion_matrix(matrix, class_names, title):
 
 
 def plot_comparison(rows, title):
-    """Minority recall, balanced accuracy and accuracy of each arm, with every single run as a dot.
+    """Minority recall, balanced accuracy and accuracy of each arm: bars of the means, and a dot for each run.
 
     Parameters
     ----------
     rows : dict
-        Title of the arm -> dict of ``minority_recall``, ``balanced_accuracy`` and ``accuracy``, each
-        a list with one fraction per run. Drawn from top to bottom in the order given.
+        Title of the arm -> dict of ``minority_recall``, ``balanced_accuracy`` and ``accuracy``. Each is a
+        list with one fraction between 0 and 1 per run. The first arm is drawn at the top.
     title : str
+        Of the whole figure.
 
     Returns
     -------
@@ -387,3 +429,36 @@ def plot_comparison(rows, title):
     axes[0].set_yticks(positions, list(rows))
     figure.suptitle(title)
     return figure
+
+
+def plot_memorisation(real, generated, memory, title, columns=10):
+    """Generated images, each above the real training image nearest to it.
+
+    The two upper rows show the generated images that are nearest to a real one. The two lower rows go from the
+    nearest to the farthest in equal steps.
+
+    Parameters
+    ----------
+    real, generated : ndarray of uint8, shape (n, height, width, 3)
+        As given to :func:`GenerationQuality.memorisation`.
+    memory : GenerationQuality.Memorisation
+        What it returned.
+    title : str
+    columns : int
+        Images in a row.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    order = np.argsort(memory.distances, kind="stable")
+    typical = order[np.linspace(0, len(order) - 1, columns).astype(int)]
+    return plot_image_rows(
+        {
+            "generated, nearest ones": generated[order[:columns]],
+            "their nearest real image": real[memory.nearest[order[:columns]]],
+            "generated, nearest to farthest": generated[typical],
+            "nearest real image of these": real[memory.nearest[typical]],
+        },
+        title,
+    )

@@ -6,6 +6,7 @@ The real data is looked for in ``$CIFAR10_ROOT`` (relative paths count from the 
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -25,8 +26,8 @@ import numpy as np
 import pytest
 import torch
 
-from ImbalancedCIFAR10 import CIFAR10_CLASSES, ImageDataSet, load_cifar10
-from StableDiffusionGeneration import save_generated_images
+from ImageCache import save_generated_images
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, ImageDataSet, load_cifar10, load_digits_as_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_ROOT = (REPOSITORY / (os.environ.get("CIFAR10_ROOT") or "datasets")).resolve()
@@ -122,6 +123,52 @@ def models(tmp_path_factory):
     shutil.copytree(folder / "stable" / "tiny_decoder", folder / "turbo" / "tiny_decoder")
     tiny_models.save_clip(folder / "clip")
     return {f.name: str(f) for f in folder.iterdir()}
+
+
+# --- Runs of the study --------------------------------------------------------------------------
+
+SPLIT = "cat-5"  # of the 30 images of each class in tiny_data
+
+
+def smoke_study(data, split_name=SPLIT):
+    """The study of a split under the profile ``smoke``."""
+    from Results import Study  # here because it imports every sampler
+
+    return Study("smoke", data.name, split_name)
+
+
+def smoke(arm_name, data, split_name=SPLIT, seed=0):
+    """Run one arm under ``smoke``, or read its result if it is finished."""
+    from Arms import ArmUnavailableError
+    from Experiment import run_arms
+
+    [outcome] = run_arms([smoke_study(data, split_name)], data, [arm_name], [seed], device="cpu").values()
+    if isinstance(outcome, str):
+        raise ArmUnavailableError(outcome)
+    return outcome
+
+
+def files(folder="."):
+    """Paths of all files below a folder."""
+    return {path.as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def with_other_removed_images(data, split):
+    """The same data, except that the images that the split removes have other pixels."""
+    removed = np.setdiff1d(np.arange(len(data.y_train)), split.kept_rows(data.y_train))
+    X_train = data.X_train.copy()
+    X_train[removed] = 255 - X_train[removed]
+    return dataclasses.replace(data, X_train=X_train)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_digits_as_images()
+
+
+@pytest.fixture
+def move_to_another_folder(tmp_path_factory, monkeypatch):
+    return lambda: monkeypatch.chdir(tmp_path_factory.mktemp("another"))
 
 
 # --- Servers on this machine --------------------------------------------------------------------

@@ -1,53 +1,90 @@
-"""The report says what results/ says, and the notebook runs from top to bottom."""
+"""Tables, sentences and figures say what results/ says."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
+import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY, smoke_study
 
-import Experiment
 import Report
-from ImbalancedCIFAR10 import split_from_name
-from RunNotebooks import NOTEBOOKS
-
-REPOSITORY = Path(Report.__file__).parent
+from Arms import ARMS, PROFILES, STORY
+from Experiment import run_arms
+from Results import Study
 
 
 @pytest.fixture
-def results(tiny_data, tiny_cache):
+def results(tiny_data):
     """Two seeds of one arm and one of another, under smoke."""
-    Experiment.run_arms(["imbalanced", "logit-adjusted"], tiny_data, ["cat-3"], [0], "smoke", "cpu")
-    Experiment.run_arms(["imbalanced"], tiny_data, ["cat-3"], [1], "smoke", "cpu")
-    return Experiment.load_results("smoke", "cifar10", "cat-3")
+    study = smoke_study(tiny_data, "cat-3")
+    run_arms([study], tiny_data, ["imbalanced", "logit-adjusted"], device="cpu")
+    run_arms([study], tiny_data, ["imbalanced"], [1], device="cpu")
+    return study.load_results()
 
 
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+# --- Tables and sentences -----------------------------------------------------------------------
+
+
 def test_the_table_shows_each_arm_with_the_minority_first(results):
     head, _, *rows = Report.results_table(results).splitlines()
-    assert cells(head)[2:4] == ["minority recall", "minority precision"]
-    assert [cells(row)[0] for row in rows] == [Experiment.ARMS[name].title for name in results]
+    assert cells(head)[2:5] == ["minority recall", "minority precision", "minority F1"]
+    assert [cells(row)[0] for row in rows] == [ARMS[name].title for name in results]
     run = results["logit-adjusted"][0]
-    assert cells(rows[1])[2] == f"**{100 * run['metrics']['minority']['recall']:.1f}**"
-    assert cells(rows[1])[6] == f"{100 * run['metrics']['accuracy']:.1f}"
+    row = dict(zip(cells(head), cells(rows[1]), strict=True))
+    assert row["minority recall"] == f"**{100 * run['metrics']['minority']['recall']:.1f}**"
+    assert row["minority F1"] == f"{100 * run['metrics']['minority']['f1']:.1f}"
+    assert row["accuracy"] == f"{100 * run['metrics']['accuracy']:.1f}"
 
 
 def test_several_seeds_are_shown_as_mean_and_spread(results):
     accuracies = [100 * run["metrics"]["accuracy"] for run in results["imbalanced"]]
-    row = cells(Report.results_table(results).splitlines()[2])
-    assert row[6] == f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"
-    assert row[-1] == "2"
+    head, _, row, _ = Report.results_table(results).splitlines()
+    row = dict(zip(cells(head), cells(row), strict=True))
+    assert row["accuracy"] == f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"
+    assert row["seeds"] == "2"
 
 
-def test_paired_counts_agree_with_the_predictions(results, tiny_data, monkeypatch):
-    monkeypatch.setattr(Report, "PAIRS", (("imbalanced", "logit-adjusted"), ("imbalanced", "stable")))
+def test_every_stored_score_has_a_column(results):
+    head, _, *rows = Report.results_table(results, Report.COLUMNS | Report.MORE_COLUMNS).splitlines()
+    run = results["logit-adjusted"][0]
+    row = dict(zip(cells(head), cells(rows[1]), strict=True))
+    for column, value in [
+        ("recall of the other classes", run["metrics"]["majority_recall"]),
+        ("macro F1", run["metrics"]["macro_f1"]),
+        ("G-mean", run["metrics"]["g_mean"]),
+        ("accuracy, averaged flips", run["metrics_with_averaged_flips"]["accuracy"]),
+        ("accuracy, best epoch by test accuracy", run["best_look_at_test"]["test_accuracy"]),
+    ]:
+        assert row[column] == f"{100 * value:.1f}"
+    results["logit-adjusted"][0]["metrics_with_averaged_flips"] = None  # as for the digits
+    *_, last = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
+    assert cells(last)[4] == ""
+
+
+def test_the_table_of_arms_says_what_they_differ_in():
+    rows = [cells(row) for row in Report.arms_table(STORY).splitlines()[2:]]
+    assert rows == [
+        ["Imbalanced", "none", "", "cross-entropy"],
+        ["Non-synthetic, mild augmentation", "`AugmentationOverSampler`", "the minority", "cross-entropy"],
+        ["Stable Diffusion, minority only", "`StableDiffusionOverSampler`", "the minority", "cross-entropy"],
+        ["Logit-adjusted loss, no added image", "none", "", "logit-adjusted cross-entropy"],
+        ["Stable Diffusion, source-balanced, logit-adjusted per source", "`StableDiffusionOverSampler`",
+         "every class", "logit-adjusted cross-entropy"],
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def one_question(monkeypatch):
+    questions = {("imbalanced", "logit-adjusted"): "Does it help?", ("imbalanced", "stable"): "Not run"}
+    monkeypatch.setattr(Report, "QUESTIONS", questions)
+
+
+def test_paired_counts_agree_with_the_predictions(results, tiny_data, one_question):
     lines = Report.paired_table(results).splitlines()
     assert len(lines) == 3  # there is no result of the second pair
     first, second = (
@@ -58,83 +95,77 @@ def test_paired_counts_agree_with_the_predictions(results, tiny_data, monkeypatc
     assert cells(lines[2])[3] == f"{only_first} / {only_second}"
 
 
+@pytest.mark.parametrize(
+    ("found", "answer"), [((2, 9), "Yes"), ((9, 2), "No"), ((5, 6), "Undecided"), ((0, 0), "Undecided")]
+)
+def test_questions_are_answered_by_the_minoritys_images(found, answer, results, tiny_data, one_question):
+    """Ten cats, of which each arm finds the first so many."""
+    cats = np.flatnonzero(tiny_data.y_test == 3)
+    for name, count in zip(("imbalanced", "logit-adjusted"), found, strict=True):
+        predictions = np.zeros_like(tiny_data.y_test)
+        predictions[cats[:count]] = 3
+        run = results[name][0]
+        run["test_predictions"] = " ".join(map(str, predictions))
+        run["metrics"]["minority"]["recall"] = count / 10
+    warning, _, line = Report.findings(results).splitlines()
+    assert "`smoke` is too short to conclude anything" in warning
+    assert line.startswith(f"- **Does it help?** {answer}. *Logit-adjusted")
+    assert f"finds {found[1] / 10:.1%} of the minority, *Imbalanced* {found[0] / 10:.1%} (p " in line
+
+
+def test_evidence_is_answered_without_a_warning(results, one_question, monkeypatch):
+    evidence = dataclasses.replace(PROFILES["smoke"], evidence=True)
+    monkeypatch.setitem(PROFILES, "smoke", evidence)
+    assert Report.findings(results).startswith("- **Does it help?**")
+
+
 @pytest.mark.parametrize(("key", "other"), [("downsampling", "strides"), ("steps", 7), ("width", 8)])
-def test_the_conditions_name_the_network_and_arms_trained_in_different_ways_are_refused(results, key, other):
+def test_the_conditions_name_the_network_and_refuse_arms_trained_in_different_ways(results, key, other):
     assert "ResNet-18 of width 4 with average pooling" in Report.conditions(results)
     results["logit-adjusted"][0]["configuration"][key] = other
     with pytest.raises(ValueError, match=rf"logit-adjusted of profile smoke .*different ways \({key}: "):
         Report.conditions(results)
 
 
-def test_the_readme_is_replaced_between_its_markers_only():
+# --- Generated parts of the documents -----------------------------------------------------------
+
+
+def test_a_document_is_replaced_between_its_markers_only():
     begin, end = "<!-- a:begin (generated) -->", "<!-- a:end -->"
     text = f"before\n{begin}\nold\n{end}\nafter\n"
-    new = Report.with_section(text, "a", "new")
+    new = Report.with_part(text, "a", "new")
     assert new == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
-    assert Report.with_section(new, "a", "new") == new
+    assert Report.with_part(new, "a", "new") == new
     for lacking in ("no markers", begin, text + text, text.replace("a:", "b:")):
         with pytest.raises(ValueError, match="There must be one line .*a:begin"):
-            Report.with_section(lacking, "a", "new")
+            Report.with_part(lacking, "a", "new")
 
 
-def test_a_readme_that_is_not_current_fails_the_check(monkeypatch):
-    monkeypatch.setattr(Report, "readme_sections", lambda: {"results": "true"})
-    Path("README.md").write_text("<!-- results:begin (generated) -->\n\nfalse\n\n<!-- results:end -->\n")
+def test_a_document_that_is_not_current_fails_the_check(monkeypatch, capsys):
+    documents = {Path("README.md"): {"summary": "true"}, Path("current.md"): {"a": "true"}}
+    monkeypatch.setattr(Report, "generated_parts", lambda: documents)
+    Path("README.md").write_text("<!-- summary:begin (generated) -->\n\nfalse\n\n<!-- summary:end -->\n")
+    Path("current.md").write_text("<!-- a:begin (generated) -->\n\ntrue\n\n<!-- a:end -->\n")
     with pytest.raises(SystemExit) as stop:
         Report.main(["--check"])
     assert stop.value.code == 1
+    assert "not in README.md. Run" in capsys.readouterr().err
     assert "false" in Path("README.md").read_text()
     Report.main([])
     Report.main(["--check"])
 
 
-def test_counts_shown_are_those_trained_on(tiny_data, tiny_cache):
-    split = split_from_name("cat-3", tiny_data.y_train)
-    counts = Report.class_counts(tiny_data, split)
-    real, synthetic = counts["one class filled up"]
-    largest = np.bincount(tiny_data.y_train).max()
-    assert real[3] == 3
-    assert synthetic[3] == largest - 3
-    assert synthetic.sum() == synthetic[3]
-    assert (counts["every class gets some"][1] > 0).all()
+def test_documents_without_evidence_say_so():
+    assert all(
+        part == Report.NOT_RUN for parts in Report.generated_parts().values() for part in parts.values()
+    )
 
 
-def test_the_notebooks_run_from_top_to_bottom_and_name_their_data():
-    """On the digits: a proxy that refuses keeps the test from downloading CIFAR-10."""
-    for name in NOTEBOOKS:
-        shutil.copy(REPOSITORY / name, name)
-    refusing = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    environment = os.environ | refusing | {
-        "PYTHONPATH": str(REPOSITORY), "CIFAR10_ROOT": str(Path("none").absolute()), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, str(REPOSITORY / "RunNotebooks.py"), "--profile", "smoke"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "NOT CIFAR-10" in run.stdout
-    executed = json.loads(Path("results/smoke/digits_Main.ipynb").read_text())
-    text = json.dumps(executed)
-    assert "This is not CIFAR-10" in text
-    assert "was skipped: there are no Stable Diffusion images of digits" in text
-    names = {path.name for path in Path("images").rglob("*.png")}
-    assert {
-        "digits_class_counts.png",
-        "digits_samples.png",
-        "digits_comparison.png",
-        "digits_cm_nsd.png",
-        "digits_gan_training_loss.png",
-        "digits_gan_samples.png",
-        "digits_gan_progress.png",
-        "digits_gan_memorisation.png",
-        "digits_fid.png",
-        "digits_cm_gan.png",
-        "digits_test_gan.png",
-    } <= names
-    assert all(name.startswith("digits_") for name in names)
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_notebooks_in_the_repository_have_no_output(name):
-    notebook = json.loads((REPOSITORY / name).read_text())
-    assert all(not cell.get("outputs") for cell in notebook["cells"])
-    tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
-    assert tags.count(["parameters"]) == 1
+def test_the_readme_shows_the_committed_results_in_six_rows(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    summary = Report.generated_parts()[Path("README.md")]["summary"]
+    assert len(re.findall(r"(?m)^\| [A-Z]", summary)) == 6
+    results = Study("cpu", "cifar10", "cat-50").load_results()
+    for name in Report.README_ARMS:
+        recall = 100 * np.mean([run["metrics"]["minority"]["recall"] for run in results[name]])
+        assert f"**{recall:.1f}" in next(li for li in summary.splitlines() if ARMS[name].title in li)

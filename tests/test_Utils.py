@@ -1,49 +1,36 @@
-"""Metrics, seeding, safe file writing, reachability and plots."""
+"""Tables, metrics, saved figures and plots."""
 
 import json
-import os
-import socket
-import time
 import warnings
-import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from Runtime import (
-    atomic_path,
-    checksum,
-    choose_device,
-    derive_seed,
-    describe_hardware,
-    deterministic_convolutions,
-    hardware_text,
-    is_reachable,
-    require_free_space,
-    save_json,
-    seeded,
-)
+from Runtime import save_json
 from Utils import (
     COLOURS,
     classification_metrics,
     markdown_table,
     mcnemar_test,
+    plot_adversarial_training,
     plot_class_counts,
     plot_comparison,
     plot_confusion_matrix,
+    plot_generation_quality,
     plot_image_rows,
     plot_learning_curves,
+    plot_memorisation,
     save_figure,
 )
 
 # --- Tables -------------------------------------------------------------------------------------
 
 
-def test_a_table_has_its_first_column_to_the_left_and_the_others_to_the_right():
+def test_a_table_aligns_its_first_column_to_the_left_and_the_others_to_the_right():
     table = markdown_table(("arm", "recall", "n"), [("imbalanced", "0.0", "1"), ("SMOTE", "5.6", "2")])
     assert table.splitlines() == [
         "| arm | recall | n |", "| --- | ---: | ---: |", "| imbalanced | 0.0 | 1 |", "| SMOTE | 5.6 | 2 |",
@@ -142,7 +129,7 @@ def predictions(only_first, only_second, both=3, neither=2):
         (2, 8, 112 / 1024),  # 2 * (1 + 10 + 45) / 2^10
     ],
 )
-def test_mcnemar_equals_hand_computed_binomial_values_both_ways_round(only_first, only_second, p_value):
+def test_mcnemar_equals_hand_computed_binomial_values_in_both_orders(only_first, only_second, p_value):
     y_true, first, second = predictions(only_first, only_second)
     expected = {"only_first_right": only_first, "only_second_right": only_second}
     assert mcnemar_test(y_true, first, second) == {**expected, "p_value": pytest.approx(p_value)}
@@ -160,154 +147,16 @@ def test_mcnemar_refuses_predictions_for_other_images(shapes):
         mcnemar_test(*(np.zeros(n, dtype=int) for n in shapes))
 
 
-# --- Randomness and device ----------------------------------------------------------------------
-
-
-def test_seeded_restores_the_callers_generator_even_after_an_error():
-    before = torch.get_rng_state()
-    with seeded(1):
-        inside = torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(KeyError), seeded(1):
-        assert torch.equal(torch.rand(3), inside)
-        raise KeyError
-    assert torch.equal(torch.get_rng_state(), before)
-    with seeded(2):
-        assert not torch.equal(torch.rand(3), inside)
-
-
-def test_derived_seeds_are_distinct_repeatable_and_have_63_bits():
-    parts = [(seed, epoch) for seed in range(40) for epoch in range(40)]
-    seeds = [derive_seed(*p) for p in parts]
-    assert len(set(seeds)) == len(parts)
-    assert seeds == [derive_seed(*p) for p in parts]
-    assert all(isinstance(s, int) and 0 <= s < 2**63 for s in seeds)
-    assert max(seeds) > 2**62
-    torch.Generator().manual_seed(max(seeds))  # fits
-
-
-def test_deterministic_convolutions_leave_a_users_other_choices_alone(monkeypatch):
-    cudnn = torch.backends.cudnn
-    for name, value in (("benchmark", True), ("deterministic", False), ("allow_tf32", False)):
-        monkeypatch.setattr(cudnn, name, value)
-    with pytest.raises(KeyError), deterministic_convolutions():
-        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, False)
-        raise KeyError
-    assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, False, False)
-
-
-def test_a_device_can_be_named_and_described():
-    assert choose_device("cpu") == torch.device("cpu")
-    assert isinstance(choose_device(), torch.device)
-    hardware = describe_hardware(torch.device("cpu"))
-    assert hardware["device"] == "cpu"
-    assert hardware["name"]
-    assert hardware["cpu_threads"] == torch.get_num_threads()
-
-
 # --- Files --------------------------------------------------------------------------------------
 
 
-def test_a_successful_write_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "a" / "b" / "file.txt"
-    for text in ("old", "new"):
-        with atomic_path(path) as temporary:
-            assert temporary.parent == path.parent
-            assert temporary.suffix == ".txt"
-            temporary.write_text(text)
-            assert not path.exists() or path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_text("half of the n")
-        raise error("stop")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_files_get_the_mode_that_the_umask_asks_for(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        save_json(tmp_path / "file.json", {})
-        assert os.umask(umask) == umask  # and the umask is left alone
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file.json").stat().st_mode & 0o777 == mode
-
-
-@pytest.mark.parametrize("path", ["file/below.json", "file/further/below.json"])
-def test_a_place_that_cannot_be_written_to_is_named(path):
-    Path("file").write_text("not a folder")
-    with pytest.raises(OSError, match=path):
-        save_json(path, {})
-    assert Path("file").read_text() == "not a folder"
-
-
-def test_a_folder_in_the_files_place_is_named_and_nothing_left_behind(tmp_path):
-    (tmp_path / "taken.json").mkdir()
-    with pytest.raises(OSError, match=r"taken\.json"):
-        save_json("taken.json", {})
-    assert [f.name for f in tmp_path.iterdir()] == ["taken.json"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float64("nan")])
-def test_json_refuses_nan_and_infinity_and_keeps_the_old_file(value):
-    save_json("file.json", {"x": 1})
-    with pytest.raises(ValueError):
-        save_json("file.json", {"x": value})
-    assert json.loads(Path("file.json").read_text()) == {"x": 1}
-    assert len(list(Path().iterdir())) == 1
-
-
-def test_saved_figures_are_png_and_still_open():
+def test_a_saved_figure_is_a_png_file_and_stays_open():
     figure = plot_image_rows({"row": np.zeros((1, 4, 4, 3), dtype=np.uint8)}, "title")
     assert save_figure(figure, "images/plot.png") is figure
     with Image.open("images/plot.png") as image:
         assert image.format == "PNG"
         assert image.width > 100
     assert [f.name for f in Path("images").iterdir()] == ["plot.png"]
-
-
-def test_too_little_free_space_is_an_error_that_gives_both_numbers(tmp_path):
-    require_free_space(tmp_path / "not" / "there" / "yet", 0)
-    with pytest.raises(OSError, match=r"1000000000\.00 GB"):
-        require_free_space(tmp_path / "not" / "there" / "yet", 1e9)
-    assert not (tmp_path / "not").exists()
-
-
-# --- Reachability -------------------------------------------------------------------------------
-
-
-def test_an_address_is_reachable_only_where_the_server_has_the_file(server):
-    server.files["/file"] = b"content"
-    assert is_reachable(f"{server.url}/file", seconds=5)
-    assert not is_reachable(f"{server.url}/other", seconds=1)
-
-
-def test_a_closed_port_is_noticed_at_once(closed_url):
-    start = time.monotonic()
-    assert not is_reachable(closed_url, seconds=10)
-    assert time.monotonic() - start < 3
-
-
-def test_a_server_that_never_answers_is_given_up_after_the_given_seconds(hanging_url):
-    start = time.monotonic()
-    assert not is_reachable(hanging_url, seconds=0.5)
-    assert 0.3 < time.monotonic() - start < 2
-
-
-def test_a_name_look_up_that_hangs_is_given_up_after_the_given_seconds(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
-    start = time.monotonic()
-    assert not is_reachable("http://somewhere.invalid/", seconds=0.3)
-    assert time.monotonic() - start < 2
 
 
 # --- Plots --------------------------------------------------------------------------------------
@@ -386,16 +235,46 @@ def test_the_comparison_has_a_bar_for_each_arm_and_a_dot_for_each_run():
     assert all(ax.get_xlabel() for ax in figure.axes)
 
 
-def test_the_checksum_is_that_of_all_contents_in_order():
-    X, y = np.arange(12, dtype=np.uint8).reshape(3, 4), np.arange(3)
-    assert checksum(y, X) == zlib.crc32(y.tobytes() + X.tobytes())
-    assert checksum(y, X[:, ::-1]) == zlib.crc32(y.tobytes() + X[:, ::-1].tobytes()) != checksum(y, X)
+GAN_HISTORY = [
+    {
+        "step": step,
+        "images_seen": 100 * step,
+        "discriminator_loss": 1.5,
+        "generator_loss": 0.5,
+        "score_of_real": 0.75,
+        "score_of_generated": -0.25,
+        "quality": quality,
+    }
+    for step, quality in ((10, 9.0), (20, 7.0), (30, 8.0))
+]
 
 
-def test_hardware_reads_well_in_a_sentence():
-    assert (
-        hardware_text({"device": "cpu", "name": "AMD EPYC", "cpu_threads": 1}) == "CPU (AMD EPYC, 1 thread)"
-    )
-    assert (
-        hardware_text({"device": "cuda", "name": "H100", "cpu_threads": 16}) == "CUDA (H100, 16 CPU threads)"
-    )
+def test_the_adversarial_training_has_a_line_for_each_loss_and_score():
+    figure = plot_adversarial_training(GAN_HISTORY, "Title")
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines[:2]] == [[1.5] * 3, [0.5] * 3]
+    assert [list(line.get_ydata()) for line in right.lines] == [[0.75] * 3, [-0.25] * 3]
+    assert list(left.lines[0].get_xdata()) == [1, 2, 3]  # thousands
+    assert [ax.get_ylabel() for ax in figure.axes] == ["hinge loss", "discriminator's score"]
+    assert figure.get_suptitle() == "Title"
+
+
+def test_the_generation_quality_marks_the_chosen_step():
+    [ax] = plot_generation_quality(GAN_HISTORY, 20, "Fréchet distance", "Title").axes
+    quality, chosen = ax.lines
+    assert list(quality.get_ydata()) == [9, 7, 8]
+    assert (list(chosen.get_xdata()), list(chosen.get_ydata())) == ([2], [7])
+    assert (ax.get_ylabel(), ax.get_title()) == ("Fréchet distance", "Title")
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["chosen: step 20"]
+
+
+def test_memorisation_shows_each_generated_image_above_its_nearest_real_one():
+    def grey(*values):
+        return np.stack([np.full((4, 4, 3), value, dtype=np.uint8) for value in values])
+
+    real, generated = grey(10, 20), grey(101, 102, 103, 104, 105)
+    memory = SimpleNamespace(nearest=np.array([1, 0, 0, 1, 1]), distances=np.array([5.0, 1.0, 4.0, 2.0, 3.0]))
+    figure = plot_memorisation(real, generated, memory, "Title", columns=3)
+    shown = [int(image.get_array()[0, 0, 0]) for ax in figure.axes for image in ax.images]
+    assert shown[:6] == [102, 104, 105] + [10, 20, 20]  # the three nearest ones
+    assert shown[6:] == [102, 105, 101] + [10, 20, 20]  # the nearest, the middle one, the farthest

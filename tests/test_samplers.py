@@ -9,25 +9,24 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from imblearn.over_sampling import RandomOverSampler
+from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.over_sampling.base import BaseOverSampler
 from sklearn.base import clone
 from torchvision.transforms import v2
 
+import ImageOverSampler
 import NonSyntheticGeneration
-from ImageOverSampler import source_balanced_strategy
+from ImageCache import load_generated_images, save_generated_images
+from ImageOverSampler import TooFewImagesError, source_balanced_strategy
 from ImbalancedCIFAR10 import minority_split
-from NonSyntheticGeneration import AugmentationOverSampler
-from StableDiffusionGeneration import (
-    StableDiffusionOverSampler,
-    load_generated_images,
-    save_generated_images,
-)
+from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
+from StableDiffusionGeneration import StableDiffusionOverSampler
 
 SAMPLERS = {
     "mild": partial(AugmentationOverSampler, preset="mild"),
     "reference": partial(AugmentationOverSampler, preset="reference"),
     "stable diffusion": StableDiffusionOverSampler,
+    "smote": partial(PixelOverSampler, SMOTE()),
 }
 SIZES = [12, 5, 3]  # images of each class in X, y
 
@@ -114,6 +113,7 @@ def test_the_callers_random_numbers_have_no_influence(make_sampler, X, y):
     assert np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("make_sampler", SAMPLERS.keys() - {"smote"}, indirect=True)
 def test_the_images_of_a_class_do_not_depend_on_what_others_need(make_sampler, X, y):
     alone, _ = make_sampler(sampling_strategy={2: 9}, random_state=0).fit_resample(X, y)
     together, y_res = make_sampler(sampling_strategy={0: 14, 1: 30, 2: 9}, random_state=0).fit_resample(X, y)
@@ -139,7 +139,7 @@ def test_samplers_are_imbalanced_learns(make_sampler, X, y):
     assert isinstance(sampler, BaseOverSampler)
     copy = clone(sampler)
     assert copy is not sampler
-    assert copy.get_params() == sampler.get_params()
+    assert repr(copy.get_params()) == repr(sampler.get_params())  # a sampler inside is cloned too
     assert {"sampling_strategy": {2: 7}, "random_state": 3}.items() <= sampler.get_params().items()
     assert np.array_equal(copy.fit_resample(X, y)[0], sampler.fit_resample(X, y)[0])
     assert len(sampler.set_params(sampling_strategy={2: 4}).fit_resample(X, y)[0]) == 21
@@ -237,10 +237,48 @@ def test_a_fifth_of_the_4950_images_of_the_reference_split_take_less_than_3_seco
     assert len(X_res) == 20 + 990
 
 
-def test_the_docstring_example_is_true():
-    results = doctest.testmod(NonSyntheticGeneration)
-    assert results.attempted >= 5
+@pytest.mark.parametrize(("module", "examples"), [(NonSyntheticGeneration, 11), (ImageOverSampler, 1)])
+def test_the_docstring_examples_are_true(module, examples):
+    results = doctest.testmod(module)
+    assert results.attempted >= examples
     assert results.failed == 0
+
+
+# --- imbalanced-learn's own samplers ------------------------------------------------------------
+
+
+def test_smote_images_are_those_of_imbalanced_learn_with_as_many_neighbours_as_there_are(X, y):
+    """The smallest class has 3 images, so SMOTE's 5 neighbours become 2."""
+    theirs, y_theirs = SMOTE(k_neighbors=2, random_state=3).fit_resample(
+        X.reshape(20, -1).astype(np.float32), y
+    )
+    X_res, y_res = PixelOverSampler(SMOTE(), random_state=3).fit_resample(X, y)
+    assert np.array_equal(X_res, np.rint(theirs).astype(np.uint8).reshape(-1, 32, 32, 3))
+    assert np.array_equal(y_res, y_theirs)
+    for c in (1, 2):
+        of_class = X[y == c]
+        new = X_res[20:][y_res[20:] == c]
+        assert (new >= of_class.min(axis=0)).all() and (new <= of_class.max(axis=0)).all()
+
+
+def test_random_oversampling_repeats_given_images(X, y):
+    X_res, y_res = PixelOverSampler(RandomOverSampler(), random_state=0).fit_resample(X, y)
+    given = {image.tobytes() for image in X[y == 2]}
+    assert {image.tobytes() for image in X_res[y_res == 2]} == given and (y_res == 2).sum() == 12
+
+
+def test_the_given_sampler_is_left_as_it_is(X, y):
+    smote = SMOTE()
+    PixelOverSampler(smote, random_state=3).fit_resample(X, y)
+    assert smote.get_params() == SMOTE().get_params()
+
+
+def test_neighbours_of_a_class_with_one_image_are_refused(X):
+    y = np.array([0] * 19 + [1])
+    with pytest.raises(TooFewImagesError, match="SMOTE interpolates .* has only one"):
+        PixelOverSampler(SMOTE()).fit_resample(X, y)
+    X_res, _ = PixelOverSampler(RandomOverSampler()).fit_resample(X, y)
+    assert len(X_res) == 38
 
 
 # --- Stable Diffusion ---------------------------------------------------------------------------
@@ -295,6 +333,7 @@ def test_source_balanced_strategy_gives_every_class_some_synthetic_images():
     assert source_balanced_strategy(y, share=0) == {0: 5000, 1: 5000, 2: 5000, 3: 5000}
 
 
-def test_source_balanced_strategy_is_understood_by_the_sampler(tiny_cache, X, y):
-    _, y_res = StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy(y)).fit_resample(X, y)
-    assert np.bincount(y_res).tolist() == [17, 12, 12]  # 0.4 x 12 = 4.8, so 5 for class 0
+def test_source_balanced_strategy_may_be_given_as_a_function(make_sampler, X, y):
+    for strategy in (source_balanced_strategy, source_balanced_strategy(y)):
+        _, y_res = make_sampler(sampling_strategy=strategy).fit_resample(X, y)
+        assert np.bincount(y_res).tolist() == [17, 12, 12]  # 0.4 x 12 = 4.8, so 5 for class 0

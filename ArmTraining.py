@@ -1,0 +1,244 @@
+"""Train and evaluate one arm from its training set, and keep the result.
+
+    X_res, y_res = ARMS["smote"].fit_resample(X, y, seed=0)
+    result = run_arm(study, data, "smote", X_res, y_res)
+
+The result goes to ``results/<profile>/<split>/<arm>-seed<k>.json``, the weights to ``models/`` and two plots to
+``images/``. :func:`finished_result` reads it, so that nothing is trained twice; a killed training continues.
+"""
+
+import sys
+import time
+from importlib.metadata import version
+
+import numpy as np
+
+from Arms import find_arm
+from ClassifierNetwork import (
+    ResNet18,
+    channel_statistics,
+    create_classifier,
+    evaluate_classifier,
+    save_classifier,
+)
+from ClassifierTraining import EpochEvaluator, count_training_flops, train_classifier
+from ImbalancedCIFAR10 import split_from_name
+from Report import save_arm_plots
+from Results import read_json
+from Runtime import (
+    checksum,
+    choose_device,
+    code_version,
+    describe_hardware,
+    require_same_settings,
+    save_json,
+    uses_bfloat16,
+)
+from Utils import classification_metrics
+
+code_version()  # read and cached now: a commit made during a training is not the code that ran
+
+
+def arm_recipe(study, data):
+    """The training recipe of every arm of a study.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+
+    Returns
+    -------
+    ClassifierTraining.Recipe
+    """
+    split = split_from_name(study.split, data.y_train, data.class_names)
+    return study.settings.recipe(len(split.kept_rows(data.y_train)), data.mirrored_images_keep_their_class)
+
+
+def finished_result(study, data, arm_name, seed=0):
+    """The result of an arm that was run before, or None.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+    arm_name : str
+    seed : int
+
+    Returns
+    -------
+    dict or None
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or was obtained with another recipe or network than this study's.
+    """
+    path = study.result_path(arm_name, seed)
+    if not path.exists():
+        return None
+    result = read_json(path)
+    # Arms are compared with each other, so all must have been trained in the same way.
+    wanted = _recipe_and_network(arm_recipe(study, data), study.settings)
+    require_same_settings(path, result["configuration"], wanted)
+    if not all(plot.exists() for plot in study.plot_paths(arm_name)):
+        save_arm_plots(study, arm_name)  # a kill came between the result and its plots
+    return result
+
+
+def epoch_evaluator(data, split, recipe, images):
+    """A callback that evaluates on the test set during training, for the learning curves. It decides nothing.
+
+    It evaluates so seldom that this costs about 2 % of the run: evaluating an image costs about half of training
+    on it. Three evaluations are the fewest that make a curve; in short runs they cost more.
+
+    Parameters
+    ----------
+    data : ImbalancedCIFAR10.ImageDataSet
+    split : ImbalancedCIFAR10.Split
+    recipe : ClassifierTraining.Recipe
+    images : int
+        Number of images in the training set.
+
+    Returns
+    -------
+    ClassifierTraining.EpochEvaluator
+    """
+    evaluations = max(3, int(0.02 * 2 * recipe.steps * recipe.batch_size / len(data.y_test)))
+    return EpochEvaluator(
+        data.X_test,
+        data.y_test,
+        split.minority_classes,
+        epochs=recipe.epochs(images),
+        evaluations=evaluations,
+    )
+
+
+def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None):
+    """Train a ResNet-18 on an arm's training set, evaluate its last weights on the test set, keep the result.
+
+    These are the calls that ``Main.ipynb`` shows, with files around them.
+
+    Parameters
+    ----------
+    study : Results.Study
+        Decides network, recipe and where files go.
+    data : ImbalancedCIFAR10.ImageDataSet
+        Only its test images and class names are used.
+    arm_name : str
+        A key of :data:`Arms.ARMS`.
+    X : ndarray of uint8, shape (n, 32, 32, 3)
+        The arm's training set: the kept real images first, then the synthetic ones.
+    y : ndarray of int64, shape (n,)
+    seed : int
+        Of the initial weights and the order of the images.
+    device : str or torch.device, optional
+        Default: the fastest there is.
+    processes : accelerate.PartialState, optional
+        If given, all its processes train this one network together, and the main process writes.
+
+    Returns
+    -------
+    dict
+        The content of the JSON file.
+    """
+    arm, seed, device = find_arm(arm_name), int(seed), choose_device(device)
+    split = split_from_name(study.split, data.y_train, data.class_names)
+    recipe, classes = arm_recipe(study, data), len(data.class_names)
+    real_rows = len(y) if arm.whole_training_set else len(split.kept_rows(data.y_train))
+    rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
+
+    model = create_classifier(classes, study.settings.width, channel_statistics(X), seed, device)
+    checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
+    history = train_classifier(
+        model,
+        X,
+        y,
+        recipe,
+        seed=seed,
+        loss=arm.loss(y, classes, real_rows),
+        batches=recipe.batches(X, seed, device, rank, world_size),
+        after_epoch=epoch_evaluator(data, split, recipe, len(X)),
+        checkpoint=checkpoint,
+    )
+    result = {
+        "arm": arm_name,
+        "data": study.data,
+        "split": study.split,
+        "seed": seed,
+        "profile": study.profile,
+        "minority_classes": [data.class_names[c] for c in split.minority_classes],
+        "class_names": list(data.class_names),
+        **_evaluate(model, data, split, history),
+        "training_images": _count_images(y, real_rows, classes),
+        "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
+        "configuration": _recipe_and_network(recipe, study.settings)
+        | {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "logit_adjusted": arm.logit_adjusted,
+            "processes": world_size,
+            "bfloat16": uses_bfloat16(device),
+        },
+        "training_pflops": count_training_flops(model, recipe, data.X_test.shape[1:3]) / 1e15,
+        "hardware": describe_hardware(device),
+        "versions": _versions(),
+        "history": history,
+    }
+    if rank == 0:
+        save_classifier(model, study.weights_path(arm_name, seed))
+        study.save_test_labels(data.y_test)
+        save_json(study.result_path(arm_name, seed), result)  # last: it marks the arm as finished
+        checkpoint.unlink(missing_ok=True)
+        save_arm_plots(study, arm_name)
+    return result
+
+
+def _recipe_and_network(recipe, settings):
+    return recipe.as_json() | {"width": settings.width, "downsampling": ResNet18.downsampling}
+
+
+def _evaluate(model, data, split, history):
+    """Scores on the test set, predictions and seconds, by the names they have in the JSON file."""
+    started = time.perf_counter()
+    plain = evaluate_classifier(model, data.X_test, data.y_test)
+    seconds = time.perf_counter() - started
+
+    def judge(predictions):
+        return classification_metrics(data.y_test, predictions, data.class_names, split.minority_classes)
+
+    flips = None
+    if data.mirrored_images_keep_their_class:
+        mirrored = evaluate_classifier(model, data.X_test[:, :, ::-1], data.y_test)
+        flips = judge((plain.logits + mirrored.logits).argmax(axis=1))
+        del flips["confusion_matrix"], flips["per_class"]  # long, and shown nowhere
+    evaluated = [epoch for epoch in history if "test_accuracy" in epoch]
+    best = max(evaluated, key=lambda epoch: epoch["test_accuracy"])
+    return {
+        "metrics": judge(plain.predictions) | {"loss": plain.loss},
+        "metrics_with_averaged_flips": flips,
+        # The reference study reports its best epoch by test accuracy; here that epoch chooses nothing.
+        "best_look_at_test": {
+            "looks": len(evaluated),
+            **{key: best[key] for key in ("epoch", "test_accuracy", "test_minority_recall")},
+        },
+        "seconds": {
+            "training": sum(epoch["seconds"] for epoch in history),
+            "watching_the_test_set": sum(epoch["seconds_of_test"] for epoch in evaluated),
+            "final_evaluation": seconds,
+        },
+        # One class number an image, so that other metrics and paired tests need no training.
+        "test_predictions": " ".join(map(str, plain.predictions)),
+    }
+
+
+def _count_images(y, real_rows, num_classes):
+    real, synthetic = (np.bincount(part, minlength=num_classes) for part in (y[:real_rows], y[real_rows:]))
+    return {"real": real.tolist(), "synthetic": synthetic.tolist()}
+
+
+def _versions():
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "imbalanced-learn")
+    return {name: version(name) for name in packages} | {
+        "python": sys.version.split()[0],
+        "commit": code_version(),
+    }

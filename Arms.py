@@ -1,0 +1,305 @@
+"""What the study compares: profiles (how much an arm may cost) and arms (how each one rebalances the data).
+
+    name, settings = resolve_profile("quick")
+    X_res, y_res = ARMS["smote"].fit_resample(X, y, seed=0)
+
+An arm is one entry of :data:`ARMS`: a sampler and a loss. Everything else is the same in all arms: the network,
+the recipe, the number of training steps, the evaluation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from imblearn.base import BaseSampler
+from imblearn.over_sampling import SMOTE, RandomOverSampler
+from sklearn.base import clone
+
+from ClassifierTraining import LogitAdjustedLoss, Recipe
+from GANGeneration import GANOverSampler, GANSettings
+from ImageOverSampler import TooFewImagesError, source_balanced_strategy
+from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
+from Runtime import choose_device, derive_seed
+from StableDiffusionGeneration import StableDiffusionOverSampler
+
+REFERENCE_SPLIT = "cat-50"
+DIGITS_SPLIT = "8-0.01"
+
+
+def default_split(data):
+    """Name of the split that the notebooks use: cat-50, or 8-0.01 for the digits.
+
+    Parameters
+    ----------
+    data : ImbalancedCIFAR10.ImageDataSet
+    """
+    return REFERENCE_SPLIT if data.name == "cifar10" else DIGITS_SPLIT
+
+
+# --- Profiles -----------------------------------------------------------------------------------
+
+MOST_PASSES = 60  # over the imbalanced training set; only the small digits reach this
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much an arm may cost. All arms of a profile have the same network and number of training steps.
+
+    Attributes
+    ----------
+    width : int
+        Channels of the ResNet-18's first stage: 64 is standard, 42 the reference study's.
+    steps : int
+        Training steps, at most ``MOST_PASSES`` passes over the imbalanced training set.
+    gan : GANGeneration.GANSettings
+        How the GAN is trained.
+    evidence : bool
+        Whether its results are meant to be committed and quoted. Other profiles write their plots and weights
+        into folders of their own, which git ignores.
+    purpose : str
+    """
+
+    width: int
+    steps: int
+    gan: GANSettings
+    evidence: bool
+    purpose: str
+
+    def recipe(self, real_images, flip):
+        """The training recipe of every arm.
+
+        Parameters
+        ----------
+        real_images : int
+            Number of images in the imbalanced training set.
+        flip : bool
+            Whether a mirrored image keeps its class.
+
+        Returns
+        -------
+        ClassifierTraining.Recipe
+        """
+        steps_of_a_pass = max(1, real_images // Recipe.batch_size)
+        return Recipe(steps=min(self.steps, MOST_PASSES * steps_of_a_pass), flip=flip)
+
+
+PROFILES = {
+    "smoke": Profile(
+        width=4,
+        steps=6,
+        gan=GANSettings(
+            steps=6, batch_size=20, channels=4, latent_size=16, records=2, quality_images=60
+        ),
+        evidence=False,
+        purpose="seconds: does it run? Its numbers mean nothing",
+    ),
+    "quick": Profile(
+        width=16,
+        steps=350,
+        gan=GANSettings(steps=2000, channels=16, records=6, quality_images=2000),
+        evidence=False,
+        purpose="a first look on a CPU: about 90 seconds an arm on two cores",
+    ),
+    "cpu": Profile(
+        width=16,
+        steps=2000,
+        # Small networks and batches give the most updates for little compute. Widths are multiples of 16,
+        # where bfloat16 convolutions are fast.
+        gan=GANSettings(steps=20000),
+        evidence=True,
+        purpose="evidence from two CPU cores: 5 to 10 minutes an arm",
+    ),
+    "full": Profile(
+        width=64,
+        steps=7000,
+        # Width, batch and the two discriminator updates approach Miyato and Koyama's (2018).
+        gan=GANSettings(
+            steps=60000, batch_size=64, channels=96, discriminator_steps=2,
+            discriminator_learning_rate=2e-4, ema_decay=0.9999, records=30, quality_images=10000,
+        ),
+        evidence=True,
+        purpose="evidence from a CUDA GPU: 40 passes, near the reference's 50",
+    ),
+}  # fmt: skip
+
+
+def resolve_profile(name="auto"):
+    """Return ``(name, Profile)``; ``auto`` is ``full`` if there is a CUDA GPU, else ``quick``.
+
+    Raises
+    ------
+    ValueError
+        If the profile is unknown; the message lists the valid ones.
+    """
+    if name == "auto":
+        name = "full" if choose_device().type == "cuda" else "quick"
+    if name not in PROFILES:
+        raise ValueError(f"Unknown profile {name!r}. Choose one of auto, {', '.join(PROFILES)}.")
+    return name, PROFILES[name]
+
+
+# --- Arms ---------------------------------------------------------------------------------------
+
+
+class ArmUnavailableError(RuntimeError):
+    """The arm cannot run on this data; the message says why."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of the comparison.
+
+    Attributes
+    ----------
+    title : str
+        For plots and tables.
+    image_tag : str
+        Part of the file names ``images/cm_<image_tag>.png`` and ``images/test_<image_tag>.png``.
+    weights_name : str
+        Part of the file name ``models/<weights_name>.pt``.
+    sampler : imbalanced-learn sampler or None
+        Makes the images that are added; its random_state is set for each run. None adds nothing.
+    logit_adjusted : bool
+        Whether the loss is adjusted by the class frequencies of each image's source (real or synthetic).
+    whole_training_set : bool
+        Whether it trains on all images of the data set, none removed: the ceiling.
+    story : bool
+        Whether ``Main.ipynb`` compares it.
+    """
+
+    title: str
+    image_tag: str
+    weights_name: str
+    sampler: BaseSampler | None = None
+    logit_adjusted: bool = False
+    whole_training_set: bool = False
+    story: bool = False
+
+    @property
+    def needs_gan(self):
+        return isinstance(self.sampler, GANOverSampler)
+
+    @property
+    def needs_stable_diffusion(self):
+        return isinstance(self.sampler, StableDiffusionOverSampler)
+
+    def fit_resample(self, X, y, *, seed, generator=None):
+        """Rebalance an imbalanced training set as this arm does.
+
+        Parameters
+        ----------
+        X : ndarray of uint8, shape (n, height, width, 3)
+            What ``Split.cut`` left. Removed images must not be in it.
+        y : ndarray of int64, shape (n,)
+        seed : int
+            Of the run; the sampler gets ``sampling_seed(seed)``.
+        generator : GANNetworks.Generator or path, optional
+            The trained generator; only an arm that needs a GAN uses it.
+
+        Returns
+        -------
+        X_res, y_res : ndarrays of shape (m, height, width, 3) and (m,)
+            The first n rows are the input, unchanged and in order; the others are synthetic.
+
+        Raises
+        ------
+        ArmUnavailableError
+            If a class has too few images for the sampler.
+        """
+        if self.sampler is None:
+            return X, y
+        parameters = {"random_state": sampling_seed(seed)}
+        if self.needs_gan:
+            parameters["generator"] = generator
+        try:
+            return clone(self.sampler).set_params(**parameters).fit_resample(X, y)
+        except TooFewImagesError as error:
+            raise ArmUnavailableError(str(error)) from error
+
+    def loss(self, y, num_classes, real_rows):
+        """The loss of this arm, or None for plain cross-entropy.
+
+        Parameters
+        ----------
+        y : ndarray of int64, shape (n,)
+            Labels of the arm's training set.
+        num_classes : int
+        real_rows : int
+            The first rows up to this one are real, the others synthetic.
+
+        Returns
+        -------
+        ClassifierTraining.LogitAdjustedLoss or None
+        """
+        if not self.logit_adjusted:
+            return None
+        sources = (np.arange(len(y)) >= real_rows).astype(np.int64)
+        return LogitAdjustedLoss(y, num_classes, sources)
+
+
+def sampling_seed(seed):
+    """The ``random_state`` of a run's sampler: derived from the run's seed, but not equal to it."""
+    return derive_seed(seed, 2) % 2**32
+
+
+ARMS = {
+    "imbalanced": Arm("Imbalanced", "imbalanced", "resnet_imbalanced", story=True),
+    "random-oversampling": Arm(
+        "Random oversampling", "random_oversampling", "resnet_random_oversampling",
+        PixelOverSampler(RandomOverSampler()),
+    ),
+    "smote": Arm("SMOTE", "smote", "resnet_smote", PixelOverSampler(SMOTE())),
+    "non-synthetic-reference": Arm(
+        "Non-synthetic, reference's augmentation", "nsd_reference", "resnet_non_synthetic_reference",
+        AugmentationOverSampler(preset="reference"),
+    ),
+    "non-synthetic": Arm(
+        "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
+        AugmentationOverSampler(), story=True,
+    ),
+    "gan": Arm("GAN, minority only", "gan", "resnet_gan", GANOverSampler()),
+    "gan-source-balanced": Arm(
+        "GAN, source-balanced", "gan_source_balanced", "resnet_gan_source_balanced",
+        GANOverSampler(sampling_strategy=source_balanced_strategy),
+    ),
+    "gan-source-balanced-adjusted": Arm(
+        "GAN, source-balanced, logit-adjusted per source", "gan_source_balanced_adjusted",
+        "resnet_gan_source_balanced_adjusted",
+        GANOverSampler(sampling_strategy=source_balanced_strategy), logit_adjusted=True,
+    ),
+    "stable": Arm(
+        "Stable Diffusion, minority only", "stable", "resnet_stable_diffusion",
+        StableDiffusionOverSampler(), story=True,
+    ),
+    "stable-source-balanced": Arm(
+        "Stable Diffusion, source-balanced", "stable_source_balanced", "resnet_stable_diffusion_source_balanced",
+        StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy),
+    ),
+    "logit-adjusted": Arm(
+        "Logit-adjusted loss, no added image", "logit_adjusted", "resnet_logit_adjusted",
+        logit_adjusted=True, story=True,
+    ),
+    "stable-source-balanced-adjusted": Arm(
+        "Stable Diffusion, source-balanced, logit-adjusted per source", "stable_source_balanced_adjusted",
+        "resnet_stable_diffusion_source_balanced_adjusted",
+        StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy), logit_adjusted=True, story=True,
+    ),
+    "balanced": Arm(
+        "Balanced (ceiling: no image removed)", "balanced", "resnet_balanced", whole_training_set=True,
+    ),
+}  # fmt: skip
+
+STORY = tuple(name for name, arm in ARMS.items() if arm.story)
+GAN_STORY = (
+    "imbalanced",
+    "logit-adjusted",
+    "gan",
+    "gan-source-balanced",
+    "gan-source-balanced-adjusted",
+)
+
+
+def find_arm(name):
+    """Return the arm of that name, or raise ValueError with the valid names."""
+    if name not in ARMS:
+        raise ValueError(f"Unknown arm {name!r}. Choose one of {', '.join(ARMS)}.")
+    return ARMS[name]

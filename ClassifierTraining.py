@@ -1,0 +1,600 @@
+"""Training of a classifier: recipe, batches, losses, optimiser and loop.
+
+    recipe = Recipe(steps=1600)
+    history = train_classifier(model, X, y, recipe, seed=0)
+
+All images live on the device as one uint8 tensor, and whole batches are cropped and mirrored there.
+
+References
+----------
+Menon et al. (2021), Long-tail learning via logit adjustment. Smith and Topin (2018), Super-convergence (the
+one-cycle schedule). Hoffer et al. (2017), Train longer, generalize better (ghost batch normalisation). Howard
+(2018), Training ImageNet in 3 hours for 25 minutes (progressive resizing).
+"""
+
+import copy
+import math
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from ClassifierNetwork import KernelMuon, evaluate_classifier
+from Runtime import (
+    Checkpoint,
+    check_images,
+    checksum,
+    derive_seed,
+    deterministic_convolutions,
+    mixed_precision,
+)
+
+SMALLEST_SIDE = 16  # pixels; the network's last stage then still has 2x2 places
+
+# --- Recipe -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The budget is in training steps, so that arms with more images get no more compute.
+
+    ``benchmarks/README.md`` has the ablations behind the defaults. They were made on the balanced data set, which
+    is the ceiling's. No other arm of the study took part in the choice.
+
+    Attributes
+    ----------
+    steps : int
+        Training steps in all.
+    batch_size : int
+        Images per training step, over all processes together.
+    micro_batch_size : int
+        Images that pass through the network at once and share batch-norm statistics (ghost batch normalisation,
+        Hoffer et al. 2017). The gradients of a batch's micro-batches are averaged. So memory does not grow with
+        the batch, and several processes compute what one process would.
+    optimizer : {'muon', 'sgd'}
+        Muon (Jordan et al. 2024) for the kernels of the residual blocks and SGD for the rest, or SGD for all weights.
+    learning_rate, momentum, weight_decay : float
+        Of SGD: the peak of the one-cycle schedule, Nesterov's momentum, and the decay, not on norms and biases.
+    muon_learning_rate, muon_momentum, muon_weight_decay : float
+        Of Muon: the peak of the same schedule, the momentum, and the decay, which is multiplied by the learning rate.
+    muon_iterations : int
+        Newton-Schulz iterations that make Muon's updates nearly orthogonal. Three cost less than the usual five and
+        are enough (Jordan's airbench also has three).
+    warmup : float
+        Fraction of the steps before the peak. After the peak the learning rates fall linearly.
+    scales : tuple of float
+        Side of the images, relative to the full side, in each equal part of the training. Small images first cost
+        less (progressive resizing, Howard 2018). No side shrinks below 16 pixels.
+    label_smoothing : float
+        0 in the study. It contradicts the logit adjustment (see :class:`LogitAdjustedLoss`), and in the other arms
+        alone it would be a second difference between the arms.
+    padding, flip : int and bool
+        See :class:`AugmentedBatches`.
+
+    Raises
+    ------
+    ValueError
+        If there is no step, no image in a batch, or no such optimizer.
+    """
+
+    steps: int
+    batch_size: int = 256
+    micro_batch_size: int = 128
+    optimizer: str = "muon"
+    learning_rate: float = 0.15
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    muon_learning_rate: float = 0.045
+    muon_momentum: float = 0.9
+    muon_weight_decay: float = 0.03
+    muon_iterations: int = 3
+    warmup: float = 0.1
+    scales: tuple = (0.5, 0.625, 0.75, 0.875, 1.0)
+    label_smoothing: float = 0.0
+    padding: int = 2
+    flip: bool = True
+
+    def __post_init__(self):
+        if min(self.steps, self.batch_size, self.micro_batch_size) < 1:
+            raise ValueError(f"steps, batch_size and micro_batch_size must be at least 1: got {self}.")
+        if self.optimizer not in ("muon", "sgd"):
+            raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
+
+    def as_json(self):
+        """The settings as a dict that equals what is read back from a JSON file of them."""
+        return asdict(self) | {"scales": list(self.scales)}
+
+    def scale_at(self, step):
+        """Relative side of the images in step ``step``, counted from 0."""
+        return self.scales[min(step * len(self.scales) // self.steps, len(self.scales) - 1)]
+
+    def epochs(self, n):
+        """Number of epochs for ``n`` training images. The last one may be incomplete."""
+        return math.ceil(self.steps / (n // min(self.batch_size, n)))
+
+    def batches(self, X, seed, device, rank=0, world_size=1):
+        """The :class:`AugmentedBatches` of this recipe; see there for the parameters."""
+        return AugmentedBatches(
+            X,
+            self.batch_size,
+            device,
+            seed,
+            padding=self.padding,
+            flip=self.flip,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+class AugmentedBatches:
+    """Random crops and flips of a whole data set that stays on the device.
+
+    Epoch ``e`` is the same in every run, whatever was drawn before, so a resumed training sees what an uninterrupted
+    one sees. The last incomplete batch is left out (other rows each epoch), unless it is the only one.
+
+    Parameters
+    ----------
+    X : ndarray of uint8, shape (n, height, width, 3)
+    batch_size : int
+        Images in a batch, over all processes together; at most n are used.
+    device : torch.device
+    seed : int
+        Of order, crops and flips.
+    padding : int, default 2
+        Pixels by which crops may move. The border is filled by reflection.
+    flip : bool, default True
+        Whether each image is mirrored left to right with probability one half.
+    rank, world_size : int, default 0 and 1
+        Number of this process, and of all processes that train together. Each gets its part of every batch. All
+        parts together are the batch that a single process would get.
+    """
+
+    def __init__(self, X, batch_size, device, seed, *, padding=2, flip=True, rank=0, world_size=1):
+        self.n, self.height, self.width = X.shape[:3]
+        self.batch_size = min(batch_size, self.n)
+        self.device, self.seed, self.padding, self.flip = device, seed, padding, flip
+        self.world_size = world_size
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"{world_size} processes cannot share batches of {self.batch_size} images equally. "
+                "Start a number of processes that divides the batch."
+            )
+        self.part = self.batch_size // world_size
+        self.first = rank * self.part
+        pad = (padding, padding)
+        padded = torch.from_numpy(np.pad(X, ((0, 0), pad, pad, (0, 0)), mode="reflect")).to(device)
+        # A view of all crops, shape (n, offsets, offsets, 3, height, width). Indexing it gathers and crops
+        # in one operation, and the result is already in channels_last order.
+        self.crops = padded.unfold(1, self.height, 1).unfold(2, self.width, 1)
+
+    def __len__(self):
+        return self.n // self.batch_size
+
+    def epoch(self, number):
+        """Yield ``(images, rows)``: uint8 (part, 3, height, width) and int64 (part,) on the device."""
+        generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
+
+        def draw(high):
+            return torch.randint(high, (self.n,), generator=generator, device=self.device)
+
+        order = torch.randperm(self.n, generator=generator, device=self.device)
+        top, left = draw(2 * self.padding + 1), draw(2 * self.padding + 1)
+        mirrored = draw(2).bool() if self.flip else None
+        for start in range(self.first, len(self) * self.batch_size, self.batch_size):
+            rows = order[start : start + self.part]
+            images = self.crops[rows, top[rows], left[rows]]
+            if self.flip:
+                images = torch.where(mirrored[rows].view(-1, 1, 1, 1), images.flip(-1), images)
+            yield images, rows
+
+
+# --- Losses -------------------------------------------------------------------------------------
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross-entropy, and the interface of every loss of :func:`train_classifier`.
+
+    Parameters
+    ----------
+    label_smoothing : float, default 0.0
+        Fraction of each target that is spread equally over all classes.
+    """
+
+    def __init__(self, label_smoothing=0.0):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits, targets, rows):
+        """Mean loss of m images: float32 logits (m, classes), int64 targets (m,) and training-set rows (m,)."""
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def extra_repr(self):
+        return f"label_smoothing={self.label_smoothing}"
+
+
+class LogitAdjustedLoss(nn.Module):
+    """Mean cross-entropy of ``logits + log P(class | source of the row)``.
+
+    This is the loss of Menon et al. (2021) with tau = 1, extended to several sources. Nothing is added to the logits
+    at test time, so the network learns what holds under equal class frequencies, and whether an image looks
+    synthetic tells nothing about its class. Label smoothing contradicts it: that would give a rare class more
+    probability than its prior on every image, and so undo the adjustment.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+        Labels of the training set.
+    num_classes : int
+    sources : ndarray of int or bool, shape (n,), optional
+        Source of each row: 0 real, 1 synthetic. Default: all rows have the same source.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``sources`` are not sources of the rows of ``y``.
+    """
+
+    def __init__(self, y, num_classes, sources=None):
+        super().__init__()
+        sources = _check_sources(sources, y)
+        log_priors = torch.from_numpy(class_log_priors(y, num_classes, sources))
+        self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(sources)])
+
+    def forward(self, logits, targets, rows):
+        return F.cross_entropy(logits + self.log_prior_of_row[rows], targets)
+
+    def extra_repr(self):
+        rows, classes = self.log_prior_of_row.shape
+        return f"rows={rows}, classes={classes}, checksum={checksum(self.log_prior_of_row.cpu().numpy())}"
+
+
+def _check_sources(sources, y):
+    """``sources`` as int64, zeros for None, or an error if they are not sources of the rows of ``y``."""
+    sources = np.zeros_like(y) if sources is None else np.asarray(sources)
+    if sources.shape != y.shape:
+        raise ValueError(f"sources must have the shape {y.shape} like y, but it is {sources.shape}.")
+    if sources.dtype != bool and not np.issubdtype(sources.dtype, np.integer):
+        raise TypeError(f"sources must hold integers, 0 for real rows, but its dtype is {sources.dtype}.")
+    if sources.min() < 0:
+        raise ValueError(f"sources must not be negative, but the smallest is {sources.min()}.")
+    return sources.astype(np.int64, copy=False)
+
+
+def class_log_priors(y, num_classes, sources):
+    """Log class frequencies of each source: float32 (n_sources, num_classes), -inf for a class that a source lacks."""
+    counts = np.zeros((sources.max() + 1, num_classes))
+    np.add.at(counts, (sources, y), 1)
+    with np.errstate(divide="ignore"):
+        return np.log(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def train_classifier(
+    model, X, y, recipe, *, seed, loss=None, batches=None, after_epoch=None, checkpoint=None
+):
+    """Train ``model`` in place, on its device, for a fixed number of steps. The last weights are the result.
+
+    There are nine parameters because each of the last four replaces one part of the loop.
+
+    Parameters
+    ----------
+    model : ResNet18
+    X : ndarray of uint8, shape (n, height, width, 3)
+    y : ndarray of int, shape (n,)
+    recipe : Recipe
+    seed : int
+        Order, crops and flips of the default batches.
+    loss : torch.nn.Module, optional
+        Called like :class:`CrossEntropy`, the default. It is moved to the model's device. Its ``repr`` must tell it
+        from other losses, because checkpoints are compared by it.
+    batches : object, optional
+        Default: ``recipe.batches(X, seed, device)``. Any other object needs ``batch_size`` and ``epoch(number)``, as
+        :class:`AugmentedBatches` has them. With a ``world_size`` above 1, all processes of torch.distributed's group
+        train this network together: each computes its part of every batch, gradients are averaged, and all hold the
+        same weights. The loss is then that of one process, up to rounding, if ``batch_size`` is a multiple of
+        ``micro_batch_size`` times ``world_size``.
+    after_epoch : callable, optional
+        ``after_epoch(model, record)`` is called by every process after each epoch, before the checkpoint is written.
+        If it returns a dict of plain values, they are added to the record.
+    checkpoint : path, optional
+        Written after each epoch. A killed training continues from it to the same weights. After the last epoch it
+        holds the finished training: remove it when the outcome is saved. Processes that train together must see
+        the same file.
+
+    Returns
+    -------
+    list of dict
+        A record per epoch (the last epoch may be incomplete): ``epoch``, ``step``, ``images_seen``, ``learning_rate``
+        (SGD's, of the next step), ``train_loss`` and ``train_accuracy`` (on augmented images during training),
+        ``seconds``, then what ``after_epoch`` returned.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss stops being finite. The last checkpoint stays.
+    TypeError, ValueError
+        If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
+    """
+    X, y = map(np.ascontiguousarray, check_images(X, y))
+    seed = int(seed)  # a NumPy integer would not come back from the checkpoint
+    loss = CrossEntropy(recipe.label_smoothing) if loss is None else loss
+    _check_labels_and_loss(y, model.num_classes, recipe, loss)
+    if batches is None:
+        batches = recipe.batches(X, seed, next(model.parameters()).device)
+    training = _Training(model, y, recipe, loss, batches)
+    store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)})
+    history = training.resume(store)
+    # Such as "cat-50/imbalanced-seed0".
+    name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])
+    with training.progress_bar(name) as bar, deterministic_convolutions():
+        while training.step < recipe.steps:
+            record = training.train_epoch(len(history) + 1, bar)
+            if not math.isfinite(record["train_loss"]):
+                raise FloatingPointError(
+                    f"The loss of {name} became {record['train_loss']} in epoch {record['epoch']} (up to step "
+                    f"{record['step']}). Lower the learning rates: {recipe}."
+                )
+            if after_epoch is not None and (returned := after_epoch(model, record)):
+                record |= returned
+                bar.set_postfix({k: v for k, v in returned.items() if not k.startswith("seconds")})
+            history.append(record)
+            if training.rank == 0:
+                store.save(history=history, states=training.states())
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise FloatingPointError(
+            f"The last step of {name} left weights that are not finite. Lower the learning rates: {recipe}."
+        )
+    model.eval()
+    return history
+
+
+def _check_labels_and_loss(y, num_classes, recipe, loss):
+    if y.min() < 0 or y.max() >= num_classes:
+        raise ValueError(
+            f"Labels run from {y.min()} to {y.max()}, but the network has classes 0 to {num_classes - 1}."
+        )
+    if isinstance(loss, LogitAdjustedLoss):
+        if recipe.label_smoothing:
+            raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")
+        if (rows := len(loss.log_prior_of_row)) != len(y):
+            raise ValueError(
+                f"The loss was made for {rows} rows, but y has {len(y)}. Make it from the same y."
+            )
+
+
+class _Training:
+    """The parts of one training, and the stages of its loop: an epoch and a training step."""
+
+    def __init__(self, model, y, recipe, loss, batches):
+        self.device = next(model.parameters()).device
+        self.model = model.to(memory_format=torch.channels_last)
+        self.loss = loss.to(self.device)
+        self.targets = torch.from_numpy(y).to(self.device)
+        self.recipe, self.batches, self.step = recipe, batches, 0
+        self.optimizers = _create_optimizers(model, recipe)
+        self.schedulers = [_create_scheduler(optimizer, recipe) for optimizer in self.optimizers]
+        self.parts = [model, *self.optimizers, *self.schedulers]  # what a checkpoint holds
+        self.world_size = getattr(batches, "world_size", 1)
+        self.rank = dist.get_rank() if self.world_size > 1 else 0
+
+    def progress_bar(self, name):
+        total, hidden = self.recipe.steps, self.rank > 0
+        return tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=2, disable=hidden)
+
+    def train_epoch(self, number, bar):
+        """Train on all batches of an epoch, or on as many as there are steps left; return its record."""
+        started = time.perf_counter()
+        first_step = self.step
+        self.model.train()
+        # Summed on the device: reading a value in each step would make a GPU wait.
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.right = torch.zeros((), device=self.device, dtype=torch.int64)
+        for images, rows in self.batches.epoch(number):
+            self.train_step(images, rows)
+            bar.update()
+            if self.step == self.recipe.steps:
+                break
+        if self.world_size > 1:
+            _average_over_processes([b for b in self.model.buffers() if b.is_floating_point()])
+            dist.all_reduce(self.right)
+            _average_over_processes([self.loss_sum])
+        steps = self.step - first_step
+        return {
+            "epoch": number,
+            "step": self.step,
+            "images_seen": self.step * self.batches.batch_size,
+            "learning_rate": self.schedulers[0].get_last_lr()[0],
+            "train_loss": self.loss_sum.item() / steps,
+            "train_accuracy": self.right.item() / (steps * self.batches.batch_size),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def train_step(self, images, rows):
+        """Change the weights once, by the mean gradient of a batch, computed in micro-batches."""
+        self.model.zero_grad()
+        scale, size = self.recipe.scale_at(self.step), self.recipe.micro_batch_size
+        for part, part_rows in zip(images.split(size), rows.split(size), strict=True):
+            targets, weight = self.targets[part_rows], len(part_rows) / len(rows)
+            loss, logits = _forward_and_backward(
+                self.model, self.loss, part, targets, part_rows, scale, weight
+            )
+            self.loss_sum += loss
+            self.right += (logits.argmax(1) == targets).sum()
+        if self.world_size > 1:
+            _average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        self.step += 1
+
+    def identity(self):
+        """What a checkpoint must agree with."""
+        return asdict(self.recipe) | {
+            "width": self.model.width,
+            "num_classes": self.model.num_classes,
+            "downsampling": self.model.downsampling,
+            "loss": repr(self.loss),
+            "batches": type(self.batches).__name__,
+            "rows": len(self.targets),
+            "processes": self.world_size,
+        }
+
+    def states(self):
+        return [part.state_dict() for part in self.parts]
+
+    def resume(self, store):
+        """Continue from the checkpoint, if there is one, and return its history."""
+        content = store.load("history", "states")
+        if content is None:
+            return []
+        for part, state in zip(self.parts, content["states"], strict=True):
+            part.load_state_dict(state)
+        self.step = content["history"][-1]["step"]
+        return content["history"]
+
+
+def _create_optimizers(model, recipe):
+    """SGD, and Muon after it if the recipe has it."""
+    kernels = []
+    if recipe.optimizer == "muon":
+        kernels = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Conv2d)]
+    taken = set(map(id, kernels))
+    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in taken]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    sgd = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}],
+        lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+    )  # fmt: skip
+    if not kernels:
+        return [sgd]
+    muon = KernelMuon(
+        kernels, lr=recipe.muon_learning_rate, momentum=recipe.muon_momentum,
+        weight_decay=recipe.muon_weight_decay, iterations=recipe.muon_iterations,
+    )  # fmt: skip
+    return [sgd, muon]
+
+
+def _create_scheduler(optimizer, recipe):
+    """The one-cycle schedule: a linear rise to the optimizer's learning rate, and a linear fall."""
+    peak, total_steps = optimizer.defaults["lr"], recipe.steps + 1
+    warmup = max(recipe.warmup, 2 / total_steps)  # a rise takes at least a step
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False
+    )
+
+
+@record_function("forward and backward")  # what torch.profiler shows
+def _forward_and_backward(model, loss, images, targets, rows, scale, weight=1.0):
+    """Add the gradient of ``weight`` times the mean loss; return that weighted loss and the logits.
+
+    The images are shrunk to ``scale`` times their side first, but not below ``SMALLEST_SIDE``.
+    """
+    sides = tuple(images.shape[2:])
+    size = tuple(min(side, max(SMALLEST_SIDE, round(scale * side))) for side in sides)
+    if size != sides:
+        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    with mixed_precision(images.device):
+        logits = model(images)
+    logits = logits.float()
+    weighted_loss = weight * loss(logits, targets, rows)
+    weighted_loss.backward()
+    return weighted_loss.detach(), logits.detach()
+
+
+def _average_over_processes(tensors):
+    """Replace each tensor by its mean over all processes, in one message."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    for tensor, mean in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
+
+
+class EpochEvaluator:
+    """Evaluates on a test set after some epochs, for the learning curves. It decides nothing.
+
+    Parameters
+    ----------
+    X, y : ndarrays
+        Test images and labels, as for :func:`ClassifierNetwork.evaluate_classifier`.
+    minority_classes : sequence of int
+        Their mean recall is recorded, 0 if there are none.
+    epochs : int
+        Number of epochs of the training: see :meth:`Recipe.epochs`.
+    evaluations : int
+        After how many epochs to evaluate, evenly spread with the last one among them. More than ``epochs`` means
+        every epoch. The attribute ``epochs`` is the set of these epochs, counted from 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``X`` and ``y`` are not images with labels, or if a minority class has no test image.
+    """
+
+    def __init__(self, X, y, minority_classes, *, epochs, evaluations):
+        self.X, self.y = map(np.ascontiguousarray, check_images(X, y))
+        if missing := set(minority_classes) - set(self.y.tolist()):
+            raise ValueError(f"The test set has no image of the minority classes {sorted(missing)}.")
+        self.minority_classes = tuple(minority_classes)
+        evaluations = min(evaluations, epochs)
+        self.epochs = {math.ceil(i * epochs / evaluations) for i in range(1, evaluations + 1)}
+
+    def __call__(self, model, record):
+        """``test_loss``, ``test_accuracy``, ``test_minority_recall`` and ``seconds_of_test``, or {} if none is due."""
+        if record["epoch"] not in self.epochs:
+            return {}
+        started = time.perf_counter()
+        evaluation = evaluate_classifier(model, self.X, self.y)
+        right = evaluation.predictions == self.y
+        recalls = [right[self.y == c].mean() for c in self.minority_classes]
+        return {
+            "test_loss": evaluation.loss,
+            "test_accuracy": float(right.mean()),
+            "test_minority_recall": float(np.mean(recalls or [0])),  # over classes, not over images
+            "seconds_of_test": time.perf_counter() - started,
+        }
+
+
+def count_training_flops(model, recipe, image_size=(32, 32)):
+    """Count the floating-point operations of a whole training: forward pass, backward pass and optimiser.
+
+    :class:`torch.utils.flop_counter.FlopCounterMode` counts matrix products and convolutions, two operations per
+    multiplication and addition. It counts one step for each size of the images, and computes nothing.
+
+    Parameters
+    ----------
+    model : ResNet18
+    recipe : Recipe
+    image_size : pair of int, default (32, 32)
+        Height and width of the training images in pixels.
+
+    Returns
+    -------
+    int
+    """
+    model = copy.deepcopy(model).to(device="meta", memory_format=torch.channels_last).train()
+    optimizers, loss = _create_optimizers(model, recipe), CrossEntropy()
+    images = torch.empty((recipe.batch_size, 3, *image_size), device="meta")
+    targets, rows = torch.empty((2, recipe.batch_size), dtype=torch.int64, device="meta")
+    flops = 0
+    for scale, steps in Counter(map(recipe.scale_at, range(recipe.steps))).items():
+        with FlopCounterMode(display=False) as counter:  # micro-batches would add up to the same
+            _forward_and_backward(model, loss, images, targets, rows, scale)
+            for optimizer in optimizers:
+                optimizer.step()
+        flops += steps * counter.get_total_flops()
+    return flops

@@ -1,0 +1,186 @@
+"""The study's GAN: trained once per study from the ground up, and kept for all arms and seeds that use it.
+
+    generator = prepare_generator(study, data)          # a path; trained now if it is not there
+    X_res, y_res = ARMS["gan"].fit_resample(X, y, seed=0, generator=generator)
+
+``GAN_Main.ipynb`` shows the same training step by step.
+"""
+
+from dataclasses import asdict, replace
+from importlib.metadata import version
+
+import numpy as np
+
+from Arms import ArmUnavailableError
+from GANGeneration import GANCollapseError, count_flops, train_gan
+from GANNetworks import load_generator, save_discriminator, save_generator
+from GenerationQuality import frechet_distance_to
+from ImbalancedCIFAR10 import split_from_name
+from QualityExperiment import classifier_features
+from Results import read_json
+from Runtime import (
+    choose_device,
+    code_version,
+    describe_hardware,
+    require_same_settings,
+    save_array,
+    save_json,
+)
+
+code_version()  # read and cached now: a commit made during a training is not the code that ran
+
+
+def gan_settings(study, data):
+    """The :class:`GANGeneration.GANSettings` of the study's profile; images are flipped if the data allows it."""
+    return replace(study.settings.gan, flip=data.mirrored_images_keep_their_class)
+
+
+def quality_measure(X, y, features, images):
+    """The measure that chooses a generator: the Fréchet distance to the kept training images.
+
+    Every class has the same weight: the first images of the full classes are taken, the minority's several times.
+    Removed images and the test set have no part in it.
+
+    Parameters
+    ----------
+    X : ndarray of uint8, shape (n, 32, 32, 3)
+        The imbalanced training set.
+    y : ndarray of int64, shape (n,)
+    features : GenerationQuality.ImageFeatures
+    images : int
+        Number of real images to compare with, over all classes.
+
+    Returns
+    -------
+    callable
+        ``quality(images, labels) -> float``, smaller is better.
+    """
+    classes = np.unique(y)
+    rows = [np.resize(np.flatnonzero(y == c), images // len(classes)) for c in classes]
+    distance = frechet_distance_to(X[np.concatenate(rows)], features)
+    return lambda images, labels: distance(images)
+
+
+def is_trained(study, data):
+    """Whether the study's generator is trained and kept.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+
+    Raises
+    ------
+    ValueError
+        If the kept GAN was trained with other settings.
+    """
+    path, record, settings = _generator_path(study), _record_path(study), gan_settings(study, data)
+    if not (path.exists() and record.exists()):
+        return False
+    require_same_settings(record, read_json(record)["settings"], asdict(settings))
+    # All evidence profiles write to the same path, so the file may belong to another one.
+    return load_generator(path, "cpu").channels == settings.channels
+
+
+def save_gan(study, data, run, quality_name):
+    """Keep a finished training: both networks, the snapshots, and the record ``gan.json``.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+    run : GANGeneration.GANRun
+        From :func:`GANGeneration.train_gan` with ``gan_settings(study, data)``.
+    quality_name : str
+        Name of the features behind the quality measure.
+    """
+    settings, classes = gan_settings(study, data), len(data.class_names)
+    record = {
+        "data": study.data,
+        "split": study.split,
+        "profile": study.profile,
+        "class_names": list(data.class_names),
+        "settings": asdict(settings),
+        "parameters": {
+            "generator": sum(p.numel() for p in run.generator.parameters()),
+            "discriminator": sum(p.numel() for p in run.discriminator.parameters()),
+        },
+        "petaflops": count_flops(settings, classes) * settings.steps / 1e15,
+        "chosen_by": f"Fréchet distance to the kept training images, classes weighted equally; {quality_name}",
+        "best_step": run.best_step,
+        "seconds": {
+            "training": sum(record["seconds"] for record in run.history),
+            "judging": sum(record["seconds_of_quality"] for record in run.history),
+        },
+        "hardware": describe_hardware(next(run.generator.parameters()).device),
+        "versions": {"torch": version("torch"), "commit": code_version()},
+        "history": run.history,
+    }
+    path = _generator_path(study)
+    path.unlink(missing_ok=True)  # so that an earlier generator is never taken for this record's
+    study.record_path("generated-images.json").unlink(missing_ok=True)  # it judges the earlier generator
+    save_array(study.record_path("gan-snapshots.npy"), run.snapshots)
+    save_json(_record_path(study), record)
+    save_discriminator(run.discriminator, study.model_path("discriminator.pt"))
+    save_generator(run.generator, path)  # last: it marks the training as finished
+    study.checkpoint_path("gan").unlink(missing_ok=True)
+
+
+def prepare_generator(study, data, device=None):
+    """Train the GAN of a study if it is not trained yet, and return where its generator is.
+
+    One GAN serves all arms and seeds of a study. It sees the kept training images and nothing else.
+    A killed training continues.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+    device : str or torch.device, optional
+        Default: the fastest there is.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ArmUnavailableError
+        If a class has fewer than 2 images, or the training collapsed.
+    ValueError
+        If the kept GAN was trained with other settings.
+    """
+    if is_trained(study, data):
+        return _generator_path(study)
+    split = split_from_name(study.split, data.y_train, data.class_names)
+    X, y = split.cut(data.X_train, data.y_train)
+    if np.bincount(y).min() < 2:
+        raise ArmUnavailableError(f"a GAN needs 2 images of each class, but a class of {study.split} has 1")
+    settings, checkpoint = gan_settings(study, data), study.checkpoint_path("gan")
+    features = classifier_features(study, data, device)
+    try:
+        run = train_gan(
+            X,
+            y,
+            settings,
+            seed=0,
+            num_classes=len(data.class_names),
+            quality=quality_measure(X, y, features, settings.quality_images),
+            checkpoint=checkpoint,
+            device=choose_device(device),
+        )
+    except GANCollapseError as error:
+        raise ArmUnavailableError(
+            f"the GAN collapsed. {error} Change the GAN settings of the profile {study.profile!r} in Arms.py and "
+            f"remove {checkpoint}"
+        ) from error
+    save_gan(study, data, run, features.name)
+    return _generator_path(study)
+
+
+def _generator_path(study):
+    return study.model_path("generator.pt")
+
+
+def _record_path(study):
+    return study.record_path("gan.json")

@@ -1,0 +1,112 @@
+"""How good the generated images of a study are: its features, and each method's images judged by them.
+
+features = classifier_features(study, data)
+judged = judge_generated_images(study, data, {"gan": images, "stable": other_images})
+"""
+
+import numpy as np
+
+from ClassifierNetwork import channel_statistics, create_classifier, load_classifier, save_classifier
+from ClassifierTraining import train_classifier
+from GenerationQuality import (
+    FeaturesUnavailableError,
+    ImageFeatures,
+    InceptionFeatures,
+    generation_quality,
+    memorisation,
+)
+from ImbalancedCIFAR10 import split_from_name
+from Results import read_json
+from Runtime import choose_device, save_json
+
+
+def classifier_features(study, data, device=None):
+    """Features of the ResNet-18 that the arm ``imbalanced`` trains, for measuring generated images.
+
+    The network knows the kept training images and nothing else. It is trained now if its weights are missing, or
+    have another width.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+    device : str or torch.device, optional
+        Default: the fastest there is.
+
+    Returns
+    -------
+    GenerationQuality.ImageFeatures
+    """
+    device, width = choose_device(device), study.settings.width
+    weights = study.weights_path("imbalanced")
+    if not weights.exists() or load_classifier(weights, device).width != width:
+        split = split_from_name(study.split, data.y_train, data.class_names)
+        X, y = split.cut(data.X_train, data.y_train)
+        model = create_classifier(len(data.class_names), width, channel_statistics(X), 0, device)
+        checkpoint = study.checkpoint_path("features")
+        recipe = study.settings.recipe(len(y), data.mirrored_images_keep_their_class)
+        train_classifier(model, X, y, recipe, seed=0, checkpoint=checkpoint)
+        save_classifier(model, weights)
+        checkpoint.unlink(missing_ok=True)
+    network = load_classifier(weights, device)
+    name = f"ResNet-18 of width {network.width} with {network.downsampling}, trained on {study.split} of {study.data}"
+    return ImageFeatures(network.features, name, device)
+
+
+def judge_generated_images(study, data, generated, device=None):
+    """Judge each method's images of the first minority class.
+
+    The generated images are compared with the class's test images, which no generator saw. Nothing is
+    chosen by the outcome. Near copies are looked for among the kept training images. New real images (the same
+    test images) get the same check, because they too lie near some training image.
+
+    The outcome is kept until the GAN is trained again. Evidence profiles use Inception's features if its
+    weights are available, else those of :func:`classifier_features`, as the other profiles do.
+
+    Parameters
+    ----------
+    study : Results.Study
+    data : ImbalancedCIFAR10.ImageDataSet
+    generated : dict
+        Arm name -> the images it adds to the class: uint8, shape (n, 32, 32, 3).
+    device : str or torch.device, optional
+        Default: the fastest there is.
+
+    Returns
+    -------
+    dict
+        The content of ``results/<profile>/<split>/generated-images.json``: ``class``,
+        ``share_of_copies_among_new_real_images``, ``methods`` (arm name -> the dict of
+        :func:`GenerationQuality.generation_quality` with ``share_of_copies``).
+    """
+    path = study.record_path("generated-images.json")
+    if path.exists():
+        return read_json(path)
+    split = split_from_name(study.split, data.y_train, data.class_names)
+    c = split.minority_classes[0]
+    X, y = split.cut(data.X_train, data.y_train)
+    kept, unseen = X[y == c], data.X_test[data.y_test == c]
+    features = _best_features(study, data, device)
+    count = min(len(unseen), *(len(images) for images in generated.values()))
+    rng = np.random.default_rng(0)
+    judged = {
+        "class": data.class_names[c],
+        "share_of_copies_among_new_real_images": memorisation(kept, unseen, features).share_of_copies,
+        "methods": {},
+    }
+    for name, images in generated.items():
+        some = images[rng.choice(len(images), count, replace=False)]  # recall depends on their number
+        judged["methods"][name] = generation_quality(unseen, some, features) | {
+            "share_of_copies": memorisation(kept, images, features).share_of_copies
+        }
+    save_json(path, judged)
+    return judged
+
+
+def _best_features(study, data, device):
+    if study.settings.evidence:
+        try:
+            return InceptionFeatures(choose_device(device))
+        except FeaturesUnavailableError as error:
+            print(f"Judged with the features of our own classifier: {error}")
+    return classifier_features(study, data, device)

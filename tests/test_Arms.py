@@ -1,0 +1,179 @@
+"""Profiles and arms: what each arm trains on, and that no removed image is in it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPLIT, files, smoke, smoke_study, with_other_removed_images
+from imblearn.over_sampling import SMOTE
+
+import Arms
+from Arms import (
+    ARMS,
+    MOST_PASSES,
+    PROFILES,
+    STORY,
+    ArmUnavailableError,
+    default_split,
+    find_arm,
+    resolve_profile,
+    sampling_seed,
+)
+from Experiment import make_training_set, run_arms
+from GANGeneration import GANSettings
+from ImageCache import save_generated_images
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
+from NonSyntheticGeneration import PixelOverSampler
+from Results import Study
+
+CAT = CIFAR10_CLASSES.index("cat")
+REBALANCING_ARMS = [name for name, arm in ARMS.items() if not arm.whole_training_set]
+STABLE_DIFFUSION_ARMS = [name for name, arm in ARMS.items() if arm.needs_stable_diffusion]
+
+
+# --- Profiles -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(False, "quick"), (True, "full")])
+def test_auto_is_full_with_cuda_and_quick_without(monkeypatch, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert resolve_profile("auto") == (expected, PROFILES[expected])
+
+
+@pytest.mark.parametrize(("profile", "steps"), [("quick", MOST_PASSES * 5), ("smoke", 6)])
+def test_small_data_sets_are_not_passed_over_more_than_sixty_times(profile, steps):
+    recipe = PROFILES[profile].recipe(1298, flip=False)  # 1,298 kept digits are 5 batches of 256
+    assert recipe.steps == steps and recipe.flip is False
+
+
+def test_the_gan_of_the_cpu_profile_has_the_default_settings():
+    assert PROFILES["cpu"].gan == GANSettings()
+
+
+# --- Names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("find", "name", "valid"),
+    [
+        (find_arm, "smoter", "Unknown arm 'smoter'.*imbalanced.*smote.*balanced"),
+        (resolve_profile, "fast", "Unknown profile 'fast'.*auto, smoke, quick, cpu, full"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_valid_ones(find, name, valid):
+    with pytest.raises(ValueError, match=valid):
+        find(name)
+
+
+def test_no_two_arms_write_the_same_file():
+    assert len({arm.image_tag for arm in ARMS.values()}) == len(ARMS)
+    assert len({arm.weights_name for arm in ARMS.values()}) == len(ARMS)
+
+
+def test_the_story_needs_neither_smote_nor_the_ceiling():
+    assert STORY == (
+        "imbalanced", "non-synthetic", "stable", "logit-adjusted", "stable-source-balanced-adjusted",
+    )  # fmt: skip
+
+
+def test_the_notebooks_use_cat_50_and_8_of_the_digits(tiny_data, digits):
+    assert default_split(tiny_data) == "cat-50"
+    assert default_split(digits) == "8-0.01"
+
+
+def test_a_new_arm_is_one_entry(tiny_data, monkeypatch):
+    """As docs/contributing.md says."""
+    entry = Arms.Arm(
+        "SMOTE, 2 neighbours", "smote_2", "resnet_smote_2", PixelOverSampler(SMOTE(k_neighbors=2))
+    )
+    monkeypatch.setitem(ARMS, "smote-2", entry)
+    result = smoke("smote-2", tiny_data)
+    assert result["training_images"]["synthetic"][CAT] == 25
+    assert {"images/smoke/cat-5/cm_smote_2.png", "models/smoke/cat-5/resnet_smote_2.pt"} <= files()
+
+
+# --- Training sets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm_name", REBALANCING_ARMS)
+def test_no_removed_image_reaches_a_sampler(arm_name, tiny_data, tiny_cache):
+    other_data = with_other_removed_images(tiny_data, split_from_name(SPLIT, tiny_data.y_train))
+    study = smoke_study(tiny_data)
+    first, second = (make_training_set(study, data, arm_name, 1) for data in (tiny_data, other_data))
+    assert np.array_equal(first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+
+
+def test_only_the_ceiling_sees_the_removed_images(tiny_data):
+    other_data = with_other_removed_images(tiny_data, split_from_name(SPLIT, tiny_data.y_train))
+    study = smoke_study(tiny_data)
+    first, second = (make_training_set(study, data, "balanced")[0] for data in (tiny_data, other_data))
+    differing = np.flatnonzero((first != second).any(axis=(1, 2, 3)))
+    assert len(differing) == 25 and set(tiny_data.y_train[differing]) == {CAT}
+
+
+@pytest.mark.parametrize("arm_name", REBALANCING_ARMS)
+def test_the_kept_images_come_first_and_unchanged(arm_name, tiny_data, tiny_cache):
+    split = split_from_name(SPLIT, tiny_data.y_train)
+    X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
+    X_res, y_res = make_training_set(smoke_study(tiny_data), tiny_data, arm_name)
+    assert X_res.dtype == np.uint8 and y_res.dtype == np.int64 and len(X_res) == len(y_res)
+    assert np.array_equal(X_res[:275], X)
+    assert np.array_equal(y_res[:275], y)
+
+
+@pytest.mark.parametrize("arm_name", [name for name, arm in ARMS.items() if arm.sampler])
+def test_samplers_follow_the_seed(arm_name, tiny_data, tiny_cache):
+    study = smoke_study(tiny_data)
+    first, same, other = (make_training_set(study, tiny_data, arm_name, seed)[0] for seed in (0, 0, 1))
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_the_sampler_does_not_get_the_seed_of_the_network():
+    assert sampling_seed(0) != 0 and sampling_seed(0) != sampling_seed(1)
+    assert sampling_seed(0) < 2**32
+
+
+def test_an_arms_sampler_is_left_as_it_is(tiny_data):
+    X, y = split_from_name(SPLIT, tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
+    ARMS["non-synthetic"].fit_resample(X, y, seed=3)
+    assert ARMS["non-synthetic"].sampler.random_state is None
+
+
+def test_the_loss_of_an_adjusted_arm_knows_the_source_of_each_row():
+    y = np.array([0, 0, 1, 1, 1])
+    assert ARMS["stable-source-balanced"].loss(y, 2, real_rows=3) is None
+    loss = ARMS["stable-source-balanced-adjusted"].loss(y, 2, real_rows=3)
+    logits, targets = torch.zeros(5, 2), torch.from_numpy(y)
+    # Real rows: 2 of class 0, 1 of class 1. Synthetic rows: class 1 alone, so its loss is 0.
+    expected = [-np.log(2 / 3), -np.log(2 / 3), -np.log(1 / 3), 0, 0]
+    for row, value in enumerate(expected):
+        rows = torch.tensor([row])
+        assert loss(logits[rows], targets[rows], rows).item() == pytest.approx(value, abs=1e-6)
+
+
+# --- What an arm cannot do ----------------------------------------------------------------------
+
+
+def test_smote_needs_two_images_of_a_class_and_other_arms_still_run(tiny_data):
+    with pytest.raises(ArmUnavailableError, match="SMOTE interpolates.*has only one"):
+        make_training_set(smoke_study(tiny_data, "cat-1"), tiny_data, "smote")
+    assert files() == set()
+    studies = [smoke_study(tiny_data, "cat-1")]
+    outcomes = run_arms(studies, tiny_data, ["smote", "imbalanced"], device="cpu")
+    assert "only one" in outcomes["smote", "cat-1", 0]
+    assert outcomes["imbalanced", "cat-1", 0]["history"][-1]["step"] == 6
+
+
+@pytest.mark.parametrize("arm_name", STABLE_DIFFUSION_ARMS)
+def test_too_few_cached_images_are_an_error(arm_name, tiny_data):
+    save_generated_images(np.zeros((50, 32, 32, 3), dtype=np.uint8), np.tile(np.arange(10), 5))
+    with pytest.raises(ValueError, match=r"has 5 images of class \d, but (12|25) are asked for"):
+        smoke(arm_name, tiny_data)
+    assert not files("results")
+
+
+@pytest.mark.parametrize("arm_name", STABLE_DIFFUSION_ARMS)
+def test_stable_diffusion_arms_are_unavailable_for_digits(arm_name, digits, tiny_cache):
+    with pytest.raises(ArmUnavailableError, match="no Stable Diffusion images of digits"):
+        make_training_set(Study("smoke", "digits", "8-0.01"), digits, arm_name)

@@ -1,0 +1,215 @@
+"""The study's GAN and the quality of generated images: what they may see, what is kept, what a kill leaves."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import smoke, smoke_study
+
+import Arms
+import Experiment
+import GANExperiment
+import Results
+from Arms import ARMS, PROFILES
+from Experiment import run_arms
+from GANExperiment import is_trained, prepare_generator, quality_measure, save_gan
+from GANGeneration import Adversaries, BalancedBatches, train_gan
+from GANNetworks import load_generator
+from GenerationQuality import ImageFeatures
+from ImbalancedCIFAR10 import split_from_name
+from QualityExperiment import classifier_features, judge_generated_images
+from Results import Study, read_json
+
+REMOVED, TEST = (255, 0, 255), 255  # the poisons' colours
+
+
+def poisoned(data, split):
+    """The same data with removed images in magenta and white test images with other labels."""
+    X_train = data.X_train.copy()
+    X_train[np.setdiff1d(np.arange(len(X_train)), split.kept_rows(data.y_train))] = REMOVED
+    return dataclasses.replace(
+        data, X_train=X_train, X_test=np.full_like(data.X_test, TEST), y_test=data.y_test[::-1]
+    )
+
+
+def test_no_removed_image_and_no_test_image_reaches_the_gan(tiny_data, monkeypatch):
+    """Poisoned removed images and a poisoned test set change nothing, and no poison is ever scored."""
+    split = split_from_name("cat-5", tiny_data.y_train)
+    drawn, original = [], BalancedBatches.draw
+
+    def draw(self, size, random):
+        images, labels = original(self, size, random)
+        drawn.append(images)
+        return images, labels
+
+    monkeypatch.setattr(BalancedBatches, "draw", draw)
+    weights = []
+    for folder, data in (("clean", tiny_data), ("poisoned", poisoned(tiny_data, split))):
+        Path(folder).mkdir()
+        monkeypatch.chdir(folder)
+        path = prepare_generator(smoke_study(data), data, "cpu")
+        weights.append(torch.load(path, weights_only=True)["generator"])
+        monkeypatch.chdir("..")
+    first, second = weights
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    magenta = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1)
+    assert len(drawn) == 14  # 6 steps and one to count operations, twice
+    assert not any((batch == magenta).all(dim=(1, 2, 3)).any() for batch in drawn)
+
+
+def test_the_quality_measure_weighs_every_class_equally():
+    """The distance is 0 for as many images of each class, and not for the images as they are."""
+    y = np.array([0] * 40 + [1] * 10)
+    X = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    X[y == 1] //= 2
+    features = ImageFeatures(
+        lambda images: images.float().mean(dim=(2, 3)), "mean colour", torch.device("cpu")
+    )
+    quality = quality_measure(X, y, features, images=40)
+    equal = np.concatenate([X[:20], X[40:], X[40:]])  # 20 of class 0, 10 of class 1 twice
+    assert quality(equal, None) == pytest.approx(0, abs=1e-2)
+    assert quality(X, None) > 1
+
+
+def test_one_gan_serves_every_seed_of_the_arms(tiny_data, monkeypatch):
+    smoke("gan", tiny_data)
+    monkeypatch.setattr(GANExperiment, "train_gan", lambda *a, **o: pytest.fail("it was trained again"))
+    smoke("gan-source-balanced", tiny_data, seed=1)
+
+
+def test_a_training_that_could_not_be_saved_is_not_lost(tiny_data, monkeypatch):
+    study = smoke_study(tiny_data)
+
+    def no_space(*arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GANExperiment, "save_json", no_space)
+        with pytest.raises(OSError, match="No space"):
+            prepare_generator(study, tiny_data, "cpu")
+    monkeypatch.setattr(GANExperiment, "count_flops", lambda *arguments: 1)  # it makes a training step too
+    monkeypatch.setattr(Adversaries, "step", lambda *arguments: pytest.fail("it was trained again"))
+    assert prepare_generator(study, tiny_data, "cpu").exists()
+    assert not list(Path("models/checkpoints").rglob("gan.pt"))
+
+
+def test_the_calls_of_the_notebook_keep_the_gan_that_prepare_generator_keeps(
+    tiny_data, move_to_another_folder
+):
+    study, split = smoke_study(tiny_data), split_from_name("cat-5", tiny_data.y_train)
+    X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
+    settings = GANExperiment.gan_settings(study, tiny_data)
+    features = classifier_features(study, tiny_data, "cpu")
+    assert not is_trained(study, tiny_data)
+    run = train_gan(
+        X, y, settings, seed=0, num_classes=10, checkpoint=study.checkpoint_path("gan"),
+        quality=quality_measure(X, y, features, settings.quality_images),
+    )  # fmt: skip
+    save_gan(study, tiny_data, run, features.name)
+    assert is_trained(study, tiny_data)
+    weights, record = (
+        load_generator(study.model_path("generator.pt")).state_dict(),
+        study.record_path("gan.json"),
+    )
+    record = read_json(record)
+    move_to_another_folder()
+    other = load_generator(prepare_generator(study, tiny_data, "cpu")).state_dict()
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+    again = read_json(study.record_path("gan.json"))
+    assert again.keys() == record.keys()
+    for key in record.keys() - {"seconds", "history", "versions", "hardware"}:
+        assert again[key] == record[key], key
+
+
+def test_a_gan_of_other_settings_is_neither_used_nor_overwritten(tiny_data, monkeypatch):
+    study = smoke_study(tiny_data)
+    path = prepare_generator(study, tiny_data, "cpu")
+    content = path.read_bytes()
+    smaller = PROFILES["smoke"]
+    other = dataclasses.replace(smaller, gan=dataclasses.replace(smaller.gan, steps=7))
+    monkeypatch.setitem(PROFILES, "smoke", other)
+    with pytest.raises(
+        ValueError, match=r"gan\.json was obtained with other settings .steps: 6 there, 7 now"
+    ):
+        prepare_generator(study, tiny_data, "cpu")
+    assert path.read_bytes() == content
+
+
+def test_profiles_that_share_a_path_do_not_share_a_generator(tiny_data, monkeypatch):
+    """cpu and full write their generators to the same plain name; each recognises the other's."""
+    monkeypatch.setattr(Results, "REFERENCE_SPLIT", "cat-5")
+    for name, channels in (("cpu", 4), ("full", 5)):
+        settings = dataclasses.replace(PROFILES["smoke"].gan, channels=channels)
+        profile = dataclasses.replace(PROFILES["smoke"], evidence=True, width=channels, gan=settings)
+        monkeypatch.setitem(PROFILES, name, profile)
+    for name, channels in (("cpu", 4), ("full", 5), ("cpu", 4)):
+        study = Study(name, "cifar10", "cat-5")
+        path = prepare_generator(study, tiny_data, "cpu")
+        assert path == Path("models/generator.pt")
+        assert load_generator(path).channels == channels
+        assert Path(f"results/{name}/cat-5/gan.json").exists()
+        features = classifier_features(study, tiny_data, "cpu")
+        assert features.name.startswith(f"ResNet-18 of width {channels} with")
+
+
+def test_a_collapsed_gan_stops_its_own_arms_only(tiny_data, monkeypatch):
+    original = Adversaries.step
+
+    def step(*arguments):
+        return original(*arguments).new_tensor([1.0, float("nan"), 0.0, 0.0])
+
+    monkeypatch.setattr(Adversaries, "step", step)
+    outcomes = run_arms([smoke_study(tiny_data)], tiny_data, ["gan", "imbalanced"], device="cpu")
+    assert re.search("the GAN collapsed.*stopped being finite.*remove models", outcomes["gan", "cat-5", 0])
+    assert outcomes["imbalanced", "cat-5", 0]["arm"] == "imbalanced"
+
+
+def test_a_class_with_one_image_makes_the_arm_unavailable(tiny_data):
+    outcomes = run_arms([smoke_study(tiny_data, "cat-1")], tiny_data, ["gan"], device="cpu")
+    assert "a GAN needs 2 images of each class" in outcomes["gan", "cat-1", 0]
+
+
+def test_the_command_line_trains_the_gan_alone(tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
+    Experiment.main(["--train-gan", "--profile", "smoke", "--split", "cat-5"])
+    assert "models/smoke/cat-5/generator.pt" in capsys.readouterr().out
+    assert not list(Path("results").rglob("*-seed0.json"))
+
+
+def test_without_a_second_image_the_command_line_says_so_in_a_line(tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
+    with pytest.raises(SystemExit):
+        Experiment.main(["--train-gan", "--profile", "smoke", "--split", "cat-1"])
+    assert "a GAN needs 2 images of each class" in capsys.readouterr().err
+
+
+def test_every_method_is_judged_against_unseen_images(tiny_data, tiny_cache):
+    study, split = smoke_study(tiny_data), split_from_name("cat-5", tiny_data.y_train)
+    X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
+    generator = prepare_generator(study, tiny_data, "cpu")
+    generated = {
+        name: ARMS[name].fit_resample(X, y, seed=0, generator=generator)[0][len(X) :]
+        for name in ("non-synthetic", "gan", "stable")
+    }
+    judged = judge_generated_images(study, tiny_data, generated, "cpu")
+    assert judged["class"] == "cat"
+    assert list(judged["methods"]) == ["non-synthetic", "gan", "stable"]
+    for scores in judged["methods"].values():
+        assert scores["real_images"] == scores["generated_images"] == 10
+        assert scores["features"] == "ResNet-18 of width 4 with average pooling, trained on cat-5 of cifar10"
+        assert "frechet_distance" in scores and "fid" not in scores
+    assert judge_generated_images(study, tiny_data, generated, "cpu") == judged
+
+
+def test_a_gan_trained_again_is_judged_again(tiny_data, tiny_cache):
+    study = smoke_study(tiny_data)
+    judged = study.record_path("generated-images.json")
+    prepare_generator(study, tiny_data, "cpu")
+    judged.write_text("{}")
+    study.model_path("generator.pt").unlink()
+    prepare_generator(study, tiny_data, "cpu")
+    assert not judged.exists()
+    assert Arms.ARMS["gan"].sampler.generator is None, "the arm itself holds no generator"

@@ -1,0 +1,96 @@
+"""The notebooks run from top to bottom, and show the study in the field's own names."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from RunNotebooks import NOTEBOOKS
+
+PLOTS = {
+    "class_counts", "samples", "comparison", "cm_nsd", "test_nsd", "gan_training_loss", "gan_samples",
+    "gan_progress", "gan_memorisation", "fid", "cm_gan", "test_gan",
+}  # fmt: skip
+STEPS = {
+    "Main.ipynb": (
+        "split.cut(", "fit_resample(", "create_classifier(", "train_classifier(", "evaluate_classifier(",
+        "classification_metrics(", "plot_learning_curves(", "plot_confusion_matrix(", "run_arm(",
+    ),
+    "GAN_Main.ipynb": ("split.cut(", "train_gan(", "sample_images(", "memorisation(", "fit_resample("),
+    "GAN_Classification.ipynb": ("split.cut(", "fit_resample(", "run_arm("),
+}  # fmt: skip
+
+
+def read(name):
+    return json.loads((REPOSITORY / name).read_text(encoding="utf-8"))
+
+
+def run(folder):
+    """Execute the notebooks under smoke, on the digits: a proxy that refuses prevents any download."""
+    refusing = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    environment = os.environ | refusing | {
+        "PYTHONPATH": str(REPOSITORY), "CIFAR10_ROOT": str(Path(folder, "none")), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, str(REPOSITORY / "RunNotebooks.py"), "--profile", "smoke"]
+    answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return answer
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Folder in which the notebooks were executed, and what the run printed."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    for name in NOTEBOOKS:
+        shutil.copy(REPOSITORY / name, folder / name)
+    return folder, run(folder)
+
+
+def test_the_notebooks_run_from_top_to_bottom_and_name_their_data(executed):
+    folder, answer = executed
+    assert "NOT CIFAR-10" in answer.stdout
+    text = (folder / "results/smoke/digits_Main.ipynb").read_text(encoding="utf-8")
+    assert "This is not CIFAR-10" in text
+    assert "no Stable Diffusion images of digits" in text and "arms that need them are skipped" in text
+    names = {path.name for path in (folder / "images").rglob("*.png")}
+    assert {f"digits_{plot}.png" for plot in PLOTS} <= names
+    assert all(name.startswith("digits_") for name in names)
+
+
+def test_no_cell_shows_an_address_in_memory(executed):
+    folder, _ = executed
+    for name in NOTEBOOKS:
+        assert " at 0x" not in (folder / f"results/smoke/digits_{name}").read_text(encoding="utf-8")
+
+
+def test_running_the_notebooks_again_trains_nothing(executed):
+    folder, _ = executed
+    kept = {
+        path: path.stat().st_mtime_ns
+        for kind in ("results/smoke/digits-8-0.01", "models")
+        for path in (folder / kind).rglob("*")
+        if path.is_file()
+    }
+    assert not any("checkpoints" in path.parts for path in kept)
+    run(folder)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_steps_of_the_study_stand_in_the_cells(name):
+    code = "".join("".join(c["source"]) for c in read(name)["cells"] if c["cell_type"] == "code")
+    assert [step for step in STEPS[name] if step not in code] == []
+    assert "plt.close" not in code, "no figure is made only to be closed"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebooks_in_the_repository_have_no_output_and_one_parameter_cell(name):
+    notebook = read(name)
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
+    tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
+    assert tags.count(["parameters"]) == 1
