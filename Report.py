@@ -243,7 +243,7 @@ def findings(results):
     """The study's questions, each answered from the results: a markdown list.
 
     The answer is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 (exact McNemar test,
-    first seeds), else *undecided*.
+    first seeds), else *undecided*. The p-values are not corrected for the number of questions.
 
     Parameters
     ----------
@@ -470,7 +470,8 @@ def generated_parts():
             results_table(results, COLUMNS | MORE_COLUMNS),
             "Exact McNemar tests (first seed of each arm):",
             paired_table(results),
-            "The study's questions, answered by the recall of the minority:",
+            "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
+            "corrected for the number of questions):",
             findings(results),
         ]
         gan_path, judged_path = (study.record_path(name) for name in ("gan.json", "generated-images.json"))
