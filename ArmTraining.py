@@ -24,7 +24,7 @@ from ClassifierNetwork import (
 from ClassifierTraining import EpochEvaluator, count_training_flops, train_classifier
 from ImbalancedCIFAR10 import split_from_name
 from Report import save_arm_plots
-from Results import read_json
+from Results import read_result
 from Runtime import (
     checksum,
     choose_device,
@@ -77,12 +77,12 @@ def finished_result(study, data, arm_name, seed=0):
     path = study.result_path(arm_name, seed)
     if not path.exists():
         return None
-    result = read_json(path)
+    result = read_result(path)
     # Arms are compared with each other, so all must have been trained in the same way.
     wanted = _recipe_and_network(arm_recipe(study, data), study.settings)
     require_same_settings(path, result["configuration"], wanted)
     if not all(plot.exists() for plot in study.plot_paths(arm_name)):
-        save_arm_plots(study, arm_name)  # a kill came between the result and its plots
+        _save_plots(study, arm_name)  # a kill came between the result and its plots
     return result
 
 
@@ -189,8 +189,16 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
         study.save_test_labels(data.y_test)
         save_json(study.result_path(arm_name, seed), result)  # last: it marks the arm as finished
         checkpoint.unlink(missing_ok=True)
-        save_arm_plots(study, arm_name)
+        _save_plots(study, arm_name)
     return result
+
+
+def _save_plots(study, arm_name):
+    try:
+        save_arm_plots(study, arm_name)
+    except (ValueError, KeyError) as error:
+        # The result of another seed is damaged. That must not cost the run that has just finished.
+        print(f"The plots of {arm_name} were not drawn: {error}")
 
 
 def _recipe_and_network(recipe, settings):

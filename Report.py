@@ -348,7 +348,7 @@ def _arm_title(results):
 
 def save_arm_plots(study, arm_name):
     """Draw ``cm_<tag>.png`` and ``test_<tag>.png`` of an arm from all its finished seeds."""
-    results = study.load_results()[arm_name]
+    results = study.load_runs(arm_name)
     figures = confusion_figure(results), learning_curves_figure(results)
     for path, figure in zip(study.plot_paths(arm_name), figures, strict=True):
         save_figure(figure, path)

@@ -97,13 +97,13 @@ class Study:
         ValueError
             If a file is damaged.
         """
-        results = {}
-        for arm_name in ARMS:
-            paths = self.record_path("").glob(f"{arm_name}-seed*.json")
-            found = [read_json(path) for path in sorted(paths)]
-            if found:
-                results[arm_name] = sorted(found, key=lambda result: result["seed"])
-        return results
+        results = {arm_name: self.load_runs(arm_name) for arm_name in ARMS}
+        return {arm_name: runs for arm_name, runs in results.items() if runs}
+
+    def load_runs(self, arm_name):
+        """The finished results of one arm by ascending seed, a list of dict; ValueError if a file is damaged."""
+        paths = self.record_path("").glob(f"{arm_name}-seed*.json")
+        return sorted((read_result(path) for path in paths), key=lambda result: result["seed"])
 
     # --- Test labels: kept beside the predictions, so that results can be judged without the data ---
 
@@ -119,12 +119,48 @@ class Study:
         return np.array(self.record_path("test-labels.txt").read_text().split(), dtype=int)
 
 
-def read_json(path):
-    """Content of a JSON file of ``results/``; ValueError with what to do if it is damaged."""
+def read_json(path, names=()):
+    """Content of a JSON file of ``results/``.
+
+    Parameters
+    ----------
+    path : path
+    names : dict or sequence of str
+        What the content must have; a dict says of which type.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or holds something else; the message says what to do.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {json.dumps(content)[:40]}, not a record. Remove it and run again.")
+    types = names if isinstance(names, dict) else dict.fromkeys(names, object)
+    wrong = [
+        name for name, kind in types.items() if not isinstance(content.get(name), kind) or name not in content
+    ]
+    if wrong:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or wrong. Remove it and run again.")
+    return content
+
+
+def read_result(path):
+    """Content of the result file of one run, with the same errors as :func:`read_json`."""
+    types = {
+        "arm": str, "seed": int, "profile": str, "data": str, "split": str, "minority_classes": list,
+        "class_names": list, "metrics": dict, "best_look_at_test": dict, "training_images": dict,
+        "configuration": dict, "training_pflops": float, "seconds": dict, "hardware": dict, "versions": dict,
+        "history": list, "test_predictions": str,
+    }  # fmt: skip
+    return read_json(path, types)
 
 
 def predictions_of(result):

@@ -313,3 +313,17 @@ def test_a_damaged_result_is_named(tiny_data):
     path.write_text('{"arm": "imbal')
     with pytest.raises(ValueError, match=r"imbalanced-seed0\.json is no valid JSON .*Remove it"):
         finished_result(study, tiny_data, "imbalanced")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"seed": 1}'])
+def test_a_damaged_result_of_another_seed_costs_nothing_but_the_plots(content, tiny_data, capsys):
+    study = smoke_study(tiny_data)
+    damaged = study.result_path("imbalanced", seed=1)
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text(content)
+    result = smoke("imbalanced", tiny_data)
+    assert "imbalanced-seed1.json" in capsys.readouterr().out
+    assert json.loads(study.result_path("imbalanced").read_text()) == result
+    damaged.unlink()
+    assert smoke("imbalanced", tiny_data) == result
+    assert all(path.exists() for path in study.plot_paths("imbalanced")), "drawn by the next run"

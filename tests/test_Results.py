@@ -10,6 +10,12 @@ from Arms import ARMS, PROFILES, REFERENCE_SPLIT
 from ClassifierTraining import Recipe
 from Results import Study, predictions_of, read_json
 
+COMPLETE = {  # what a result file must have, as short as possible
+    "arm": "stable", "seed": 0, "profile": "cpu", "data": "cifar10", "split": "cat-50", "minority_classes": [],
+    "class_names": [], "metrics": {}, "best_look_at_test": {}, "training_images": {}, "configuration": {},
+    "training_pflops": 0.1, "seconds": {}, "hardware": {}, "versions": {}, "history": [], "test_predictions": "",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("profile", ["cpu", "full"])
 def test_evidence_on_the_reference_split_has_the_references_file_names(profile):
@@ -59,11 +65,11 @@ def test_results_are_read_by_arm_and_ascending_seed():
     ]:
         path = study.result_path(arm_name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"arm": arm_name, "seed": seed}))
+        path.write_text(json.dumps(COMPLETE | {"arm": arm_name, "seed": seed}))
     results = study.load_results()
     assert list(results) == ["imbalanced", "stable", "stable-source-balanced"]
     assert [result["seed"] for result in results["imbalanced"]] == [2, 10]
-    assert results["stable"] == [{"arm": "stable", "seed": 0}]
+    assert results["stable"] == [COMPLETE | {"arm": "stable", "seed": 0}]
     assert Study("full", "cifar10", "cat-50").load_results() == {}
 
 
@@ -79,6 +85,26 @@ def test_a_damaged_file_is_named():
     Path("gan.json").write_text('{"arm": "imbal')
     with pytest.raises(ValueError, match=r"gan\.json is no valid JSON .*Remove it"):
         read_json("gan.json")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "3", '"text"', '{"settings": null}'])
+def test_a_file_that_holds_something_else_is_named(content):
+    Path("gan.json").write_text(content)
+    with pytest.raises(ValueError, match=r"gan\.json (holds|is damaged).*Remove it"):
+        read_json("gan.json", {"settings": dict})
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_result_that_lacks_a_part_or_has_a_wrong_one_is_named(name):
+    study = Study("cpu", "cifar10", "cat-50")
+    path = study.result_path("stable")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(COMPLETE))
+    assert study.load_runs("stable") == [COMPLETE]
+    for damaged in ({k: v for k, v in COMPLETE.items() if k != name}, COMPLETE | {name: None}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=rf"stable-seed0\.json is damaged: {name} missing or wrong"):
+            study.load_results()
 
 
 def test_the_committed_results_can_be_read_and_belong_to_the_present_recipe(monkeypatch):

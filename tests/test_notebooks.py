@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import REPOSITORY
 
-from RunNotebooks import NOTEBOOKS
+import RunNotebooks
+from RunNotebooks import NOTEBOOKS, run_notebook
 
 PLOTS = {
     "class_counts", "samples", "comparison", "cm_nsd", "test_nsd", "gan_training_loss", "gan_samples",
@@ -79,6 +81,54 @@ def test_running_the_notebooks_again_trains_nothing(executed):
     assert not any("checkpoints" in path.parts for path in kept)
     run(folder)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def small_notebook(code, **metadata):
+    """A notebook of one cell, in the working directory."""
+    notebook = nbformat.v4.new_notebook(metadata=metadata)
+    notebook.cells = [
+        nbformat.v4.new_code_cell("profile = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    nbformat.write(notebook, "small.ipynb")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"kernelspec": {"name": "conda-of-another-machine", "display_name": "Python", "language": "python"}},
+    ],
+)
+def test_a_notebook_runs_whatever_kernel_it_was_saved_with(metadata, capfd):
+    small_notebook("print(profile)", **metadata)
+    output = run_notebook("small.ipynb", "smoke", "cifar10")
+    assert output == Path("results/smoke/small.ipynb") and output.exists()
+    captured = capfd.readouterr()
+    assert "smoke" in captured.out and "WARNING" not in captured.err
+
+
+def test_a_failing_cell_is_one_sentence_and_the_copy_is_kept():
+    small_notebook("raise ValueError('the cell is wrong.')")
+    with pytest.raises(
+        RuntimeError, match=r"A cell of small.ipynb failed with ValueError: the cell is wrong\. .*fai"
+    ):
+        run_notebook("small.ipynb", "smoke", "digits")
+    assert Path("results/smoke/failed-digits_small.ipynb").exists()
+    assert not Path("results/smoke/digits_small.ipynb").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "<html>", "{}"])
+def test_a_missing_or_damaged_notebook_is_one_line(content, tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(RunNotebooks, "load_data", lambda: tiny_data)
+    if content is not None:
+        Path("Main.ipynb").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        RunNotebooks.main(["--profile", "smoke"])
+    assert end.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert ("There is no Main.ipynb in" if content is None else "Main.ipynb is no notebook") in line
+    assert "disk space" not in line
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
