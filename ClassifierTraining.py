@@ -28,7 +28,8 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ClassifierNetwork import KernelMuon, evaluate_classifier
+from ClassifierNetwork import evaluate_classifier
+from Muon import KernelMuon
 from Runtime import (
     Checkpoint,
     check_images,
@@ -123,16 +124,8 @@ class Recipe:
 
     def batches(self, X, seed, device, rank=0, world_size=1):
         """The :class:`AugmentedBatches` of this recipe; see there for the parameters."""
-        return AugmentedBatches(
-            X,
-            self.batch_size,
-            device,
-            seed,
-            padding=self.padding,
-            flip=self.flip,
-            rank=rank,
-            world_size=world_size,
-        )
+        options = {"padding": self.padding, "flip": self.flip, "rank": rank, "world_size": world_size}
+        return AugmentedBatches(X, self.batch_size, device, seed, **options)
 
 
 # --- Batches ------------------------------------------------------------------------------------
@@ -159,6 +152,11 @@ class AugmentedBatches:
     rank, world_size : int, default 0 and 1
         Number of this process, and of all processes that train together. Each gets its part of every batch. All
         parts together are the batch that a single process would get.
+
+    Raises
+    ------
+    ValueError
+        If ``world_size`` does not divide the batch.
     """
 
     def __init__(self, X, batch_size, device, seed, *, padding=2, flip=True, rank=0, world_size=1):
@@ -412,7 +410,8 @@ class _Training:
             _average_over_processes([b for b in self.model.buffers() if b.is_floating_point()])
             dist.all_reduce(self.right)
             _average_over_processes([self.loss_sum])
-        steps = self.step - first_step
+        if not (steps := self.step - first_step):
+            raise ValueError(f"Epoch {number} has no batch. Train on more images or in smaller batches.")
         return {
             "epoch": number,
             "step": self.step,

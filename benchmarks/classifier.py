@@ -1,14 +1,17 @@
-"""Training speed side by side: the reference study's loop against ours, same machine, networks of the
-same weights and operations: the reference's halves images by strides, ours by average pooling.
+"""Training speed side by side: the reference study's loop and ours, on the same machine.
 
     python benchmarks/classifier.py
 
-The reference's loop is rebuilt from its description: float32 (as PyTorch multiplies it by default: convolutions on a
-CUDA GPU round to TensorFloat-32), the usual memory layout, a DataLoader with
-two workers that augments PIL images one by one, batches of 128, SGD. Ours is timed twice: with images of full
-size all the time, where both do the same work, and as it is by default, with images that grow. Each loop runs
-in a process of its own, in turns, so that memory can be told apart and a change of the machine's speed
-meets all. Writes
+The two networks have the same weights and operations. The reference's halves images by strides, ours by average
+pooling.
+
+The reference's loop is rebuilt from its description: float32, the usual memory layout, a DataLoader with two workers
+that augments PIL images one by one, batches of 128, SGD. By PyTorch's default, float32 convolutions on a CUDA GPU
+round to TensorFloat-32.
+
+Our loop is timed twice: with images of full size all the time, where both loops do the same work, and as it is by
+default, with images that grow. Each loop runs in a process of its own, so that its memory can be measured. The loops
+take turns, so that a change of the machine's speed meets all of them. The result goes to
 ``results/benchmarks/classifier-<cpu, cuda or mps>.json``.
 """
 
@@ -33,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from resnet_variants import strided_downsampling
 
-from ClassifierNetwork import Recipe, channel_statistics, create_classifier, train_classifier
+from ClassifierNetwork import channel_statistics, create_classifier
+from ClassifierTraining import Recipe, train_classifier
 from ImbalancedCIFAR10 import default_root, load_cifar10
 from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
 from Utils import markdown_table
@@ -58,8 +62,8 @@ def reference_loop(steps, warmup):
         ]
     )
     loader = DataLoader(data, BATCH, shuffle=True, num_workers=2, drop_last=True)
-    # It normalises by itself, so here by nothing.
-    model = create_classifier(10, WIDTH, ((0.0,) * 3, (1.0,) * 3), seed=0).to(device)
+    # The loader normalises the images already, so the network must not.
+    model = create_classifier(10, WIDTH, ((0.0,) * 3, (1.0,) * 3), seed=0, device=device)
     strided_downsampling(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps + warmup)
@@ -71,21 +75,21 @@ def reference_loop(steps, warmup):
         loss.backward()
         optimizer.step()
         scheduler.step()
-        loss.item()  # it shows the running loss
+        loss.item()  # the reference shows the running loss
         if step + 1 == steps + warmup:
             break
     return steps * BATCH / (time.perf_counter() - started)
 
 
 def our_loop(steps, warmup, **options):
-    """Images per second of :func:`ClassifierNetwork.train_classifier` after some steps of warm-up."""
+    """Images per second of :func:`ClassifierTraining.train_classifier` after some steps of warm-up."""
     data = load_cifar10()
     model = create_classifier(10, WIDTH, channel_statistics(data.X_train), seed=0)
     seconds = {}
-    # The first run alone bears what the process does once; the difference of the others leaves out what
+    # The first run includes what a process does only once. The difference of the two others leaves out what
     # every run does at its start.
     for count in (warmup, warmup, warmup + steps):
-        # Every image size has the same share of the short and of the long run.
+        # Every image size takes the same fraction of the short and of the long run.
         recipe = Recipe(steps=count * BATCH // Recipe.batch_size, **options)
         history = train_classifier(model, data.X_train, data.y_train, recipe, seed=0)
         seconds[recipe.steps] = sum(epoch["seconds"] for epoch in history)
@@ -101,15 +105,15 @@ LOOPS = {
 
 
 def measure(name, steps, warmup):
-    """Run one loop in this process; images per second and peak memory in GiB.
+    """Run one loop in this process and return images per second and peak memory in GiB.
 
-    The memory is the process's with its workers', on CUDA what PyTorch allocated on the GPU.
+    The memory is that of the process and its workers. On CUDA it is what PyTorch allocated on the GPU.
     """
     speed = LOOPS[name](steps, warmup)
     if choose_device().type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        # In KiB on Linux, in bytes on macOS. Loader workers are processes of their own.
+        # ru_maxrss is in KiB on Linux and in bytes on macOS. Loader workers are processes of their own.
         unit = 1 if sys.platform == "darwin" else 1024
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         peak = unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 2 * children)

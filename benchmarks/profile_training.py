@@ -2,8 +2,8 @@
 
     python benchmarks/profile_training.py --width 16
 
-Prints the share of each part of a step and the costliest operators, and what an evaluation costs, and writes ``results/benchmarks/profile-width<w>.json``. On CUDA the shares are those of the GPU's
-time, else of the CPU's.
+Prints the fraction of each part of a step, the most expensive operators and what an evaluation costs. Writes
+``results/benchmarks/profile-width<w>.json``. On CUDA the fractions are those of the GPU's time, else of the CPU's.
 """
 
 import argparse
@@ -16,21 +16,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ClassifierNetwork
-from ClassifierNetwork import (
-    AugmentedBatches,
-    Recipe,
-    channel_statistics,
-    create_classifier,
-    evaluate_classifier,
-    train_classifier,
-)
+from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
+from ClassifierTraining import AugmentedBatches, Recipe, train_classifier
 from ImbalancedCIFAR10 import load_cifar10
 from Runtime import choose_device, code_version, describe_hardware, save_json
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
-PARTS = {
+PARTS = {  # name in the table -> name in the profile
     "data path": "batches",
     "forward and backward": "forward and backward",
     "SGD": "Optimizer.step#SGD.step",
@@ -38,21 +31,11 @@ PARTS = {
 }
 
 
-def table(results):
-    """Markdown table of results, one column each."""
-    cost = "training_images_at_the_cost_of_evaluating_one"
-    rows = [(part, *(f"{r['shares'][part]:.1%}" for r in results)) for part in results[0]["shares"]]
-    rows.append(("images/s", *(f"{r['images_per_second']:,.0f}" for r in results)))
-    rows.append(("judging a test image, in training images", *(f"{r[cost]:.2f}" for r in results)))
-    return markdown_table(("share of a training step", *(f"width {r['width']}" for r in results)), rows)
+class NamedBatches(AugmentedBatches):
+    """Batches whose making has a name in the profile. The other parts get theirs from PyTorch and from the loop."""
 
-
-def label_parts():
-    """Give the parts that PyTorch does not name a name in the profile."""
-    epoch, forward_and_backward = AugmentedBatches.epoch, ClassifierNetwork._forward_and_backward
-
-    def labelled_epoch(self, number):
-        batches = epoch(self, number)
+    def epoch(self, number):
+        batches = super().epoch(number)
         while True:
             with record_function("batches"):
                 batch = next(batches, None)
@@ -60,12 +43,14 @@ def label_parts():
                 return
             yield batch
 
-    def labelled_forward_and_backward(*arguments, **options):
-        with record_function("forward and backward"):
-            return forward_and_backward(*arguments, **options)
 
-    AugmentedBatches.epoch = labelled_epoch
-    ClassifierNetwork._forward_and_backward = labelled_forward_and_backward
+def table(results):
+    """Markdown table of results, one column each."""
+    cost = "training_images_at_the_cost_of_evaluating_one"
+    rows = [(part, *(f"{r['shares'][part]:.1%}" for r in results)) for part in results[0]["shares"]]
+    rows.append(("images/s", *(f"{r['images_per_second']:,.0f}" for r in results)))
+    rows.append(("evaluating a test image, in training images", *(f"{r[cost]:.2f}" for r in results)))
+    return markdown_table(("share of a training step", *(f"width {r['width']}" for r in results)), rows)
 
 
 def main():
@@ -75,11 +60,14 @@ def main():
     options = parser.parse_args()
     device, data = choose_device(), load_cifar10()
     cuda = device.type == "cuda"
-    label_parts()
 
     def train(steps):
         model = create_classifier(10, options.width, channel_statistics(data.X_train), seed=0)
-        history = train_classifier(model, data.X_train, data.y_train, Recipe(steps=steps), seed=0)
+        recipe = Recipe(steps=steps)
+        batches = NamedBatches(
+            data.X_train, recipe.batch_size, device, 0, padding=recipe.padding, flip=recipe.flip
+        )
+        history = train_classifier(model, data.X_train, data.y_train, recipe, seed=0, batches=batches)
         return model, sum(epoch["seconds"] for epoch in history)
 
     train(3)  # the first steps choose algorithms and fill caches

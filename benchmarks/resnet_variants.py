@@ -1,13 +1,13 @@
 """Variants of the ResNet-18 of ``ClassifierNetwork.py``, made in place before training.
 
     strided_downsampling(model)  # the network of He et al. and of the reference
-    mirrored_filters(model)      # an image and its mirror image get the same logits
+    mirrored_filters(model)  # an image and its mirror image get the same logits
     mirrored_filters(model, HalvedMirroredConv2d)  # the same network for half of the operations
 
 References
 ----------
 He et al. (2016), Deep residual learning for image recognition. Cohen and Welling (2016), Group equivariant
-convolutional networks: here for the group of two elements, the identity and the mirroring. Bökman,
+convolutional networks (here for the group of two elements, the identity and the mirroring). Bökman,
 Nordström and Kahl (2025), Flopping for FLOPs: leveraging equivariance for computational efficiency.
 """
 
@@ -17,14 +17,14 @@ from torch import nn
 
 
 def strided_downsampling(model):
-    """Halve images by convolutions of stride 2 in place of averaging 2x2 places.
+    """Halve images by convolutions of stride 2 instead of averaging 2x2 places.
 
     Parameters
     ----------
     model : ResNet18
-        Changed in place. Its weights and the number of its operations stay what they are.
+        Changed in place. Its weights and the number of its operations stay the same.
     """
-    model.downsampling = "strides"  # so that its files and checkpoints don't pass for another network's
+    model.downsampling = "strides"  # so that its files and checkpoints are not taken for another network's
     for block in model.blocks:
         if isinstance(block.pool, nn.AvgPool2d):
             block.pool = nn.Identity()
@@ -32,10 +32,10 @@ def strided_downsampling(model):
 
 
 class MirroredConv2d(nn.Conv2d):
-    """A convolution, the second half of whose filters are the mirror images of the first half.
+    """A convolution whose second half of filters are the mirror images of the first half.
 
-    Its input is either an image or the output of such a layer, whose second half of channels then is
-    mirrored too: mirrored filters therefore see the two halves exchanged.
+    Its input is either an image or the output of such a layer. The second half of that output's channels is
+    mirrored too, so a mirrored filter must see the two halves exchanged.
 
     Parameters
     ----------
@@ -70,10 +70,10 @@ class EvenAndOddColumns(torch.autograd.Function):
 
     ``x`` (n, 2c, height, width), the second half of whose channels is mirrored -> two tensors (n, 3c, height,
     width). Let ``even`` be the sum of a channel and its partner, and ``odd`` the difference. The first tensor
-    holds ``even``, then its left and right neighbours added, then the left neighbour of ``odd`` taken from the
-    right one. The second is the same with ``even`` and ``odd`` exchanged. Beyond the image are zeros.
+    holds ``even``, then the sum of its left and right neighbours, then the right neighbour of ``odd`` minus the
+    left one. The second is the same with ``even`` and ``odd`` exchanged. Beyond the image are zeros.
 
-    Written out, since autograd's gradients of the slices each fill an image with zeros.
+    The gradient is written out because autograd would fill an image with zeros for each slice.
     """
 
     @staticmethod
@@ -104,11 +104,11 @@ class EvenAndOddColumns(torch.autograd.Function):
 class HalvedMirroredConv2d(MirroredConv2d):
     """A :class:`MirroredConv2d` for half of the operations (Bökman et al. 2025).
 
-    The sum of an output channel and its partner depends on the sums of the inputs through a kernel that
-    equals its mirror image, and on their differences through one that equals it but for the sign; likewise
-    the difference. Such a kernel has three numbers or six to multiply with, where others have nine, if the
-    left and the right column are added, or subtracted, before. Takes 1x1 and 3x3 kernels of stride 1 that keep
-    the image's size.
+    The sum of an output channel and its partner depends on the sums of the inputs through a kernel that equals
+    its mirror image. It depends on their differences through a kernel that equals its mirror image except for
+    the sign. The difference of an output channel and its partner behaves likewise. If the left and the right
+    column are added or subtracted first, such a kernel multiplies with three or six numbers instead of nine.
+    Takes 1x1 and 3x3 kernels of stride 1 that keep the image's size.
     """
 
     def __init__(self, convolution, on_image=False):
@@ -120,7 +120,7 @@ class HalvedMirroredConv2d(MirroredConv2d):
             )
 
     def forward(self, x):
-        if self.on_image:  # has no partners to add
+        if self.on_image:  # an image has no partners to add
             return super().forward(x)
         own, of_partners = self.weight.chunk(2, dim=1)
         mirrored = of_partners.flip(-1)
@@ -180,15 +180,15 @@ class MirroredLinear(nn.Linear):
 def mirrored_filters(model, convolution=MirroredConv2d):
     """Make every filter's mirror image a filter too, so that the logits do not change with mirroring.
 
-    This holds exactly (but for rounding) for images whose sides are multiples of 8. There are half as many
-    weights as before.
+    This holds up to rounding, for images whose sides are multiples of 8. There are half as many weights as
+    before.
 
     Parameters
     ----------
     model : ResNet18
         Of even width, without strides. Changed in place.
     convolution : type, default MirroredConv2d
-        Or :class:`HalvedMirroredConv2d`, which computes the same in half of the operations.
+        Or :class:`HalvedMirroredConv2d`, which computes the same with half of the operations.
 
     Raises
     ------

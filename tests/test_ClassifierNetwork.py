@@ -8,7 +8,6 @@ import torch
 
 import ClassifierNetwork
 from ClassifierNetwork import (
-    KernelMuon,
     ResNet18,
     channel_statistics,
     create_classifier,
@@ -16,6 +15,7 @@ from ClassifierNetwork import (
     load_classifier,
     save_classifier,
 )
+from Muon import KernelMuon
 
 
 @pytest.fixture

@@ -612,6 +612,17 @@ def test_batches_may_be_of_any_kind():
     assert not equal_weights(model, usual), "later epochs differ"
 
 
+def test_an_epoch_without_a_batch_is_refused():
+    class Nothing:
+        batch_size = 8
+
+        def epoch(self, number):
+            return iter(())
+
+    with pytest.raises(ValueError, match="Epoch 1 has no batch"):
+        train(small_model(), batches=Nothing())
+
+
 def test_what_is_returned_after_an_epoch_joins_its_record_the_checkpoint_and_the_bar(capsys):
     calls = []
 

@@ -1,6 +1,7 @@
-"""The benchmarks: what the presets of Stable Diffusion and the recipes cost, and that the GAN's runs."""
+"""The benchmarks: what Stable Diffusion's presets and the recipes cost, the variants of the network, and that the
+others run.
+"""
 
-import contextlib
 import importlib
 import json
 import runpy
@@ -13,8 +14,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-import ClassifierNetwork
-from ClassifierNetwork import Recipe, count_training_flops, create_classifier
+from ClassifierNetwork import channel_statistics, create_classifier, load_classifier, save_classifier
+from ClassifierTraining import CrossEntropy, LogitAdjustedLoss, Recipe, count_training_flops, train_classifier
 
 
 def test_the_presets_cost_what_they_promise(capsys):
@@ -63,13 +64,23 @@ def time_to_accuracy():
 
 
 @pytest.fixture
+def training_variants(time_to_accuracy):
+    return sys.modules["training_variants"]
+
+
+@pytest.fixture
+def training_candidates(time_to_accuracy):
+    return sys.modules["training_candidates"]
+
+
+@pytest.fixture
 def variants(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     return importlib.import_module("resnet_variants")
 
 
 def untrained(width=4, num_classes=10, modify=None):
-    model = create_classifier(num_classes, width, ((127.5,) * 3, (63.75,) * 3), seed=0)
+    model = create_classifier(num_classes, width, ((127.5,) * 3, (63.75,) * 3), seed=0, device="cpu")
     if modify:
         modify(model)
     return model
@@ -84,9 +95,7 @@ def petaflops(time_to_accuracy):
         for name, candidate in lines.items():
             if name == "compiled":
                 continue
-            model = candidate.network(X, seed=0)
-            with candidate.context(model, X):
-                costs[name] = count_training_flops(model, candidate.recipe(50_000)) / 1e15
+            costs[name] = count_training_flops(candidate.network(X, seed=0), candidate.recipe(50_000)) / 1e15
     return costs
 
 
@@ -106,7 +115,7 @@ def test_the_targets_keep_within_their_budgets(time_to_accuracy, petaflops):
 
 
 def test_the_lines_from_before_average_pooling_have_strides(time_to_accuracy):
-    """Nothing else would tell: the strides change neither the weights' shapes nor the operations."""
+    """No other test would notice: strides change neither the shapes of the weights nor the operations."""
     pooled = {
         "pooled", "mirrored", "mirrored-20", "balanced-94-mirrored", "balanced-94-pooled", "balanced-94-halved",
         "balanced-94-longer",
@@ -131,21 +140,14 @@ def test_the_committed_results_are_those_of_the_lines_as_they_stand(time_to_accu
     assert checked == len(list((REPOSITORY / time_to_accuracy.FOLDER).glob("*.json"))) > 30
 
 
-def test_a_recipe_is_measured_once_and_shown(time_to_accuracy, tiny_data, monkeypatch):
-    tiny = time_to_accuracy.Candidate(
-        "tiny",
-        width=2,
-        passes=1,
-        changes={"batch_size": 20},
-        around=time_to_accuracy.averaged_weights,
-        resumable=False,
-    )
+def test_a_recipe_is_measured_once_and_shown(training_candidates, time_to_accuracy, tiny_data, monkeypatch):
+    tiny = training_candidates.Candidate("tiny", width=2, passes=1, changes={"batch_size": 20}, averaged=True)
     monkeypatch.setattr(time_to_accuracy, "REFERENCE_SPLIT", "1-0.5")
     monkeypatch.setitem(time_to_accuracy.SERIES, "target", {"tiny": tiny})
     first = time_to_accuracy.run("tiny", tiny, tiny_data, seed=0)
     assert first["recipe"]["steps"] == len(tiny_data.y_train) // 20 and 0 <= first["accuracy"] <= 1
     assert first["pflops"] > 0
-    monkeypatch.setattr(time_to_accuracy, "train_classifier", None)  # a second training would fail
+    monkeypatch.setattr(training_candidates, "train_classifier", None)  # a second training would fail
     assert time_to_accuracy.run("tiny", tiny, tiny_data, seed=0) == json.loads(json.dumps(first))
     for bfloat16, minutes in ((True, "0"), (False, "0 (float32)")):
         [path] = time_to_accuracy.FOLDER.glob("*.json")
@@ -154,97 +156,145 @@ def test_a_recipe_is_measured_once_and_shown(time_to_accuracy, tiny_data, monkey
         assert row in time_to_accuracy.table("target"), "with the minutes"
 
 
-def test_each_image_is_mirrored_every_other_epoch(time_to_accuracy):
+def test_a_line_on_an_arm_has_its_loss_with_the_source_of_each_row(
+    time_to_accuracy, tiny_data, tiny_cache, monkeypatch
+):
+    monkeypatch.setattr(time_to_accuracy, "REFERENCE_SPLIT", "cat-5")
+    arm = time_to_accuracy.SERIES["target"]["reference-accuracy"].arm
+    X, y, loss = time_to_accuracy._training_set_and_loss(arm, tiny_data, 0, torch.device("cpu"))
+    assert len(X) == len(y) == 275 + 133, (
+        "9 classes of 30 and 5 cats, and as many synthetic images as the arm adds"
+    )
+    assert repr(loss) == repr(LogitAdjustedLoss(y, 10, np.repeat([0, 1], [275, 133])))
+    X, y, loss = time_to_accuracy._training_set_and_loss("balanced", tiny_data, 0, torch.device("cpu"))
+    assert len(X) == len(y) == 300 and loss is None
+
+
+def tiny_batches(kind, X, batch_size, **options):
+    return kind(X, batch_size, torch.device("cpu"), seed=0, **options)
+
+
+def test_each_image_is_mirrored_every_other_epoch(training_variants):
     X = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
-    with time_to_accuracy.alternating_flips(None, X):
-        batches = ClassifierNetwork.AugmentedBatches(X, 10, torch.device("cpu"), seed=0, padding=0)
-        mirrored = np.zeros((4, len(X)), dtype=bool)
-        for epoch, seen in enumerate(mirrored):
-            for images, rows in batches.epoch(epoch):
-                images = images.permute(0, 2, 3, 1).numpy()
-                seen[rows] = (images == X[rows][:, :, ::-1]).all(axis=(1, 2, 3))
-                assert np.array_equal(
-                    np.where(seen[rows][:, None, None, None], images[:, :, ::-1], images), X[rows]
-                )
+    batches = tiny_batches(training_variants.AlternatingFlips, X, 10, padding=0)
+    mirrored = np.zeros((4, len(X)), dtype=bool)
+    for epoch, seen in enumerate(mirrored):
+        for images, rows in batches.epoch(epoch):
+            images = images.permute(0, 2, 3, 1).numpy()
+            seen[rows] = (images == X[rows][:, :, ::-1]).all(axis=(1, 2, 3))
+            assert np.array_equal(
+                np.where(seen[rows][:, None, None, None], images[:, :, ::-1], images), X[rows]
+            )
     assert 0 < mirrored[0].sum() < len(X)
     assert (mirrored[1] == ~mirrored[0]).all() and (mirrored[2] == mirrored[0]).all()
-    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
 
 
-def test_a_square_of_each_image_is_cut_out_elsewhere_in_each_epoch(time_to_accuracy):
+def test_a_square_of_each_image_is_cut_out_elsewhere_in_each_epoch(training_variants):
+    class SmallCutout(training_variants.Cutout):
+        side = 6
+
     X = np.full((400, 16, 16, 3), 255, dtype=np.uint8)
-    model = untrained(2)  # its mean is 127.5
+    X[::2] = 0  # the mean is 127.5
+    batches = tiny_batches(SmallCutout, X, 20)
     cut = np.zeros((2, 400, 16, 16), dtype=bool)
-    with time_to_accuracy.cutout(model, X, side=6):
-        batches = ClassifierNetwork.AugmentedBatches(X, 20, torch.device("cpu"), seed=0)
-        for epoch, places in enumerate(cut):
-            for images, rows in batches.epoch(epoch):
-                assert images.dtype == torch.uint8 and set(images.unique().tolist()) == {128, 255}
-                assert (images == images[:, :1]).all(), "all channels of a place"
-                places[rows] = images[:, 0].numpy() == 128
+    for epoch, places in enumerate(cut):
+        for images, rows in batches.epoch(epoch):
+            assert images.dtype == torch.uint8
+            assert (images == images[:, :1]).all(), "all channels of a place"
+            places[rows] = images[:, 0].numpy() == 128
+            whole = images[:, 0].numpy()[~places[rows]]
+            assert np.array_equal(whole, X[rows, :, :, 0][~places[rows]]), "the rest stays"
     heights, widths = cut.any(axis=3).sum(axis=2), cut.any(axis=2).sum(axis=2)
     assert (cut.sum(axis=(2, 3)) == heights * widths).all(), "rectangles"
     for sides in (heights, widths):
         assert sides.min() == 3 and sides.max() == 6, "their middle lies in the image, and no more need to"
     assert cut[0].mean(axis=0).min() > 0.02, "everywhere"
     assert (cut[0] == cut[1]).all(axis=(1, 2)).mean() < 0.05, "the same by chance alone"
-    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
 
 
-def test_what_changes_the_batches_can_be_combined(time_to_accuracy):
+def test_what_changes_the_batches_can_be_combined(training_variants):
+    class Both(training_variants.Cutout, training_variants.AlternatingFlips):
+        pass
+
     X = np.zeros((40, 16, 16, 3), dtype=np.uint8)
     X[:, :, :8] = 255
-    both = time_to_accuracy.together(time_to_accuracy.alternating_flips, time_to_accuracy.cutout)
-    with both(untrained(2), X):
-        batches = ClassifierNetwork.AugmentedBatches(X, 40, torch.device("cpu"), seed=0, padding=0)
-        [(first, _)], [(second, _)] = batches.epoch(0), batches.epoch(1)
+    batches = tiny_batches(Both, X, 40, padding=0)
+    [(first, _)], [(second, _)] = batches.epoch(0), batches.epoch(1)
     assert all(128 in images.unique() for images in (first, second)), "cut"
     for images in (first, second):
         left, right = (half.float().mean(dim=(1, 2, 3)) for half in images.split(8, dim=3))
         assert 5 < (left > right).sum() < 35, "mirrored"
-    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
 
 
-def test_some_of_the_easy_images_are_left_out(time_to_accuracy, monkeypatch):
+def test_some_of_the_easy_images_are_left_out(training_variants):
     n, batch_size = 1000, 20
     X = np.zeros((n, 8, 8, 3), dtype=np.uint8)
     hard = torch.arange(n) % 4 == 0
-
-    def sure_of_class_0(model, images, targets, *_):
-        return torch.zeros(()), torch.tensor([9.0, 0.0]).repeat(len(images), 1)
-
-    monkeypatch.setattr(ClassifierNetwork, "_forward_and_backward", sure_of_class_0)
+    batches = tiny_batches(training_variants.EasyImagesSkipped, X, batch_size)
+    loss = training_variants.RememberingLoss(CrossEntropy(), batches.losses)
+    sure_of_class_0 = torch.tensor([9.0, 0.0])
     seen = torch.zeros((4, n), dtype=torch.int64)
-    model = untrained(2, num_classes=2)
-    with time_to_accuracy.easy_images_skipped(model, X):
-        batches = ClassifierNetwork.AugmentedBatches(X, batch_size, torch.device("cpu"), seed=0)
-        for epoch, count in enumerate(seen):
-            for images, rows in batches.epoch(epoch):
-                assert images.shape == (batch_size, 3, 8, 8) and rows.shape == (batch_size,)
-                count[rows] += 1
-                for part in rows.split(8):  # micro-batches
-                    ClassifierNetwork._forward_and_backward(model, images[: len(part)], hard[part].long())
+    for epoch, count in enumerate(seen):
+        for images, rows in batches.epoch(epoch):
+            assert images.shape == (batch_size, 3, 8, 8) and rows.shape == (batch_size,)
+            count[rows] += 1
+            for part in rows.split(8):  # micro-batches
+                loss(sure_of_class_0.repeat(len(part), 1), hard[part].long(), part)
     assert seen.max() == 1, "no image twice in an epoch"
     assert (seen[0] == 1).all(), "nothing is known before the first epoch"
-    assert (seen[1:, hard] == 0).sum() < 3 * batch_size, "but for the incomplete last batch"
+    assert (seen[1:, hard] == 0).sum() < 3 * batch_size, "only the incomplete last batch"
     assert 0.4 < seen[1:, ~hard].float().mean() < 0.6
     assert (seen[1] != seen[2]).any()
-    assert ClassifierNetwork.AugmentedBatches is time_to_accuracy.AugmentedBatches, "put back"
-    assert ClassifierNetwork._forward_and_backward is sure_of_class_0, "put back"
 
 
-def test_only_the_shifts_of_batch_norm_learn_faster(time_to_accuracy):
-    def gradients(context):
+def test_a_remembering_loss_is_the_loss_it_wraps_and_keeps_that_of_each_row(training_variants):
+    losses = torch.full((5,), torch.inf)
+    logits, targets, rows = torch.randn((3, 4)), torch.tensor([0, 3, 1]), torch.tensor([4, 0, 2])
+    smoothed = CrossEntropy(0.1)
+    loss = training_variants.RememberingLoss(smoothed, losses)(logits, targets, rows)
+    assert loss == smoothed(logits, targets, rows)
+    expected = -logits.log_softmax(dim=1)[torch.arange(3), targets]
+    torch.testing.assert_close(losses[rows], expected)
+    assert losses[[1, 3]].isinf().all()
+
+
+def test_a_run_that_keeps_more_than_a_checkpoint_holds_is_not_resumable(time_to_accuracy):
+    lines = {name: line for series in time_to_accuracy.SERIES.values() for name, line in series.items()}
+    assert {name for name, line in lines.items() if not line.resumable} == {
+        "skipping", "averaged", "balanced-94-narrower", "balanced-94-mirrored", "balanced-94-halved", "balanced-94-longer",
+    }  # fmt: skip
+
+
+def test_only_the_shifts_of_batch_norm_learn_faster(training_variants):
+    def gradients(modify=None):
         model = untrained(2)
-        with context(model, None):
-            images = torch.arange(4 * 3 * 16 * 16).remainder(256).view(4, 3, 16, 16)
-            model(images)[:, 0].square().sum().backward()
+        if modify:
+            modify(model, None)
+        images = torch.arange(4 * 3 * 16 * 16).remainder(256).view(4, 3, 16, 16)
+        model(images)[:, 0].square().sum().backward()
         return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
 
-    usual, fast = gradients(lambda *_: contextlib.nullcontext()), gradients(time_to_accuracy.fast_norm_shifts)
+    usual, fast = gradients(), gradients(training_variants.fast_norm_shifts)
     for name, gradient in usual.items():
         shift = name.endswith("bias") and name != "head.bias"
         torch.testing.assert_close(fast[name], (16 if shift else 1) * gradient)
+
+
+# --- Where a step's time goes -------------------------------------------------------------------
+
+
+def test_the_profile_names_every_part_of_a_training_step(tiny_data):
+    profile_training = runpy.run_path(str(REPOSITORY / "benchmarks" / "profile_training.py"))
+    X, y = tiny_data.X_train, tiny_data.y_train
+    named, usual = (create_classifier(10, 2, channel_statistics(X), seed=0, device="cpu") for _ in range(2))
+    recipe = Recipe(steps=2, batch_size=20)
+    batches = profile_training["NamedBatches"](X, 20, torch.device("cpu"), 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        train_classifier(named, X, y, recipe, seed=0, batches=batches)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert {counts[part] for part in profile_training["PARTS"].values()} == {2}
+    train_classifier(usual, X, y, recipe, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(named.parameters(), usual.parameters(), strict=True))
 
 
 # --- Variants of the network --------------------------------------------------------------------
@@ -288,11 +338,13 @@ def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(var
     X, y = tiny_data.X_train, tiny_data.y_train
     model = untrained(modify=variants.mirrored_filters)
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
-    ClassifierNetwork.train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0, device="cpu")
+    train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0)
     unchanged = [name for name, weights in model.named_parameters() if torch.equal(weights, before[name])]
     assert unchanged == []
     kernels = [name for name, weights in model.named_parameters() if weights.ndim == 4]
-    assert len(kernels) == 20 and model.width == 4, "18 weighted layers but for the head, and three shortcuts"
+    assert len(kernels) == 20 and model.width == 4, (
+        "18 weighted layers except for the head, and three shortcuts"
+    )
     images = pixels(5, 32)
     torch.testing.assert_close(model(images), model(images.flip(-1)), rtol=1e-4, atol=1e-5)
 
@@ -343,7 +395,7 @@ def test_the_variants_cost_no_more_and_the_mirrored_one_has_half_of_the_weights(
     assert cost(usual) == cost(strided) and weights(usual) == weights(strided)
     head = cost(usual) - cost(mirrored)
     assert 0 <= head < 1e-3 * cost(usual), "the head alone has half of the inputs"
-    assert weights(mirrored) == (weights(usual) - 10) // 2 + 10, "but for the ten biases of the head"
+    assert weights(mirrored) == (weights(usual) - 10) // 2 + 10, "except for the ten biases of the head"
 
 
 def test_pooling_sees_every_place_and_strides_do_not(variants):
@@ -358,18 +410,18 @@ def test_pooling_sees_every_place_and_strides_do_not(variants):
         assert (maps.grad[0, 0] == 0).sum() == ignored
 
 
-def test_files_of_a_strided_network_do_not_pass_for_the_default_ones(variants, tiny_data):
-    """Their weights would fit, and be wrong."""
+def test_files_of_a_strided_network_are_not_taken_for_those_of_the_default_network(variants, tiny_data):
+    """Their weights would fit, and the predictions would be wrong."""
     X, y = tiny_data.X_train, tiny_data.y_train
     # Of width 8: PyTorch 2.14's float32 gradients of strided convolutions of 4 channels hang or abort on a CPU with AVX2 alone.
     strided = untrained(8, modify=variants.strided_downsampling)
-    options = {"recipe": Recipe(steps=2, batch_size=20), "seed": 0, "device": "cpu", "checkpoint": "run.pt"}
-    ClassifierNetwork.train_classifier(strided, X, y, **options)
+    options = {"recipe": Recipe(steps=2, batch_size=20), "seed": 0, "checkpoint": "run.pt"}
+    train_classifier(strided, X, y, **options)
     with pytest.raises(ValueError, match="downsampling: strides there, average pooling now"):
-        ClassifierNetwork.train_classifier(untrained(8), X, y, **options)
-    ClassifierNetwork.save_classifier(strided, "strided.pt")
+        train_classifier(untrained(8), X, y, **options)
+    save_classifier(strided, "strided.pt")
     with pytest.raises(ValueError, match="holds a network with strides"):
-        ClassifierNetwork.load_classifier("strided.pt")
+        load_classifier("strided.pt")
 
 
 @pytest.mark.parametrize("side", [16, 20, 24, 28, 32, 19])
