@@ -23,6 +23,10 @@ from StableDiffusionGeneration import StableDiffusionOverSampler
 
 REFERENCE_SPLIT = "cat-50"
 DIGITS_SPLIT = "8-0.01"
+# The profile whose plots and weights have the plain names, such as images/cm_nsd.png: its results on the
+# reference split are committed. All other profiles write into folders of their own, so that no run replaces a
+# committed plot of another profile.
+COMMITTED_PROFILE = "cpu"
 
 
 def default_split(data):
@@ -53,8 +57,7 @@ class Profile:
     gan : GANGeneration.GANSettings
         How the GAN is trained.
     evidence : bool
-        Whether its results are meant to be committed and quoted. Other profiles write their plots and weights
-        into folders of their own, which git ignores.
+        Whether its results are meant to be quoted.
     purpose : str
     """
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
-from Arms import ARMS, PROFILES, REFERENCE_SPLIT
+from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
 from Results import Study, predictions_of, read_json
 from Runtime import atomic_path, describe_differences, hardware_text
 from Utils import (
@@ -450,41 +450,35 @@ def generation_table(judged):
 # --- Generated parts of the documents -----------------------------------------------------------
 
 
-def evidence():
-    """The studies of the reference split that have results of an evidence profile: study -> results."""
-    studies = [
-        Study(name, "cifar10", REFERENCE_SPLIT) for name, profile in PROFILES.items() if profile.evidence
-    ]
-    found = {study: study.load_results() for study in studies}
-    return {study: results for study, results in found.items() if results}
+COMMITTED = Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT)
 
 
 def generated_parts():
-    """Document -> name of each generated part -> its text, made from ``results/``."""
-    summary, arms, gan = [], [], []
-    for study, results in evidence().items():
+    """Document -> name of each generated part -> its text, made from the committed study's ``results/``."""
+    results, gan = COMMITTED.load_results(), []
+    gan_path, judged_path = (COMMITTED.record_path(name) for name in ("gan.json", "generated-images.json"))
+    if gan_path.exists():
+        gan.append(f"Profile `{COMMITTED.profile}`. {gan_conditions(read_json(gan_path))}")
+    if judged_path.exists():
+        gan.append(generation_table(read_json(judged_path)))
+    summary = arms = NOT_RUN
+    if results:
         few = {name: results[name] for name in README_ARMS if name in results}
-        summary += [f"Profile `{study.profile}`, all scores in percent:", results_table(few)]
-        arms += [
-            conditions(results),
-            results_table(results, COLUMNS | MORE_COLUMNS),
-            "Exact McNemar tests (first seed of each arm):",
-            paired_table(results),
-            "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
-            "corrected for the number of questions):",
-            findings(results),
-        ]
-        gan_path, judged_path = (study.record_path(name) for name in ("gan.json", "generated-images.json"))
-        if gan_path.exists():
-            gan.append(f"Profile `{study.profile}`. {gan_conditions(read_json(gan_path))}")
-        if judged_path.exists():
-            gan.append(generation_table(read_json(judged_path)))
+        summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(few)}"
+        arms = "\n\n".join(
+            [
+                conditions(results),
+                results_table(results, COLUMNS | MORE_COLUMNS),
+                "Exact McNemar tests (first seed of each arm):",
+                paired_table(results),
+                "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
+                "corrected for the number of questions):",
+                findings(results),
+            ]
+        )
     return {
-        Path("README.md"): {"summary": "\n\n".join(summary) or NOT_RUN},
-        Path("docs", "results.md"): {
-            "results": "\n\n".join(arms) or NOT_RUN,
-            "gan": "\n\n".join(gan) or NOT_RUN,
-        },
+        Path("README.md"): {"summary": summary},
+        Path("docs", "results.md"): {"results": arms, "gan": "\n\n".join(gan) or NOT_RUN},
     }
 
 
@@ -517,9 +511,18 @@ def update_documents(documents, check):
     -------
     list of path
         The documents that were not current.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a document is not in the working directory.
     """
     changed = []
     for path, parts in documents.items():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no {path} in {Path.cwd()}. Run this from the repository's folder."
+            )
         text = current = path.read_text(encoding="utf-8")
         for name, part in parts.items():
             current = with_part(current, name, part)
@@ -537,17 +540,21 @@ def main(arguments=None):
         "--check", action="store_true", help="write nothing; fail if a document is not current"
     )
     options = parser.parse_args(arguments)
-    changed = update_documents(generated_parts(), options.check)
+    try:
+        changed = update_documents(generated_parts(), options.check)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     if options.check:
         if changed:
             names = " and ".join(map(str, changed))
             parser.exit(1, f"What results/ says is not in {names}. Run 'make report' and commit.\n")
         print("The documents show what results/ says.")
         return
-    for study, results in evidence().items():
-        for name in results:
-            save_arm_plots(study, name)
-        plt.close(save_figure(comparison_figure(results), study.image_path("comparison.png")))
+    results = COMMITTED.load_results()
+    for name in results:
+        save_arm_plots(COMMITTED, name)
+    if results:
+        plt.close(save_figure(comparison_figure(results), COMMITTED.image_path("comparison.png")))
 
 
 if __name__ == "__main__":

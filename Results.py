@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from Arms import ARMS, PROFILES, REFERENCE_SPLIT
+from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
 from Runtime import atomic_path
 
 
@@ -56,15 +56,15 @@ class Study:
         return Path("results", self.profile, self.folder, file_name)
 
     def image_path(self, file_name):
-        """``images/<file name>`` for evidence on the reference split, else in a subfolder of ``images``."""
+        """``images/<file name>`` for the committed results, else in a subfolder of ``images``."""
         return self._output_path("images", file_name)
 
     def model_path(self, file_name):
-        """``models/<file name>`` for evidence on the reference split, else in a subfolder of ``models``."""
+        """``models/<file name>`` for the committed results, else in a subfolder of ``models``."""
         return self._output_path("models", file_name)
 
     def _output_path(self, kind, file_name):
-        if self.settings.evidence and self.data == "cifar10" and self.split == REFERENCE_SPLIT:
+        if self == Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT):
             return Path(kind, file_name)
         prefix = "" if self.data == "cifar10" else f"{self.data}_"
         return Path(kind, self.profile, self.folder, prefix + file_name)

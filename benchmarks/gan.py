@@ -1,6 +1,6 @@
 """The speed of a full training step, both networks: our GAN and a DCGAN of the reference's shape.
 
-    python benchmarks/gan.py                    # prints a table, writes results/benchmarks/gan.json
+    python benchmarks/gan.py                    # prints a table, writes results/benchmarks/gan-<device>.json
 
 The DCGAN is what the reference study trains: latent 100, 64 feature maps, CIFAR-10 images enlarged to
 64x64 with PIL in a DataLoader, float32, Adam 2e-4 (0.5, 0.999), cross-entropy against 0.9 and 0.1, noise
@@ -35,7 +35,7 @@ from GANGeneration import Adversaries, BalancedBatches, count_flops
 from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json, uses_bfloat16
 from Utils import markdown_table
 
-PATH = Path("results", "benchmarks", "gan.json")
+FOLDER = Path("results", "benchmarks")
 LATENT, MAPS = 100, 64
 IMAGES = 5000  # speed does not depend on what they show
 
@@ -193,7 +193,6 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--seconds", type=float, default=10, help="length of a turn (default: 10)")
     parser.add_argument("--device")
-    parser.add_argument("--output", type=Path, default=PATH)
     options = parser.parse_args(arguments)
     device = choose_device(options.device)
 
@@ -228,7 +227,8 @@ def main(arguments=None):
         "torch": torch.__version__,
         "commit": code_version(),
     }
-    save_json(options.output, result)
+    # The name says the device, so that a GPU's result does not replace the CPU's.
+    save_json(FOLDER / f"gan-{device.type}.json", result)
     print(table(result))
 
 

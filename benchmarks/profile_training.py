@@ -3,7 +3,7 @@
     python benchmarks/profile_training.py --width 16
 
 Prints the fraction of each part of a step, the most expensive operators and what an evaluation costs. Writes
-``results/benchmarks/profile-width<w>.json``. On CUDA the fractions are those of the GPU's time, else of the CPU's.
+``results/benchmarks/profile-<device>-width<w>.json``. On CUDA the fractions are those of the GPU's time, else of the CPU's.
 """
 
 import argparse
@@ -50,7 +50,13 @@ def table(results):
     rows = [(part, *(f"{r['shares'][part]:.1%}" for r in results)) for part in results[0]["shares"]]
     rows.append(("images/s", *(f"{r['images_per_second']:,.0f}" for r in results)))
     rows.append(("evaluating a test image, in training images", *(f"{r[cost]:.2f}" for r in results)))
-    return markdown_table(("share of a training step", *(f"width {r['width']}" for r in results)), rows)
+    return markdown_table(
+        (
+            "share of a training step",
+            *(f"width {r['width']}, {r['hardware']['device'].upper()}" for r in results),
+        ),
+        rows,
+    )
 
 
 def main():
@@ -92,7 +98,7 @@ def main():
         ),
         "hardware": describe_hardware(device), "torch": torch.__version__, "commit": code_version(),
     }  # fmt: skip
-    save_json(FOLDER / f"profile-width{options.width}.json", result)
+    save_json(FOLDER / f"profile-{device.type}-width{options.width}.json", result)
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     print(events.table(sort_by=order, row_limit=12, max_name_column_width=40))
     print(table([result]))

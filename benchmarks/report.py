@@ -34,7 +34,7 @@ def _tables(paths, table):
 
 def generated_parts():
     """Name of each generated part of the README -> its text, made from ``results/benchmarks/``."""
-    profiles = _read(sorted(profile_training.FOLDER.glob("profile-width*.json")))
+    profiles = _read(sorted(profile_training.FOLDER.glob("profile-*-width*.json")))
     return {
         "speed": _tables(sorted(classifier.FOLDER.glob("classifier-*.json")), classifier.table),
         "parts": profile_training.table(profiles) if profiles else NOT_RUN,
@@ -42,7 +42,7 @@ def generated_parts():
             series: time_to_accuracy.table(series) if time_to_accuracy.load_runs(series) else NOT_RUN
             for series in time_to_accuracy.SERIES
         },
-        "gan": _tables([gan.PATH], gan.table),
+        "gan": _tables(sorted(gan.FOLDER.glob("gan-*.json")), gan.table),
         "stable-diffusion": _tables([Path(stable_diffusion.RESULT)], stable_diffusion.table),
     }
 
@@ -51,7 +51,10 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Tables of benchmarks/README.md from results/benchmarks/.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
     options = parser.parse_args(arguments)
-    changed = update_documents({README: generated_parts()}, options.check)
+    try:
+        changed = update_documents({README: generated_parts()}, options.check)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     if options.check and changed:
         parser.exit(
             1, f"{README} does not show what results/benchmarks/ says. Run 'make report' and commit.\n"

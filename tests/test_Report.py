@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +171,18 @@ def test_the_readme_shows_the_committed_results_in_six_rows(monkeypatch):
     for name in Report.README_ARMS:
         recall = 100 * np.mean([run["metrics"]["minority"]["recall"] for run in results[name]])
         assert f"**{recall:.1f}" in next(li for li in summary.splitlines() if ARMS[name].title in li)
+
+
+def test_results_of_another_profile_do_not_change_the_documents(tiny_data, monkeypatch):
+    """After a run on a GPU, the tests of the repository still pass."""
+    monkeypatch.setattr(Report, "COMMITTED", Study("cpu", "cifar10", "cat-3"))
+    run_arms([Study("smoke", "cifar10", "cat-3")], tiny_data, ["imbalanced"], device="cpu")
+    assert Report.generated_parts()[Path("README.md")]["summary"] == Report.NOT_RUN
+
+
+@pytest.mark.parametrize("script", ["Report.py", "benchmarks/report.py"])
+def test_another_working_directory_is_one_line(script):
+    answer = subprocess.run([sys.executable, str(REPOSITORY / script)], capture_output=True, text=True)
+    assert answer.returncode == 1
+    [line] = answer.stderr.splitlines()
+    assert "README.md in" in line and "Run this from the repository's folder" in line

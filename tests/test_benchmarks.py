@@ -44,7 +44,7 @@ def test_the_benchmark_of_the_gan_compares_the_two_in_turns():
                "--workers", "0", "--rounds", "2", "--seconds", "0.01", "--device", "cpu"]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-2000:]
-    result = json.loads(Path("results/benchmarks/gan.json").read_text())
+    result = json.loads(Path("results/benchmarks/gan-cpu.json").read_text())
     speeds = {name: row["images_per_second"] for name, row in result["rows"].items()}
     ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["reference"], strict=True)]
     assert result["ratio_of_each_turn"] == pytest.approx(ratios) and len(ratios) == 2
