@@ -387,8 +387,9 @@ def _open_cache(path):
     except PermissionError as error:
         raise OSError(f"Cannot read {path}: {error}. Choose a file that you may read.") from error
     except Exception as error:  # NumPy parses the header as Python, so a damaged one can raise any error
+        reason = (str(error).splitlines() or [""])[0]  # its further lines advise to trust the file
         raise ValueError(
-            f"{path} is truncated, damaged, or no plain NumPy array ({type(error).__name__}: {error}). Remove it "
+            f"{path} is truncated, damaged, or no plain NumPy array ({type(error).__name__}: {reason}). Remove it "
             "and make it again."
         ) from error
     if not isinstance(records, np.memmap) or records.dtype != RECORD or records.ndim != 1:

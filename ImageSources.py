@@ -49,10 +49,13 @@ def prepare_images(counts):
     """
     if CACHE.exists():
         return f"the cache {CACHE}: {describe_cache()}"
-    with locked(UNFINISHED_CACHE.with_name("stable_diffusion_sources")):
-        if CACHE.exists():  # another process has made it meanwhile
-            return f"the cache {CACHE}: {describe_cache()}"
-        return _fill_cache(counts)
+    try:
+        with locked(CACHE.with_name("stable_diffusion_sources")):
+            if CACHE.exists():  # another process has made it meanwhile
+                return f"the cache {CACHE}: {describe_cache()}"
+            return _fill_cache(counts)
+    except OSError as error:  # the folder of the cache is not writable
+        raise ImagesUnavailableError(f"no Stable Diffusion images can be kept: {error}") from error
 
 
 def _fill_cache(counts):
@@ -65,7 +68,7 @@ def _fill_cache(counts):
     preset = preset_at_hand()
     if preset is None:
         raise ImagesUnavailableError(
-            f"no Stable Diffusion images are available: {str(reason).rstrip('.')}. Nor can they be generated "
+            f"no Stable Diffusion images could be had: {str(reason).rstrip('.')}. Nor can they be generated "
             "here, which takes a GPU and a model's weights: see StableDiffusionGeneration.py"
         ) from reason
     # On the GPU that preset_at_hand found, even if the study itself runs on the CPU.

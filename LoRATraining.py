@@ -172,6 +172,11 @@ def _check_arguments(recipe, class_name, seed, folder):
 
 
 def _check_loss(loss, step, recipe):
+    if not np.isfinite(loss) and step == 0:
+        raise FloatingPointError(
+            f"The loss of the first step is {loss}, before anything was learned, so the model {recipe.model} computes "
+            "numbers that are not finite. Get it again, or choose another model or --device cpu."
+        )
     if not np.isfinite(loss):
         raise FloatingPointError(
             f"The loss of step {step + 1} is {loss}. Lower the learning rate ({recipe.learning_rate:g})."
@@ -381,7 +386,7 @@ def main(arguments=None):
             X[y == c], CIFAR10_CLASSES[c], options.output, recipe, seed=options.seed, device=options.device
         )
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {' '.join(str(error).split())}\n")
     print(
         f"{options.output}: adapter of rank {recipe.rank} from {np.sum(y == c)} images, loss "
         f"{np.mean(history[:50]):.4f} (first 50 steps) to {np.mean(history[-50:]):.4f} (last 50 steps)"

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.base import clone
 from torchvision.transforms import InterpolationMode, v2
 
-from ImageOverSampler import ImageOverSampler, TooFewImagesError
+from ImageOverSampler import ImageOverSampler, TooFewImagesError, check_request
 from Runtime import check_images, seeded
 
 # --- Augmentation -------------------------------------------------------------------------------
@@ -124,6 +124,8 @@ class PixelOverSampler(BaseOverSampler):
     ------
     TooFewImagesError
         In ``fit_resample``, if the sampler interpolates between neighbours and a class has one image.
+    TooManyImagesError
+        In ``fit_resample``, if the result would not fit into memory.
 
     Examples
     --------
@@ -142,7 +144,9 @@ class PixelOverSampler(BaseOverSampler):
         self.random_state = random_state
 
     def _check_X_y(self, X, y):
-        return *check_images(X, y), False
+        X, y = check_images(X, y)
+        check_request(self.sampling_strategy, X, y, bytes_per_value=9)  # float32 twice, and uint8
+        return X, y, False
 
     def _fit_resample(self, X, y):
         sampler = clone(self.sampler).set_params(
