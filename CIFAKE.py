@@ -91,7 +91,7 @@ def import_cifake(source=None, path=CACHE):
 
 def _read_folder(source):
     """Images (list of arrays) and labels (list of int) of an unpacked CIFAKE."""
-    files = [f for f in (source / "train" / "FAKE").glob("*") if f.is_file()]
+    files = [f for f in (source / "train" / "FAKE").glob("*") if f.is_file() and not _is_desktop_file(f.name)]
     return _read_images(source, {f.name: (f.stat().st_size, partial(open, f, "rb")) for f in files})
 
 
@@ -119,7 +119,13 @@ def _find_members(source, archive):
         folder, _, name = member.filename.replace("\\", "/").rpartition("/")
         kind = next((k for k in found if f"/{folder}".endswith(f"/{k}")), None)
         parts = folder.split("/")
-        if not name or kind is None or "__MACOSX" in parts or (kind == "FAKE" and "test" in parts):
+        if (
+            not name
+            or _is_desktop_file(name)
+            or kind is None
+            or "__MACOSX" in parts
+            or (kind == "FAKE" and "test" in parts)
+        ):
             continue
         if name in found[kind]:
             raise ValueError(f"{source} has the file {name!r} twice, in {folder} too. Get it again.")
@@ -131,7 +137,7 @@ def _find_members(source, archive):
 
 def _read_images(source, readers):
     """Images and labels, class after class; ``readers`` maps a file's name to its size and what opens it."""
-    chosen = _choose(source, [name for name in readers if not _is_desktop_file(name)])
+    chosen = _choose(source, readers)
     images = [
         _decode(source, name, *readers[name])
         for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)

@@ -50,7 +50,12 @@ def check_request(sampling_strategy, X, y, bytes_per_value):
     ValueError
         If a number of images is not a whole number, or the strategy is invalid.
     """
-    counts = check_sampling_strategy(sampling_strategy, y, "over-sampling")
+    try:
+        counts = check_sampling_strategy(sampling_strategy, y, "over-sampling")
+    except OverflowError as error:
+        raise TooManyImagesError(
+            f"sampling_strategy {sampling_strategy} asks for more images than any memory holds. Ask for fewer."
+        ) from error
     for c, count in counts.items():
         if not isinstance(count, numbers.Integral):  # a float, which may be NaN
             raise ValueError(

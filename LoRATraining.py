@@ -386,7 +386,7 @@ def main(arguments=None):
             X[y == c], CIFAR10_CLASSES[c], options.output, recipe, seed=options.seed, device=options.device
         )
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        parser.exit(1, f"{parser.prog}: {' '.join(str(error).split())}\n")
+        parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     print(
         f"{options.output}: adapter of rank {recipe.rank} from {np.sum(y == c)} images, loss "
         f"{np.mean(history[:50]):.4f} (first 50 steps) to {np.mean(history[-50:]):.4f} (last 50 steps)"

@@ -105,7 +105,7 @@ def main(arguments=None):
             if processes.is_main_process:
                 print(f"{options.output}: {_summary(name, report)}", flush=True)
     except (ValueError, OSError, SelectionError, MemoryError, FloatingPointError) as error:
-        parser.exit(1, f"{parser.prog}: {' '.join(str(error).split())}\n")
+        parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
 
 
 def _check_options(options, classes):
