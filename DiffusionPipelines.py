@@ -128,8 +128,8 @@ def check_drawing(steps, size, batch_size=None):
     """
     if not (steps >= 1 and size >= 8 and size % 8 == 0 and (batch_size is None or batch_size >= 1)):
         raise ValueError(
-            f"steps and batch size must be at least 1 and the size a multiple of 8: got {steps}, "
-            f"{batch_size} and {size}."
+            f"steps and batch size must be at least 1 and the size a multiple of 8: got steps {steps}, size {size}"
+            + ("." if batch_size is None else f", batch size {batch_size}.")
         )
     if steps > MOST_STEPS:
         raise ValueError(

@@ -498,7 +498,7 @@ def split_from_name(name, y, class_names=CIFAR10_CLASSES):
             f"Unknown split {name!r}. Examples: cat-50, cat+dog-0.01, long-tailed-100, step-10, cat-50@1."
         )
     kind, number, draw = match[1], match[2], int(match[3] or 0)
-    value = float(number) if "." in number else int(number)
+    value = float(number) if "." in number or len(number) > 15 else int(number)
     if kind == "long-tailed":
         return long_tailed_split(y, class_names, value, draw)
     if kind == "step":
