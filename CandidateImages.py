@@ -7,6 +7,7 @@ A candidate depends only on its class, its index and the settings. It does not m
 or when. A run that was stopped therefore continues with the candidates whose shards are missing.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from DiffusionPipelines import (
     load_pipeline,
 )
 from Downsampling import METHODS, downsample
+from ImageCache import locked, require_writable
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
 from Runtime import atomic_path, choose_device, derive_seed, save_json, start_processes
@@ -223,6 +225,8 @@ class CandidateMaker:
     ------
     ValueError
         If a setting is invalid.
+    OSError
+        If the folder for the candidates is not writable.
     """
 
     def __init__(self, settings=None, *, device=None, dtype=None, batch_size=None, shards=SHARDS):
@@ -232,6 +236,7 @@ class CandidateMaker:
         self.settings = settings.completed()
         check_drawing(self.settings.steps, self.settings.size, batch_size)
         self.shards = Path(os.path.expanduser(shards))
+        require_writable(self.shards)
         self._device, self._batch_size = device, batch_size
 
     @cached_property
@@ -323,8 +328,11 @@ class CandidateMaker:
 # --- Shards -------------------------------------------------------------------------------------
 
 
-def prepare_shards(folder, job):
-    """Create the folder of a job with its ``settings.json``, and remove files that a kill left half-written.
+@contextlib.contextmanager
+def open_shards(folder, job):
+    """Context in which this run alone may write the shards of a job. A second run of the job waits.
+
+    The folder is created with its ``settings.json``, and files that a kill left half-written are removed.
 
     Parameters
     ----------
@@ -333,10 +341,12 @@ def prepare_shards(folder, job):
         See :func:`describe_job`.
     """
     folder = Path(folder)
-    if not (folder / "settings.json").exists():
-        save_json(folder / "settings.json", job)
-    for unfinished in folder.glob(".*.npz"):
-        unfinished.unlink()
+    with locked(folder):
+        if not (folder / "settings.json").exists():
+            save_json(folder / "settings.json", job)
+        for unfinished in folder.glob(".*.npz"):
+            unfinished.unlink()
+        yield
 
 
 def write_shard(folder, candidates):

@@ -318,10 +318,22 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
         _write(new[order], path, [metadata[row] for row in order])
 
 
-def refuse_foreign_images(class_name, label, job, path=CACHE):
-    """Raise ValueError if :func:`count_foreign_images` finds any. The message names ``class_name``."""
+def refuse_foreign_images(class_name, label, job, path=CACHE, *, replace=False):
+    """Raise ValueError if :func:`count_foreign_images` finds images that must not be replaced.
+
+    A damaged cache is refused in any case.
+
+    Parameters
+    ----------
+    class_name : str
+        For the message.
+    label, job, path
+        See :func:`count_foreign_images`.
+    replace : bool
+        Whether images from elsewhere may be replaced.
+    """
     foreign = count_foreign_images(label, job, path)
-    if foreign:
+    if foreign and not replace:
         raise ValueError(
             f"{path} already has {foreign:,} images of {class_name} that were imported or made with other "
             "settings. Pass --replace (replace=True) to replace them, or --output (path=) for another file."

@@ -14,19 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from CandidateImages import CandidateMaker, describe_job, draw_candidates, name_job, prepare_shards
+from CandidateImages import CandidateMaker, describe_job, draw_candidates, name_job, open_shards
 from Downsampling import image_statistics, match_statistics
 from ImageCache import (
     CACHE,
     check_cache_path,
-    count_foreign_images,
-    locked,
     refuse_foreign_images,
     replace_class,
-    require_writable,
 )
 from ImageSelection import Selection, SelectionError, select_candidates
-from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number
+from ImbalancedCIFAR10 import CIFAR10_CLASSES
+from Prompts import find_grammar
 from Runtime import check_images, require_free_space, save_json, start_processes
 
 
@@ -90,14 +88,14 @@ def generate_images(
     """
     maker, selection = maker or CandidateMaker(), selection or Selection()
     sources = _check_real_images(maker.settings, selection, real_images)
-    job = describe_job(maker.settings, class_name, check_class(class_name, count, label), sources)
+    label = check_class(class_name, count, label, maker.settings)
+    job = describe_job(maker.settings, class_name, label, sources)
     _check_cache(maker, job, count, path, replace)
     processes = start_processes(maker.device)
     folder = maker.shards / name_job(job)
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:  # the other processes wait for it in draw_candidates
-            stack.enter_context(locked(folder))
-            prepare_shards(folder, job)
+            stack.enter_context(open_shards(folder, job))
         candidates, rows, report = _draw_until_enough(maker, job, sources, selection, count, processes)
         if processes.is_main_process:
             images = candidates["image"][rows]
@@ -110,7 +108,7 @@ def generate_images(
     return report
 
 
-def check_class(class_name, count, label=None):
+def check_class(class_name, count, label, settings):
     """Return the number in the cache of a class, or raise ValueError if it cannot be generated.
 
     Parameters
@@ -118,13 +116,16 @@ def check_class(class_name, count, label=None):
     class_name : str
     count : int
         Number of images wanted, at least 1.
-    label : int, optional
+    label : int or None
         The number, if CIFAR-10 does not have the class.
+    settings : CandidateImages.GenerationSettings
+        Completed. The class must have prompts in their grammar.
 
     Returns
     -------
     int
     """
+    find_grammar(class_name, settings.prompts)
     if count < 1:
         raise ValueError(f"count must be at least 1: got {count}.")
     if label is None:
@@ -133,7 +134,7 @@ def check_class(class_name, count, label=None):
                 f"CIFAR-10 has no class {class_name!r}. Give it a number in the cache with --label (label=), such as "
                 f"{len(CIFAR10_CLASSES)}."
             )
-        return class_number(class_name, CIFAR10_CLASSES)
+        return CIFAR10_CLASSES.index(class_name)
     if not 0 <= label < 2**32:
         raise ValueError(f"The label must be a class number, 0 or more: got {label}.")
     return int(label)
@@ -156,10 +157,7 @@ def _check_cache(maker, job, count, path, replace):
     """Find out before anything is loaded or drawn whether its result can be kept."""
     path = os.path.expanduser(path)
     check_cache_path(path)
-    count_foreign_images(job["label"], name_job(job), path)  # refuses a damaged cache
-    if not replace:
-        refuse_foreign_images(job["class"], job["label"], name_job(job), path)
-    require_writable(maker.shards)
+    refuse_foreign_images(job["class"], job["label"], name_job(job), path, replace=replace)
     for place in (maker.shards, Path(path).absolute().parent):
         require_free_space(place, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
 

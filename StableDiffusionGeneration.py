@@ -17,16 +17,16 @@ import os
 
 import numpy as np
 
-from CandidateImages import DTYPES, SHARDS, STRENGTHS, CandidateMaker, GenerationSettings
+from CandidateImages import SHARDS, STRENGTHS, CandidateMaker, GenerationSettings
 from DiffusionPipelines import PRESETS, SIZE
 from Downsampling import METHODS
-from ImageCache import CACHE, RECORD, check_cache_path, load_generated_images
+from ImageCache import CACHE, load_generated_images
 from ImageGeneration import check_class, generate_images
 from ImageOverSampler import ImageOverSampler
 from ImageSelection import Selection, SelectionError
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
-from Prompts import GRAMMARS, find_grammar
-from Runtime import choose_device, start_processes
+from Prompts import GRAMMARS
+from Runtime import start_processes
 
 # --- The sampler --------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ class StableDiffusionOverSampler(ImageOverSampler):
 
     def _check_X_y(self, X, y):
         X, y, binarize = super()._check_X_y(X, y)
-        if X.shape[1:] != RECORD["image"].shape:
+        if X.shape[1:] != (32, 32, 3):
             raise ValueError(
                 f"The cache {self.path} holds images of 32x32 pixels, but X has the shape {X.shape}. Resize X, or "
                 "choose AugmentationOverSampler, which takes every size."
@@ -119,19 +119,15 @@ def _check_options(options, classes):
     maker = CandidateMaker(
         settings, device=options.device, batch_size=options.batch_size, shards=options.shards
     )
-    for name in classes:
-        find_grammar(name, maker.settings.prompts)
     if options.label is not None and len(classes) > 1:
         raise ValueError(
             f"--label {options.label} is the number of one class, but {len(classes)} are given "
             f"({', '.join(classes)}). Run the command once for each class."
         )
     for name in classes:
-        check_class(name, options.count, options.label)
+        check_class(name, options.count, options.label, maker.settings)
         if strengths or selection.match:
             class_number(name, CIFAR10_CLASSES)
-    check_cache_path(options.output)
-    choose_device(options.device)
     return maker, selection
 
 
@@ -181,7 +177,7 @@ def _make_parser():
     )
     add("--replace", action="store_true", help="replace images of the class that came from elsewhere")
     add("--device", help="cpu, cuda, mps; default: the fastest device, one GPU per process")
-    add("--dtype", choices=DTYPES, help="default: by device; choose float32 if a GPU draws black images "
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: by device; choose float32 if a GPU draws black images "
         "or numbers that are not finite")  # fmt: skip
     return parser
 

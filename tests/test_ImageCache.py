@@ -354,7 +354,7 @@ def test_classes_that_are_written_at_the_same_time_are_all_kept(images, monkeypa
         save(path, array)
 
     def write(c):
-        started.wait()
+        started.wait(10)
         replace_class(c, images[2 * c : 2 * c + 2], rows_of(2, "cat", c))
 
     monkeypatch.setattr(ImageCache, "save_array", save_slowly)

@@ -487,7 +487,7 @@ def test_a_second_study_waits_for_the_images_of_the_first(no_cifake, monkeypatch
     started = threading.Event()
     first = threading.Thread(target=first_study)
     first.start()
-    started.wait()
+    started.wait(10)
     assert prepare_images({"cat": 5}) == f"the cache {CACHE}: 3 images imported"
     first.join()
 
@@ -791,7 +791,7 @@ def test_a_second_run_of_a_job_waits_and_leaves_the_files_of_the_first_alone(loa
     started = threading.Event()
     first = threading.Thread(target=first_run)
     first.start()
-    started.wait()
+    started.wait(10)
     generate(loaded, 3)
     first.join()
     assert seen == [True]
