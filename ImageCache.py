@@ -165,19 +165,29 @@ def _make_records(images, labels):
 
 
 def _write(records, path, metadata):
-    """Write a cache and its table. The caller holds the lock."""
+    """Write a cache and its table. The caller holds the lock.
+
+    The table is replaced only after the images are on the disk, so that a full disk costs neither of the old ones.
+    """
+    target = Path(os.path.realpath(path))  # a symbolic link stays, and its target is replaced
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        save_array(unfinished, records)
+        if metadata is not None:
+            _write_table(records, _table_path(path), metadata)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
     if metadata is None:
         _table_path(path).unlink(missing_ok=True)
-    else:
-        with (
-            atomic_path(_table_path(path)) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, METADATA, restval="", lineterminator="\n")
-            writer.writeheader()
-            for image, row in zip(records["image"], metadata, strict=True):
-                writer.writerow(row | {"crc32": checksum(image)})
-    save_array(os.path.realpath(path), records)  # a symbolic link stays, and its target is replaced
+
+
+def _write_table(records, table, metadata):
+    with atomic_path(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, METADATA, restval="", lineterminator="\n")
+        writer.writeheader()
+        for image, row in zip(records["image"], metadata, strict=True):
+            writer.writerow(row | {"crc32": checksum(image)})
 
 
 def load_generated_images(path=CACHE):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
-from ImageCache import require_writable
+from ImageCache import locked, require_writable
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import with_article
 from Runtime import (
@@ -100,7 +100,7 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     folder : path
         Output folder. ``pytorch_lora_weights.safetensors`` in it is the adapter, which a diffusers pipeline
         reads with ``load_lora_weights(folder)``. ``training_state.pt`` is the checkpoint, from which a
-        stopped training continues.
+        stopped training continues. A second training in the same folder waits for the first.
     recipe : LoRARecipe, optional
     seed : int
         Not negative. It decides the adapter's initial weights, the noise and the order of the images.
@@ -128,6 +128,12 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     X, _ = check_images(X, np.zeros(len(X), dtype=int))
     _check_arguments(recipe, class_name, seed, folder)
     folder, device = Path(os.path.expanduser(folder)), choose_device(device)
+    with locked(folder):  # a second run would write its own checkpoints between these
+        return _train(X, class_name, folder, recipe, seed, device)
+
+
+def _train(X, class_name, folder, recipe, seed, device):
+    """The training itself. The arguments were checked, and no other process trains in ``folder``."""
     images = hashlib.sha256(np.ascontiguousarray(X).tobytes()).hexdigest()
     identity = asdict(recipe) | {"class": class_name, "seed": seed, "images": images}
     checkpoint = Checkpoint(folder / STATE, identity)

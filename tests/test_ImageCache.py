@@ -77,18 +77,23 @@ def test_only_images_with_a_label_each_are_saved(images, labels, change):
     assert not CACHE.exists()
 
 
-def test_a_save_that_fails_midway_leaves_the_old_cache_and_nothing_else(images, labels):
-    save_generated_images(images, labels)
-    before = CACHE.read_bytes()
+@pytest.mark.parametrize("metadata", [None, 400], ids=["imported", "generated"])
+def test_a_save_that_fails_midway_leaves_the_old_cache_with_its_table_and_nothing_else(
+    images, labels, metadata
+):
+    save_generated_images(images, labels, metadata=rows_of(40, label=0))
+    before = CACHE.read_bytes(), CACHE.with_suffix(".csv").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # as if the disk were full
     try:
         with pytest.raises(OSError, match=CACHE.name):
-            save_generated_images(np.tile(images, (10, 1, 1, 1)), np.tile(labels, 10))  # 1.2 MB
+            save_generated_images(
+                np.tile(images, (10, 1, 1, 1)), np.tile(labels, 10), metadata=metadata and rows_of(metadata)
+            )  # 1.2 MB
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert CACHE.read_bytes() == before
-    assert [f.name for f in CACHE.parent.iterdir()] == [CACHE.name]
+    assert (CACHE.read_bytes(), CACHE.with_suffix(".csv").read_bytes()) == before
+    assert {f.name for f in CACHE.parent.iterdir()} == {CACHE.name, CACHE.with_suffix(".csv").name}
 
 
 def test_a_missing_cache_is_named():

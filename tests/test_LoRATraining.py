@@ -1,6 +1,8 @@
 """Training adapters on the real images of a class."""
 
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 import LoRATraining
 from CandidateImages import GenerationSettings, describe_job, name_job
 from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
+from ImageCache import locked
 from ImbalancedCIFAR10 import minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, main, train_lora
 
@@ -136,6 +139,28 @@ def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
     monkeypatch.setattr(LoRATraining, "_backward", never)
     with pytest.raises(MemoryError, match=r"too little memory on cpu to train with a single image of 64x64"):
         train(X, recipe, "third")
+
+
+def test_a_second_training_in_the_same_folder_waits_for_the_first(X, recipe, monkeypatch):
+    history = train(X, replace(recipe, steps=1), "whole")
+    finished = [Path("whole", name).read_bytes() for name in (STATE, WEIGHTS)]
+    monkeypatch.setattr(LoRATraining, "_load_base_model", lambda *rest: pytest.fail("it did not wait"))
+
+    def first_training():
+        with locked("adapter"):
+            started.set()
+            time.sleep(0.3)
+            Path("adapter").mkdir()
+            for name, content in zip((STATE, WEIGHTS), finished, strict=True):
+                Path("adapter", name).write_bytes(content)
+
+    started = threading.Event()
+    first = threading.Thread(target=first_training)
+    first.start()
+    started.wait(10)
+    assert train(X, replace(recipe, steps=1)) == history
+    first.join()
+    assert {f.name for f in Path().iterdir()} == {"whole", "adapter"}
 
 
 def test_a_folder_keeps_the_adapter_it_has(X, recipe):
