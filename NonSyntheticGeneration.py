@@ -110,8 +110,8 @@ class AugmentationOverSampler(ImageOverSampler):
 class PixelOverSampler(BaseOverSampler):
     """Any over-sampler of imbalanced-learn (RandomOverSampler, SMOTE, ADASYN, ...) on the pixels of images.
 
-    Each image becomes one row of pixel values (float32), and each new row becomes an image again, rounded to
-    uint8. A sampler that interpolates between neighbours gets at most as many neighbours as the smallest class has.
+    Each image becomes one row of pixel values (float32), and each new row becomes an image again, rounded and
+    limited to uint8. A sampler that interpolates between neighbours gets at most as many neighbours as the smallest class has.
 
     Parameters
     ----------
@@ -124,6 +124,8 @@ class PixelOverSampler(BaseOverSampler):
     ------
     TooFewImagesError
         In ``fit_resample``, if the sampler interpolates between neighbours and a class has one image.
+    FloatingPointError
+        In ``fit_resample``, if the sampler gives pixels that are NaN or infinite.
     TooManyImagesError
         In ``fit_resample``, if the result would not fit into memory.
 
@@ -161,5 +163,10 @@ class PixelOverSampler(BaseOverSampler):
             sampler.set_params(**{name: min(getattr(sampler, name), smallest - 1)})
         # float32, because differences of uint8 wrap around.
         X_res, y_res = sampler.fit_resample(X.reshape(len(X), -1).astype(np.float32), y)
-        X_res = np.rint(X_res, out=X_res).astype(np.uint8)
+        if not np.isfinite(X_res).all():
+            raise FloatingPointError(
+                f"{type(sampler).__name__} gave pixels that are not finite (NaN or infinity). Choose another sampler."
+            )
+        # Clipped, because samplers such as SVMSMOTE also extrapolate, and 256 would become 0.
+        X_res = np.clip(np.rint(X_res, out=X_res), 0, 255, out=X_res).astype(np.uint8)
         return X_res.reshape(-1, *X.shape[1:]), y_res

@@ -309,6 +309,35 @@ def test_random_oversampling_repeats_given_images(X, y):
     assert {image.tobytes() for image in X_res[y_res == 2]} == given and (y_res == 2).sum() == 12
 
 
+class Constant(BaseOverSampler):
+    """A sampler whose new rows all have one value."""
+
+    def __init__(self, value, *, sampling_strategy="auto", random_state=None):
+        super().__init__(sampling_strategy=sampling_strategy)
+        self.value, self.random_state = value, random_state
+
+    def _fit_resample(self, X, y):
+        rows = [
+            (c, np.full((n, X.shape[1]), self.value, X.dtype)) for c, n in self.sampling_strategy_.items()
+        ]
+        return np.concatenate([X, *(x for _, x in rows)]), np.concatenate(
+            [y, *(np.full(len(x), c) for c, x in rows)]
+        )
+
+
+@pytest.mark.parametrize(("value", "pixel"), [(256.0, 255), (-1.0, 0), (1e9, 255), (254.6, 255), (7.4, 7)])
+def test_pixels_beyond_the_range_do_not_wrap_around(X, y, value, pixel):
+    X_res, _ = PixelOverSampler(Constant(value)).fit_resample(X, y)
+    assert (X_res[20:] == pixel).all() and len(X_res) == 36
+    assert np.array_equal(X_res[:20], X)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_do_not_become_black(X, y, value):
+    with pytest.raises(FloatingPointError, match="Constant gave pixels that are not finite"):
+        PixelOverSampler(Constant(value)).fit_resample(X, y)
+
+
 def test_the_given_sampler_is_left_as_it_is(X, y):
     smote = SMOTE()
     PixelOverSampler(smote, random_state=3).fit_resample(X, y)
