@@ -122,10 +122,12 @@ class GenerationSettings:
         return replace(
             self,
             model=os.path.expanduser(self.model or preset.model),
-            steps=steps,
+            steps=int(steps),  # plain numbers, because NumPy's have no place in settings.json
+            size=int(self.size),
+            seed=int(self.seed),
             prompts=self.prompts or preset.prompts,
             lora=None if self.lora is None else os.path.expanduser(self.lora),
-            strengths=tuple(self.strengths),
+            strengths=tuple(float(strength) for strength in self.strengths),
             clip_model=auto if self.clip_model == "auto" else os.path.expanduser(self.clip_model),
         )
 

@@ -362,6 +362,12 @@ def _check_model_folder(folder):
     index = folder / "model_index.json"
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(parts, dict) or not all(
+            len(kind) == 2 for kind in parts.values() if isinstance(kind, list)
+        ):
+            raise ValueError("it does not list the parts of a pipeline")
+        if not any(isinstance(kind, list) for kind in parts.values()):
+            raise ValueError("it lists no part of a pipeline")
     except (OSError, ValueError) as error:
         raise ModelUnavailableError(
             f"{folder} is no model folder: its model_index.json is missing or damaged ({error}). "

@@ -299,6 +299,11 @@ def shorten(path):
     [
         (lambda f: (f / "model_index.json").unlink(), r"model_index\.json is missing"),
         (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("{}"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("[]"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("null"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text('{"unet": []}'), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("{}", "utf-16"), r"model_index\.json is missing or damaged"),
         (lambda f: shutil.rmtree(f / "unet"), "unet is missing"),
         (lambda f: shutil.rmtree(f / "safety_checker"), "safety_checker is missing"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), r"tokenizer has neither tokenizer\.json"),

@@ -750,6 +750,23 @@ def test_another_dtype_is_another_job_and_the_default_keeps_the_jobs_of_old(sett
         CandidateMaker(settings, dtype=torch.float64)
 
 
+def test_numbers_of_numpy_name_the_same_job_as_plain_ones(settings):
+    plain = replace(settings, seed=1, steps=2, size=64, strengths=(0.25, 0.5))
+    numpy = replace(
+        settings,
+        seed=np.int64(1),
+        steps=np.int32(2),
+        size=np.uint16(64),
+        strengths=np.array([0.25, 0.5], np.float32),
+    )
+    jobs = [
+        describe_job(each.completed(), "cat", label, real())
+        for each, label in ((plain, 3), (numpy, np.int64(3)))
+    ]
+    assert name_job(jobs[0]) == name_job(jobs[1])
+    assert json.loads(json.dumps(jobs[1])) == json.loads(json.dumps(jobs[0]))
+
+
 def test_float32_is_not_answered_from_the_shards_of_float16(models):
     arguments = command_line(models, "--count", "2", "--output", "first.npy")
     main([*arguments, "--dtype", "bfloat16"])
