@@ -8,22 +8,24 @@ Bird and Lotfi (2024), CIFAKE: Image classification and explainable identificati
 synthetic images, IEEE Access (MIT licence).
 """
 
+import hashlib
 import http.client
 import io
+import os
 import re
 import socket
 import tempfile
+import warnings
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from ImageCache import CACHE, save_generated_images
+from ImageCache import CACHE, check_cache_path, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
 from Runtime import is_reachable, require_free_space
 
@@ -31,8 +33,17 @@ IMAGES_PER_CLASS = 5000
 CIFAKE_URL = (
     "https://www.kaggle.com/api/v1/datasets/download/birdy654/cifake-real-and-ai-generated-synthetic-images"
 )
+# A copy of CIFAKE's training half, for when Kaggle does not answer. Address and checksum name one fixed version.
+MIRROR_URL = (
+    "https://huggingface.co/datasets/yanbax/CIFAKE_autotrain_compatible/resolve/"
+    "f67ae8dedee6bb83e7523f6ce3b715a12147a200/train.zip"
+)
+MIRROR_SHA256 = "b3ee275f61a1801fb53a8fc4e965fd49823df47c02dc0162a3b9400f843631a0"
 # "17.jpg" is airplane, "17 (2).jpg" automobile, ... "17 (10).jpg" truck: CIFAR-10's class order.
 CIFAKE_FILE_NAME = re.compile(r"(\d+)(?: \((2|3|4|5|6|7|8|9|10)\))?\.jpg")
+LARGEST_FILE = 65_536  # bytes; CIFAKE's largest image has 1,187
+# What file managers of macOS and Windows leave in folders and archives. Hidden files are ignored too.
+DESKTOP_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 
 def import_cifake(source=None, path=CACHE):
@@ -44,9 +55,9 @@ def import_cifake(source=None, path=CACHE):
     Parameters
     ----------
     source : path, optional
-        A folder that contains ``train/FAKE``, or a zip of one. Default: ``cifake.zip`` in
-        ``$CIFAR10_ROOT`` or ``datasets``. If neither folder has one, the public archive is downloaded
-        (about 110 MB) and removed after use.
+        A folder that contains ``train/FAKE``, or a zip of one. ``~`` is the home folder. Default:
+        ``cifake.zip`` in ``$CIFAR10_ROOT`` or ``datasets``. If neither folder has one, an archive is downloaded
+        (about 110 MB) and removed after use: from Kaggle, or from a mirror if this fails.
     path : path
         The cache to write.
 
@@ -58,23 +69,19 @@ def import_cifake(source=None, path=CACHE):
     Raises
     ------
     FileNotFoundError, ValueError
-        If the source is missing or truncated, has foreign files in ``train/FAKE``, has an image of another
-        size, or has too few images of a class. No cache is written then.
+        If the source is missing, truncated or encrypted, has foreign files in ``train/FAKE``, has an image of
+        another size, or has too few images of a class. No cache is written then.
     DataUnavailableError
-        If there is no source and the archive cannot be downloaded.
+        If there is no source and no archive can be downloaded.
     """
+    check_cache_path(path)
     if source is None:
         source = next(
             (f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None
         )
     if source is None:
-        with tempfile.TemporaryDirectory() as folder:
-            archive = _download_cifake(Path(folder))
-            try:
-                return import_cifake(archive, path)
-            except ValueError as error:
-                raise DataUnavailableError(f"What {CIFAKE_URL} sent is not CIFAKE: {error}") from error
-    source = Path(source)
+        return _import_download(path)
+    source = Path(os.path.expanduser(source))
     if not source.exists():
         raise FileNotFoundError(f"There is no {source}. Pass the path of CIFAKE's folder or zip.")
     images, labels = _read_folder(source) if source.is_dir() else _read_zip(source)
@@ -84,28 +91,55 @@ def import_cifake(source=None, path=CACHE):
 
 def _read_folder(source):
     """Images (list of arrays) and labels (list of int) of an unpacked CIFAKE."""
-    readers = {f.name: f.read_bytes for f in (source / "train" / "FAKE").glob("*") if f.is_file()}
-    return _read_images(source, readers)
+    files = [f for f in (source / "train" / "FAKE").glob("*") if f.is_file() and not _is_desktop_file(f.name)]
+    return _read_images(source, {f.name: (f.stat().st_size, partial(open, f, "rb")) for f in files})
 
 
 def _read_zip(source):
     """The same from a zip, which is not unpacked."""
     try:
-        with zipfile.ZipFile(source) as archive:
-            # The archive may have a folder above "train".
-            members = [n for n in archive.namelist() if re.search(r"(^|/)train/FAKE/[^/]+$", n)]
-            return _read_images(source, {n.rpartition("/")[2]: partial(archive.read, n) for n in members})
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+        archive = zipfile.ZipFile(source)
+    except OSError:
+        raise
+    except Exception as error:  # BadZipFile, and others for a damaged list of contents
         raise ValueError(
             f"{source} is truncated, damaged or no zip archive ({error}). Get it again."
         ) from error
+    with archive:
+        return _read_images(source, _find_members(source, archive))
+
+
+def _find_members(source, archive):
+    """Name -> size and a function that opens it, of each image in ``train/FAKE``.
+
+    The archive may have a folder above ``train``. If it has no ``train``, ``FAKE`` itself is taken.
+    """
+    found = {"train/FAKE": {}, "FAKE": {}}
+    for member in archive.infolist():
+        folder, _, name = member.filename.replace("\\", "/").rpartition("/")
+        kind = next((k for k in found if f"/{folder}".endswith(f"/{k}")), None)
+        parts = folder.split("/")
+        if (
+            not name
+            or _is_desktop_file(name)
+            or kind is None
+            or "__MACOSX" in parts
+            or (kind == "FAKE" and "test" in parts)
+        ):
+            continue
+        if name in found[kind]:
+            raise ValueError(f"{source} has the file {name!r} twice, in {folder} too. Get it again.")
+        if member.flag_bits & 1:
+            raise ValueError(f"{name} in {source} is encrypted. Get the archive without a password.")
+        found[kind][name] = member.file_size, partial(archive.open, member)
+    return found["train/FAKE"] or found["FAKE"]
 
 
 def _read_images(source, readers):
-    """Images and labels, class after class; ``readers`` maps a file's name to a function that reads it."""
+    """Images and labels, class after class; ``readers`` maps a file's name to its size and what opens it."""
     chosen = _choose(source, readers)
     images = [
-        _decode(source, name, readers[name])
+        _decode(source, name, *readers[name])
         for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
     ]
     return images, [_cifake_class(name) for name in chosen]
@@ -137,34 +171,69 @@ def _choose(source, names):
     return chosen
 
 
-def _decode(source, name, read):
+def _is_desktop_file(name):
+    return name.startswith(".") or name.lower() in DESKTOP_FILES
+
+
+def _decode(source, name, size, open_file):
+    """Read one image. Sizes are checked before anything large is read or decoded."""
     try:
-        with Image.open(io.BytesIO(read())) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{name} in {source} is damaged: {error}") from error
-    if pixels.shape != (32, 32, 3):
-        height, width = pixels.shape[:2]
-        raise ValueError(f"{name} in {source} has {width}x{height} pixels, but CIFAKE's images have 32x32.")
-    return pixels
+        if size <= LARGEST_FILE:
+            with open_file() as file:
+                content = file.read(LARGEST_FILE + 1)
+            size = len(content)
+        if size > LARGEST_FILE:
+            raise ValueError(
+                f"it has {size:,} bytes or more, but CIFAKE's images have fewer than {LARGEST_FILE:,}"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked here
+            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+                width, height = image.size
+                if (width, height) != (32, 32):
+                    raise ValueError(f"it has {width}x{height} pixels, but CIFAKE's images have 32x32")
+                return np.asarray(image.convert("RGB"))
+    except Exception as error:  # zipfile, its decompressors and Pillow raise many kinds for damaged files
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(
+            f"{name} in {source} is damaged or no image of CIFAKE: {reason}. Get it again."
+        ) from error
 
 
-def _download_cifake(folder):
-    if not is_reachable(CIFAKE_URL):
-        raise DataUnavailableError(
-            f"There is no cifake.zip in {default_root()} or datasets, and {CIFAKE_URL} does not answer. "
-            "Download CIFAKE by hand, put it there as cifake.zip, and run again."
-        )
+# --- Download -----------------------------------------------------------------------------------
+
+
+def _import_download(path):
+    """Download an archive from the first source that sends CIFAKE, and import it."""
+    failures = []
+    for url, sha256 in ((CIFAKE_URL, None), (MIRROR_URL, MIRROR_SHA256)):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return import_cifake(_download(url, sha256, Path(folder)), path)
+            except DataUnavailableError as error:
+                failures.append(str(error))
+            except ValueError as error:
+                failures.append(f"What {url} sent is not CIFAKE: {error}")
+    raise DataUnavailableError(
+        f"There is no cifake.zip in {default_root()} or datasets, and none could be downloaded. "
+        + " ".join(failures)
+        + " Download CIFAKE by hand, put it there as cifake.zip, and run again."
+    )
+
+
+def _download(url, sha256, folder):
+    if not is_reachable(url):
+        raise DataUnavailableError(f"{url} does not answer.")
     require_free_space(folder, gigabytes=0.3)
     archive = folder / "cifake.zip"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)
     try:
-        torch.hub.download_url_to_file(CIFAKE_URL, str(archive), progress=True)
+        torch.hub.download_url_to_file(url, str(archive), progress=True)
     except (OSError, http.client.HTTPException) as error:
-        raise DataUnavailableError(
-            f"The download of CIFAKE from {CIFAKE_URL} failed: {error}. Run again."
-        ) from error
+        raise DataUnavailableError(f"The download from {url} failed: {error}.") from error
     finally:
         socket.setdefaulttimeout(timeout)
+    if sha256 is not None and hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
+        raise DataUnavailableError(f"What {url} sent is not CIFAKE: its checksum is wrong.")
     return archive

@@ -7,20 +7,29 @@ A candidate depends only on its class, its index and the settings. It does not m
 or when. A run that was stopped therefore continues with the candidates whose shards are missing.
 """
 
+import contextlib
 import hashlib
 import json
-import zipfile
-import zlib
+import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from DiffusionPipelines import SIZE, ModelUnavailableError, Painter, find_preset, load_pipeline
+from DiffusionPipelines import (
+    SIZE,
+    ModelUnavailableError,
+    Painter,
+    check_drawing,
+    find_preset,
+    load_pipeline,
+)
 from Downsampling import METHODS, downsample
+from ImageCache import locked, require_writable
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
 from Runtime import atomic_path, choose_device, derive_seed, save_json, start_processes
@@ -32,6 +41,7 @@ MOST_DRAWS = 5  # of one candidate that the safety checker keeps flagging
 # DA-Fusion (Trabucco et al. 2024, Effective data augmentation with diffusion models) uses evenly spaced
 # strengths instead of tuning one.
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 # --- Settings -----------------------------------------------------------------------------------
@@ -65,6 +75,8 @@ class GenerationSettings:
         How images are reduced to 32x32 pixels, see :func:`Downsampling.downsample`.
     seed : int
         Not negative. It decides the prompts, and the noise that images start from.
+    dtype : {None, 'float16', 'bfloat16', 'float32'}
+        Data type of the weights. None: :func:`DiffusionPipelines.choose_dtype`.
     """
 
     preset: str = "fast"
@@ -77,9 +89,10 @@ class GenerationSettings:
     clip_model: str = "auto"
     downsampling: str = "area"
     seed: int = 0
+    dtype: str | None = None
 
     def completed(self):
-        """Return these settings with None and ``'auto'`` replaced by the preset's values.
+        """Return these settings with None and ``'auto'`` replaced by the preset's values, and ``~`` by the home folder.
 
         Returns
         -------
@@ -88,7 +101,7 @@ class GenerationSettings:
         Raises
         ------
         ValueError
-            If the preset or the downsampling is unknown, a strength is out of range, or the seed is negative.
+            If a name is unknown or a number is out of range. No model is loaded to find this out.
         """
         preset = find_preset(self.preset)
         if self.downsampling not in METHODS:
@@ -101,14 +114,21 @@ class GenerationSettings:
             )
         if self.seed < 0:
             raise ValueError(f"The seed must not be negative: got {self.seed}.")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"Unknown dtype {self.dtype!r}. Choose one of {', '.join(DTYPES)}.")
+        steps = preset.steps if self.steps is None else self.steps
+        check_drawing(steps, self.size)
         auto = CLIP_MODEL if preset.clip_filter else "none"
         return replace(
             self,
-            model=self.model or preset.model,
-            steps=preset.steps if self.steps is None else self.steps,
+            model=os.path.expanduser(self.model or preset.model),
+            steps=int(steps),  # plain numbers, because NumPy's have no place in settings.json
+            size=int(self.size),
+            seed=int(self.seed),
             prompts=self.prompts or preset.prompts,
-            strengths=tuple(self.strengths),
-            clip_model=auto if self.clip_model == "auto" else self.clip_model,
+            lora=None if self.lora is None else os.path.expanduser(self.lora),
+            strengths=tuple(float(strength) for strength in self.strengths),
+            clip_model=auto if self.clip_model == "auto" else os.path.expanduser(self.clip_model),
         )
 
 
@@ -138,6 +158,8 @@ def describe_job(settings, class_name, label, sources=None):
     settings = settings.completed()
     preset = find_preset(settings.preset)
     job = {"class": class_name, "label": int(label)} | asdict(settings)
+    if settings.dtype is None:
+        del job["dtype"]  # so that candidates from before this setting keep their job
     job |= {
         name: getattr(preset, name)
         for name in ("guidance_scale", "guidance_interval", "solver", "tiny_decoder")
@@ -188,11 +210,12 @@ class CandidateMaker:
     device : str or torch.device, optional
         Where the models compute. Default: the fastest device, one GPU per process.
     dtype : torch.dtype, optional
-        Data type of the weights. Default: :func:`DiffusionPipelines.choose_dtype`.
+        Data type of the weights. Default: the settings'.
     batch_size : int, optional
         Number of images drawn at the same time. Default: the preset's, or 1 on a CPU.
     shards : path
-        Folder for the candidates. Each job gets a folder of its own in it, see :func:`name_job`.
+        Folder for the candidates. Each job gets a folder of its own in it, see :func:`name_job`. ``~`` is the
+        home folder.
 
     Attributes
     ----------
@@ -204,12 +227,19 @@ class CandidateMaker:
     ------
     ValueError
         If a setting is invalid.
+    OSError
+        If the folder for the candidates is not writable.
     """
 
     def __init__(self, settings=None, *, device=None, dtype=None, batch_size=None, shards=SHARDS):
-        self.settings = (settings or GenerationSettings()).completed()
-        self.shards = Path(shards)
-        self._device, self._dtype, self._batch_size = device, dtype, batch_size
+        settings = settings or GenerationSettings()
+        if dtype is not None:
+            settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
+        self.settings = settings.completed()
+        check_drawing(self.settings.steps, self.settings.size, batch_size)
+        self.shards = Path(os.path.expanduser(shards))
+        require_writable(self.shards)
+        self._device, self._batch_size = device, batch_size
 
     @cached_property
     def device(self):
@@ -220,7 +250,8 @@ class CandidateMaker:
     def painter(self):
         """The :class:`DiffusionPipelines.Painter` with the loaded pipeline."""
         settings = self.settings
-        pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self.device, self._dtype)
+        dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+        pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self.device, dtype)
         return Painter(pipeline, settings.preset, settings.steps, settings.size, self._batch_size)
 
     @cached_property
@@ -299,8 +330,11 @@ class CandidateMaker:
 # --- Shards -------------------------------------------------------------------------------------
 
 
-def prepare_shards(folder, job):
-    """Create the folder of a job with its ``settings.json``, and remove files that a kill left half-written.
+@contextlib.contextmanager
+def open_shards(folder, job):
+    """Context in which this run alone may write the shards of a job. A second run of the job waits.
+
+    The folder is created with its ``settings.json``, and files that a kill left half-written are removed.
 
     Parameters
     ----------
@@ -309,10 +343,12 @@ def prepare_shards(folder, job):
         See :func:`describe_job`.
     """
     folder = Path(folder)
-    if not (folder / "settings.json").exists():
-        save_json(folder / "settings.json", job)
-    for unfinished in folder.glob(".*.npz"):
-        unfinished.unlink()
+    with locked(folder):
+        if not (folder / "settings.json").exists():
+            save_json(folder / "settings.json", job)
+        for unfinished in folder.glob(".*.npz"):
+            unfinished.unlink()
+        yield
 
 
 def write_shard(folder, candidates):
@@ -348,29 +384,43 @@ def read_shards(folder, columns=None):
     Returns
     -------
     dict of ndarray
-        The columns that :meth:`CandidateMaker.make` returns, in the order of the indices. Empty if there is
-        no shard.
+        The columns that :meth:`CandidateMaker.make` returns, in the order of the indices. Each index is there
+        once, although the shards of two runs may overlap. Empty if there is no shard.
 
     Raises
     ------
     ValueError
         If a shard is truncated, damaged or another kind of file. The message names it.
     """
-    shards = []
+    shards = {}
     for path in sorted(Path(folder).glob("[0-9]*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                shards.append({name: file[name] for name in columns or file.files})
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"The shard {path} is truncated or damaged ({error}). Remove it and run again. Only its "
-                "images are then drawn again."
-            ) from error
+        shards[path] = _read_shard(path, columns, next(iter(shards.values()), None))
     if not shards:
         return {}
-    together = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
-    order = np.argsort(together["index"], kind="stable")
-    return {name: column[order] for name, column in together.items()}
+    together = {
+        name: np.concatenate([s[name] for s in shards.values()]) for name in next(iter(shards.values()))
+    }
+    _, rows = np.unique(together["index"], return_index=True)  # the first of each index, in ascending order
+    return {name: column[rows] for name, column in together.items()}
+
+
+def _read_shard(path, columns, first):
+    """The columns of a shard. They must be of the same kind as those of the ``first`` shard, if there is one."""
+
+    def kinds(shard):
+        return {name: (column.dtype.kind, column.shape[1:]) for name, column in shard.items()}
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            shard = {name: file[name] for name in columns or file.files}
+        if len({len(column) for column in shard.values()}) != 1 or kinds(shard) != kinds(first or shard):
+            raise ValueError("its columns do not fit together, or not to those of the other shards")
+    except Exception as error:  # NumPy, zipfile and zlib raise many kinds of errors for damaged files
+        raise ValueError(
+            f"The shard {path} is truncated or damaged ({type(error).__name__}: {error}). Remove it and run again. "
+            "Only its images are then drawn again."
+        ) from error
+    return shard
 
 
 def find_missing(folder, count):

@@ -19,6 +19,7 @@ SDEdit: guided image synthesis and editing with stochastic differential equation
 import contextlib
 import json
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from FiniteNumbers import check_weights, finite_numbers
 from Runtime import choose_device, is_reachable, require_free_space, uses_bfloat16
 
 # --- Presets ------------------------------------------------------------------------------------
@@ -76,6 +78,7 @@ class Preset:
     purpose: str = ""
 
 
+MOST_STEPS = 1000  # noise levels that the models know
 SIZE = 512  # pixels: the size that the models below were trained for or draw best
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"  # of the reference study, and of CIFAKE
 
@@ -111,6 +114,29 @@ def find_preset(name):
     return PRESETS[name]
 
 
+def check_drawing(steps, size, batch_size=None):
+    """Raise ValueError if images cannot be drawn with these numbers. No model is needed to know this.
+
+    Parameters
+    ----------
+    steps : int
+        Denoising steps, from 1 to :data:`MOST_STEPS`.
+    size : int
+        Height and width in pixels, a multiple of 8.
+    batch_size : int, optional
+        Number of images drawn at the same time, at least 1.
+    """
+    if not (steps >= 1 and size >= 8 and size % 8 == 0 and (batch_size is None or batch_size >= 1)):
+        raise ValueError(
+            f"steps and batch size must be at least 1 and the size a multiple of 8: got steps {steps}, size {size}"
+            + ("." if batch_size is None else f", batch size {batch_size}.")
+        )
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"steps must be at most {MOST_STEPS}, as many as the models have noise levels: got {steps}."
+        )
+
+
 # --- Loading ------------------------------------------------------------------------------------
 
 
@@ -132,6 +158,7 @@ def is_on_this_machine(model):
     """
     from huggingface_hub import try_to_load_from_cache
 
+    model = os.path.expanduser(model)
     if Path(model).is_dir():
         return True
     return any(
@@ -147,7 +174,8 @@ def load_pretrained(load, model, gigabytes, **options):
     load : callable
         ``from_pretrained`` of a class of diffusers or transformers.
     model : str
-        A local folder or a hub id. If the hub's cache has the model, the network is not used.
+        A local folder or a hub id. If the hub's cache has the model, the network is not used. Where only
+        half-precision weights (``.fp16.safetensors``) are, they are loaded.
     gigabytes : float
         Free space (10^9 bytes) that a download needs.
     **options
@@ -170,7 +198,7 @@ def load_pretrained(load, model, gigabytes, **options):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # hides the reading of files; downloads still show their progress
-    model = str(model)
+    model = os.path.expanduser(str(model))
 
     def attempt(**more):
         with warnings.catch_warnings():
@@ -178,6 +206,8 @@ def load_pretrained(load, model, gigabytes, **options):
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             return load(model, **options, **more)
 
+    if Path(model).is_dir() and _has_half_precision_only(Path(model)):
+        options["variant"] = "fp16"
     # Exception, because diffusers, transformers, safetensors and the hub raise errors of their own.
     if Path(model).is_dir():
         try:
@@ -194,6 +224,8 @@ def load_pretrained(load, model, gigabytes, **options):
     except Exception as error:
         absence = error
     if constants.is_offline_mode() or not is_reachable(constants.ENDPOINT):
+        with contextlib.suppress(Exception):
+            return attempt(local_files_only=True, variant="fp16")
         raise ModelUnavailableError(
             f"The model {model} is not complete in the cache {constants.HF_HUB_CACHE}, and "
             f"{constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set. Connect to the internet, or "
@@ -208,6 +240,14 @@ def load_pretrained(load, model, gigabytes, **options):
             f"The model {model} could not be loaded from {constants.ENDPOINT}: {_first_line(error)} Check "
             "the name, and whether its licence must be accepted. Then run again."
         ) from error
+
+
+def _has_half_precision_only(folder):
+    """Whether the weights of a part of a model are there in half precision and not in full precision."""
+    half = [
+        f for f in folder.rglob("*.fp16.safetensors") if "tiny_decoder" not in f.relative_to(folder).parts
+    ]
+    return any(not f.with_name(f.name.replace(".fp16.", ".")).exists() for f in half)
 
 
 def _first_line(error):
@@ -260,6 +300,8 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     ValueError
         If the preset or device is unknown, the preset needs another kind of model, or the adapter does not
         fit the model.
+    FloatingPointError
+        If a weight of the model or of the adapter is NaN or infinite.
     """
     settings = find_preset(preset)
     device = choose_device(device)
@@ -273,16 +315,16 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    model = str(model or settings.model)
+    model = os.path.expanduser(str(model or settings.model))
     if Path(model).is_dir():
         _check_model_folder(model)
 
-    def load(name, **options):
+    def load(name, variant=None, **options):
         if dtype == torch.float16:
             # The variant halves the download. Models without it raise various errors.
             with contextlib.suppress(Exception):
                 return AutoPipelineForText2Image.from_pretrained(name, variant="fp16", **options)
-        return AutoPipelineForText2Image.from_pretrained(name, **options)
+        return AutoPipelineForText2Image.from_pretrained(name, variant=variant, **options)
 
     pipeline = load_pretrained(load, model, settings.gigabytes, dtype=dtype, use_safetensors=True)
     if settings.guidance_interval and not isinstance(pipeline, StableDiffusionPipeline):
@@ -299,8 +341,9 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
             pipeline.scheduler.config, use_karras_sigmas=True
         )
+    check_weights(pipeline.components, model)
     if lora is not None:
-        _merge_lora(pipeline, Path(lora))
+        _merge_lora(pipeline, Path(os.path.expanduser(lora)))
     pipeline.to(device)
     if device.type != "mps":
         for network in (pipeline.unet, pipeline.vae):
@@ -319,6 +362,12 @@ def _check_model_folder(folder):
     index = folder / "model_index.json"
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(parts, dict) or not all(
+            len(kind) == 2 for kind in parts.values() if isinstance(kind, list)
+        ):
+            raise ValueError("it does not list the parts of a pipeline")
+        if not any(isinstance(kind, list) for kind in parts.values()):
+            raise ValueError("it lists no part of a pipeline")
     except (OSError, ValueError) as error:
         raise ModelUnavailableError(
             f"{folder} is no model folder: its model_index.json is missing or damaged ({error}). "
@@ -352,6 +401,7 @@ def _merge_lora(pipeline, folder):
         raise ValueError(
             f"The adapter in {folder} is damaged or was trained for another model: {_first_line(error)}"
         ) from error
+    check_weights(pipeline.components, f"with the adapter in {folder}")
 
 
 # --- Drawing ------------------------------------------------------------------------------------
@@ -384,15 +434,12 @@ class Painter:
         self.settings = find_preset(preset)
         self.steps = self.settings.steps if steps is None else steps
         self.size = size
-        if self.steps < 1 or size < 8 or size % 8 or (batch_size is not None and batch_size < 1):
-            raise ValueError(
-                f"steps and batch size must be at least 1 and the size a multiple of 8: got {self.steps}, "
-                f"{batch_size} and {size}."
-            )
+        check_drawing(self.steps, size, batch_size)
         self.batch_size = batch_size or (1 if pipeline.device.type == "cpu" else self.settings.batch_size)
         self._text_to_image = pipeline
         self._image_to_image = None
         self._device = pipeline.device
+        self._model = pipeline.name_or_path
         self._savings = self._memory_savings()
 
     def draw(self, prompts, seeds, sources=None, strength=None):
@@ -421,6 +468,8 @@ class Painter:
         ------
         MemoryError
             If there is too little memory for a single image even with every measure that saves memory.
+        FloatingPointError
+            If a network computes numbers that are not finite.
         """
         images, flagged = [], []
         while len(images) < len(prompts):
@@ -459,7 +508,8 @@ class Painter:
             options |= self._limited_guidance(pipeline, prompts, steps, strength if sources else 1)
         else:
             options |= {"prompt": prompts, "guidance_scale": self.settings.guidance_scale}
-        result = pipeline(**options)
+        with finite_numbers(pipeline, self._model):
+            result = pipeline(**options)
         flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
         return result.images, list(flagged)
 

@@ -14,6 +14,8 @@ Monge-Kantorovitch linear colour mapping for example-based colour transfer.
 import numpy as np
 from PIL import Image
 
+from Runtime import check_images
+
 SIZE = 32  # pixels, as in CIFAR-10
 # Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.
 # Lanczos keeps edges a little sharper.
@@ -61,8 +63,13 @@ def image_statistics(images):
         fractions of full brightness. ``sharpness`` (float) is the mean squared difference between
         neighbouring pixels, divided by the variance within the images, and so does not depend on contrast. A
         uniform area has 0, white noise has 2.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no image, or the images are not uint8 of at least 2x2 pixels.
     """
-    x = np.asarray(images, dtype=np.float32) / 255
+    x = np.asarray(_check(images), dtype=np.float32) / 255
     pixels = x.reshape(-1, 3).astype(np.float64)
     return {
         "mean": pixels.mean(axis=0).tolist(),
@@ -92,11 +99,31 @@ def match_statistics(images, real):
     Returns
     -------
     ndarray of uint8, shape (n, height, width, 3)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a set is empty, or its images are not uint8 of at least 2x2 pixels.
+    FloatingPointError
+        If the matched colours are not finite.
     """
+    images, real = _check(images), _check(real)
     x = np.asarray(images, dtype=np.float32) / 255
     target = np.asarray(real, dtype=np.float32) / 255
     x = _match_sharpness(x, _sharpness(target))
-    return np.rint(255 * np.clip(_match_colours(x, target), 0, 1)).astype(np.uint8)
+    matched = _match_colours(x, target)
+    if not np.isfinite(matched).all():
+        raise FloatingPointError(
+            "Matching the colours gave numbers that are not finite. Generate without --match-statistics."
+        )
+    return np.rint(255 * np.clip(matched, 0, 1)).astype(np.uint8)
+
+
+def _check(images):
+    images, _ = check_images(images, np.zeros(len(images), dtype=int))
+    if min(images.shape[1:3]) < 2:
+        raise ValueError(f"The sharpness of images needs at least 2x2 pixels: got the shape {images.shape}.")
+    return images
 
 
 def _match_sharpness(x, target):

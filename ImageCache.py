@@ -6,15 +6,22 @@
 The file is a NumPy array of records. Each record is an image and its class number. It holds no pickled object
 and can be memory-mapped. The table has the same name with the suffix ``.csv`` and one row per generated
 image: prompt, seed, model and settings. Imported images have no table.
+
+Several processes may write one cache: each waits until the others have finished. ``~`` in a path is the home
+folder.
 """
 
+import contextlib
 import csv
-import tokenize
-import zipfile
+import io
+import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
+import filelock
 import numpy as np
+from tqdm import tqdm
 
 from Runtime import atomic_path, check_images, checksum, save_array
 
@@ -26,6 +33,99 @@ METADATA = (
 )  # fmt: skip
 
 
+# --- Locks --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Run a block while no other process runs a block of the same path.
+
+    The operating system releases the lock of a killed process, so such a process never blocks the next run.
+
+    Parameters
+    ----------
+    path : path
+        A file or folder. It need not exist. A symbolic link and its target have the same lock.
+
+    Raises
+    ------
+    OSError
+        If the folder of ``path`` is not writable.
+    """
+    path = Path(os.path.realpath(_user_path(path)))
+    file = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(file)
+        try:
+            lock.acquire(timeout=2)
+        except filelock.Timeout:
+            tqdm.write(f"Waiting for another process that is writing {path}.")
+            lock.acquire()
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
+    try:
+        yield
+    finally:
+        # Removed while the lock is held. A process that waits for the removed file notices this and starts over.
+        with contextlib.suppress(OSError):
+            file.unlink()
+        lock.release()
+
+
+# --- The cache ----------------------------------------------------------------------------------
+
+
+def check_cache_path(path):
+    """Refuse the name of a cache that cannot be written, or that would overwrite another file.
+
+    Nothing is created. This can be called before hours of work.
+
+    Parameters
+    ----------
+    path : path
+
+    Raises
+    ------
+    ValueError
+        If ``path`` is a folder, has the name of its own table, or would replace a table that is not its own.
+    OSError
+        If its folder is not writable.
+    """
+    path = _user_path(path)
+    if path.is_dir() or not path.name:
+        raise ValueError(f"{path} is a folder. Give the cache a file name, such as {path / CACHE.name}.")
+    if path.suffix.lower() == ".csv":
+        raise ValueError(
+            f"{path} is the name of the cache's own table, which would replace the images. Choose another "
+            f"name, such as {path.with_suffix('.npy')}."
+        )
+    table = _table_path(path)
+    if table.exists():
+        if _read_table(table) is None:
+            raise ValueError(
+                f"Writing {path} would replace {table}, which is no table of a cache. Choose another name, or move it."
+            )
+        for other in () if path.exists() else path.parent.iterdir():
+            if _table_path(other) == table and _is_array_file(other):
+                raise ValueError(
+                    f"{path} and {other} would share the table {table}. Choose another name for the cache."
+                )
+    require_writable(path.parent)
+
+
+def require_writable(folder):
+    """Raise OSError if files cannot be created in ``folder`` or, if it is missing, in its nearest parent."""
+    folder = Path(os.path.realpath(_user_path(folder)))
+    existing = next(p for p in [folder, *folder.parents] if p.exists())
+    if not existing.is_dir():
+        raise OSError(
+            f"{existing} is a file, so nothing can be written into {folder}. Choose another folder."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"Cannot write into {existing}. Choose a folder that you may write to.")
+
+
 def save_generated_images(images, labels, path=CACHE, metadata=None):
     """Write generated images with their classes, atomically.
 
@@ -35,7 +135,7 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
     labels : ndarray of int, shape (n,)
         Class numbers.
     path : path
-        The cache to write. An existing file is replaced.
+        The cache to write, under exactly this name. An existing cache is replaced.
     metadata : list of dict, optional
         How each image was made, by the names in :data:`METADATA` (``crc32`` is added here). A generated image
         needs at least its ``label``, ``model`` and ``preset``. The rows are written beside ``path`` as
@@ -44,27 +144,50 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
     Raises
     ------
     TypeError, ValueError
-        If an array has another dtype or shape. Nothing is converted silently.
+        If an array has another dtype or shape. Nothing is converted silently. See also
+        :func:`check_cache_path`.
     OSError
         If the folder is not writable or the disk is full.
     """
+    records = _make_records(images, labels)
+    check_cache_path(path)
+    with locked(path):
+        _write(records, _user_path(path), metadata)
+
+
+def _make_records(images, labels):
     images, labels = check_images(images, labels)
     if images.shape[1:] != RECORD["image"].shape:
         raise ValueError(f"The cache holds images of 32x32 pixels, but these have the shape {images.shape}.")
     records = np.empty(len(images), dtype=RECORD)
     records["image"], records["label"] = images, labels
+    return records
+
+
+def _write(records, path, metadata):
+    """Write a cache and its table. The caller holds the lock.
+
+    The table is replaced only after the images are on the disk, so that a full disk costs neither of the old ones.
+    """
+    target = Path(os.path.realpath(path))  # a symbolic link stays, and its target is replaced
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        save_array(unfinished, records)
+        if metadata is not None:
+            _write_table(records, _table_path(path), metadata)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
     if metadata is None:
         _table_path(path).unlink(missing_ok=True)
-    else:
-        with (
-            atomic_path(_table_path(path)) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, METADATA, restval="", lineterminator="\n")
-            writer.writeheader()
-            for image, row in zip(images, metadata, strict=True):
-                writer.writerow(row | {"crc32": checksum(image)})
-    save_array(path, records)
+
+
+def _write_table(records, table, metadata):
+    with atomic_path(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, METADATA, restval="", lineterminator="\n")
+        writer.writeheader()
+        for image, row in zip(records["image"], metadata, strict=True):
+            writer.writerow(row | {"crc32": checksum(image)})
 
 
 def load_generated_images(path=CACHE):
@@ -108,14 +231,19 @@ def load_metadata(path=CACHE):
     Raises
     ------
     FileNotFoundError, ValueError
-        See :func:`load_generated_images`.
+        See :func:`load_generated_images`. Also if the table is damaged or another program has saved it.
     """
     records = _open_cache(path)
-    table = _table_path(path)
+    table = _table_path(_user_path(path))
     if not table.exists():
         return [dict.fromkeys(METADATA, "") for _ in range(len(records))]
-    with open(table, newline="", encoding="utf-8") as file:
-        known = {(row["label"], row["crc32"]): row for row in csv.DictReader(file)}
+    rows = _read_table(table)
+    if rows is None:
+        raise ValueError(
+            f"{table} is no table of a cache: its first line lacks the columns label and crc32. Restore it, or "
+            "move it away. Without a table the images count as imported."
+        )
+    known = {(row["label"], row["crc32"]): row for row in rows}
     # Rows are found by the image's own checksum. A kill between writing the two files can leave the table of
     # other images, and none of its rows may be given to an image that it does not describe.
     keys = [(str(record["label"]), str(checksum(record["image"]))) for record in records]
@@ -157,14 +285,14 @@ def count_foreign_images(label, job, path=CACHE):
     int
         0 if there is no cache.
     """
-    if not Path(path).exists():
+    if not _user_path(path).exists():
         return 0
     labels = _open_cache(path)["label"].tolist()
     metadata = load_metadata(path)
     return sum(c == label and row["job"] != job for c, row in zip(labels, metadata, strict=True))
 
 
-def replace_class(label, images, metadata, path=CACHE):
+def replace_class(label, images, metadata, path=CACHE, *, job=None):
     """Replace the images of one class in a cache. Images of other classes stay. The cache is made if missing.
 
     Parameters
@@ -176,40 +304,125 @@ def replace_class(label, images, metadata, path=CACHE):
     metadata : list of dict, length n
         How each image was made, see :func:`save_generated_images`.
     path : path
+    job : str, optional
+        If given, only images that this job generated may be replaced.
+
+    Raises
+    ------
+    ValueError
+        If the class has images from elsewhere that must not be replaced. See also :func:`save_generated_images`.
     """
-    labels = np.full(len(images), label, dtype=np.int64)
-    if Path(path).exists():
-        old_images, old_labels = load_generated_images(path)
-        old_metadata = load_metadata(path)
-        kept = np.flatnonzero(old_labels != label)
-        images = np.concatenate([old_images[kept], images])
-        labels = np.concatenate([old_labels[kept], labels])
-        metadata = [old_metadata[row] for row in kept] + metadata
-    order = np.argsort(labels, kind="stable")
-    save_generated_images(images[order], labels[order], path, [metadata[row] for row in order])
+    new = _make_records(images, np.full(len(images), label, dtype=np.int64))
+    check_cache_path(path)
+    path = _user_path(path)
+    with locked(path):  # from reading to writing, or what another process adds meanwhile would be lost
+        if job is not None:
+            refuse_foreign_images(metadata[0]["class"], label, job, path)
+        if path.exists():
+            old = _open_cache(path)
+            kept = np.flatnonzero(old["label"] != label)
+            old_metadata = load_metadata(path)
+            new = np.concatenate([old[kept], new])
+            metadata = [old_metadata[row] for row in kept] + metadata
+        order = np.argsort(new["label"], kind="stable")
+        _write(new[order], path, [metadata[row] for row in order])
+
+
+def refuse_foreign_images(class_name, label, job, path=CACHE, *, replace=False):
+    """Raise ValueError if :func:`count_foreign_images` finds images that must not be replaced.
+
+    A damaged cache is refused in any case.
+
+    Parameters
+    ----------
+    class_name : str
+        For the message.
+    label, job, path
+        See :func:`count_foreign_images`.
+    replace : bool
+        Whether images from elsewhere may be replaced.
+    """
+    foreign = count_foreign_images(label, job, path)
+    if foreign and not replace:
+        raise ValueError(
+            f"{path} already has {foreign:,} images of {class_name} that were imported or made with other "
+            "settings. Pass --replace (replace=True) to replace them, or --output (path=) for another file."
+        )
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+def _user_path(path):
+    """Return a path that a user gave as a :class:`Path`, with ``~`` replaced by the home folder."""
+    return Path(os.path.expanduser(path))
 
 
 def _table_path(path):
-    return Path(path).with_suffix(".csv")
+    return path.with_suffix(".csv") if path.name else path
+
+
+def _read_table(table):
+    """Rows (list of dict) of a table, or None if the file is no table of a cache. An empty file has no rows."""
+    content = table.read_bytes()
+    saved_elsewhere = ValueError(
+        f"The table {table} is damaged, or another program has saved it: it must be CSV with commas in UTF-8. Save "
+        "it so again, or remove it. Without a table the images stay and count as imported."
+    )
+    if not content.strip():
+        return []
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise saved_elsewhere
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        columns = set(reader.fieldnames or ())
+        if len(columns) == 1 and {"label", "crc32"} <= set("".join(columns).replace("\t", ";").split(";")):
+            raise saved_elsewhere
+        if not {"label", "crc32"} <= columns:
+            return None
+        rows = [{name: row.get(name) for name in METADATA} for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise saved_elsewhere from error
+    return [{name: value or "" for name, value in row.items()} for row in rows]
+
+
+def _is_array_file(path):
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"\x93NUMPY"
 
 
 def _open_cache(path):
     """Check a cache and return its records. They are mapped into memory and read only when they are used."""
-    path = Path(path)
+    path = _user_path(path)
     if not path.exists():
         raise FileNotFoundError(
             f"There is no {path}. Make it with import_cifake(), generate_images() or save_generated_images()."
         )
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not the file of a cache. Name the file.")
     try:
-        records = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, tokenize.TokenError, zipfile.BadZipFile) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged header is parsed as Python, which may warn about it
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+    except PermissionError as error:
+        raise OSError(f"Cannot read {path}: {error}. Choose a file that you may read.") from error
+    except Exception as error:  # NumPy parses the header as Python, so a damaged one can raise any error
+        reason = (str(error).splitlines() or [""])[0]  # its further lines advise to trust the file
         raise ValueError(
-            f"{path} is truncated, damaged, or no plain NumPy array ({error}). Remove it and make it again."
+            f"{path} is truncated, damaged, or no plain NumPy array ({type(error).__name__}: {reason}). Remove it "
+            "and make it again."
         ) from error
-    if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
+    if not isinstance(records, np.memmap) or records.dtype != RECORD or records.ndim != 1:
         found = getattr(records, "dtype", type(records).__name__)
         raise ValueError(
             f"{path} must hold one record of {RECORD} for each image, but it holds {found}. "
+            "Remove it and make it again."
+        )
+    if records.offset + records.nbytes != path.stat().st_size:
+        raise ValueError(
+            f"{path} is damaged: its header counts {len(records):,} images, but the file has another size. "
             "Remove it and make it again."
         )
     return records

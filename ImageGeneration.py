@@ -7,15 +7,24 @@ Stopped at any moment and started again, this continues with the candidates that
 line is in ``StableDiffusionGeneration.py``.
 """
 
+import contextlib
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 
-from CandidateImages import CandidateMaker, describe_job, draw_candidates, name_job, prepare_shards
+from CandidateImages import CandidateMaker, describe_job, draw_candidates, name_job, open_shards
 from Downsampling import image_statistics, match_statistics
-from ImageCache import CACHE, count_foreign_images, replace_class
+from ImageCache import (
+    CACHE,
+    check_cache_path,
+    refuse_foreign_images,
+    replace_class,
+)
 from ImageSelection import Selection, SelectionError, select_candidates
-from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number
+from ImbalancedCIFAR10 import CIFAR10_CLASSES
+from Prompts import find_grammar
 from Runtime import check_images, require_free_space, save_json, start_processes
 
 
@@ -32,8 +41,9 @@ def generate_images(
 ):
     """Generate the images of one class and put them into the cache.
 
-    Under ``accelerate launch`` all processes share the work. They must see the same disk. For candidates that
-    the selection rejects, further ones are drawn, up to four times ``count`` in all.
+    Under ``accelerate launch`` all processes share the work. They must see the same disk. A second run of the same
+    job waits for the first. For candidates that the selection rejects, further ones are drawn, up to four times
+    ``count`` in all.
 
     Parameters
     ----------
@@ -50,7 +60,7 @@ def generate_images(
         The class's real images that the split kept. Never pass others. They are required, and used, only if
         the maker's settings have strengths or the selection matches statistics.
     label : int, optional
-        Class number in the cache. Default: that of CIFAR-10.
+        Class number in the cache, not negative. Default: that of CIFAR-10.
     path : path
         The cache. Images of other classes in it stay.
     replace : bool
@@ -65,38 +75,69 @@ def generate_images(
     Raises
     ------
     ValueError
-        If the class has no prompts, a shard is damaged, real images are missing, or the cache has images of
-        this class from elsewhere.
+        If the class has no prompts, a shard is damaged, real images are missing, or the cache cannot be written
+        or has images of this class from elsewhere.
     SelectionError
         If too few candidates pass the selection.
+    FloatingPointError
+        If a network computes NaN or infinity. Nothing of it is written.
     OSError
         If a model is unavailable or the disk is full. What was drawn before stays.
     MemoryError
         If there is too little memory for a single image.
     """
     maker, selection = maker or CandidateMaker(), selection or Selection()
+    sources = _check_real_images(maker.settings, selection, real_images)
+    label = check_class(class_name, count, label, maker.settings)
+    job = describe_job(maker.settings, class_name, label, sources)
+    _check_cache(maker, job, count, path, replace)
+    processes = start_processes(maker.device)
+    folder = maker.shards / name_job(job)
+    with contextlib.ExitStack() as stack:
+        if processes.is_main_process:  # the other processes wait for it in draw_candidates
+            stack.enter_context(open_shards(folder, job))
+        candidates, rows, report = _draw_until_enough(maker, job, sources, selection, count, processes)
+        if processes.is_main_process:
+            images = candidates["image"][rows]
+            if selection.match:
+                images, report["statistics"] = _match(images, real_images)
+            save_json(folder / "report.json", report)
+            metadata = _describe_candidates(candidates, rows, job)
+            replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
+    processes.wait_for_everyone()
+    return report
+
+
+def check_class(class_name, count, label, settings):
+    """Return the number in the cache of a class, or raise ValueError if it cannot be generated.
+
+    Parameters
+    ----------
+    class_name : str
+    count : int
+        Number of images wanted, at least 1.
+    label : int or None
+        The number, if CIFAR-10 does not have the class.
+    settings : CandidateImages.GenerationSettings
+        Completed. The class must have prompts in their grammar.
+
+    Returns
+    -------
+    int
+    """
+    find_grammar(class_name, settings.prompts)
     if count < 1:
         raise ValueError(f"count must be at least 1: got {count}.")
     if label is None:
-        label = class_number(class_name, CIFAR10_CLASSES)
-    sources = _check_real_images(maker.settings, selection, real_images)
-    job = describe_job(maker.settings, class_name, label, sources)
-    folder = maker.shards / name_job(job)
-    if not replace:
-        _refuse_foreign_images(job, path)
-    require_free_space(maker.shards, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
-    processes = start_processes(maker.device)
-    if processes.is_main_process:
-        prepare_shards(folder, job)
-    candidates, rows, report = _draw_until_enough(maker, job, sources, selection, count, processes)
-    if processes.is_main_process:
-        images = candidates["image"][rows]
-        if selection.match:
-            images, report["statistics"] = _match(images, real_images)
-        save_json(folder / "report.json", report)
-        replace_class(label, images, _describe_candidates(candidates, rows, job), path)
-    processes.wait_for_everyone()
-    return report
+        if class_name not in CIFAR10_CLASSES:
+            raise ValueError(
+                f"CIFAR-10 has no class {class_name!r}. Give it a number in the cache with --label (label=), such as "
+                f"{len(CIFAR10_CLASSES)}."
+            )
+        return CIFAR10_CLASSES.index(class_name)
+    if not 0 <= label < 2**32:
+        raise ValueError(f"The label must be a class number, 0 or more: got {label}.")
+    return int(label)
 
 
 def _check_real_images(settings, selection, real_images):
@@ -106,19 +147,19 @@ def _check_real_images(settings, selection, real_images):
             "Image to image and matched statistics need real_images. "
             "Pass the class's images that the split kept."
         )
-    if not settings.strengths:
+    if real_images is None:
         return None
-    sources, _ = check_images(real_images, np.zeros(len(real_images), dtype=int))
-    return sources
+    real_images, _ = check_images(real_images, np.zeros(len(real_images), dtype=int))
+    return real_images if settings.strengths else None
 
 
-def _refuse_foreign_images(job, path):
-    foreign = count_foreign_images(job["label"], name_job(job), path)
-    if foreign:
-        raise ValueError(
-            f"{path} already has {foreign:,} images of {job['class']} that were imported or made with other "
-            "settings. Pass --replace (replace=True) to replace them, or --output (path=) for another file."
-        )
+def _check_cache(maker, job, count, path, replace):
+    """Find out before anything is loaded or drawn whether its result can be kept."""
+    path = os.path.expanduser(path)
+    check_cache_path(path)
+    refuse_foreign_images(job["class"], job["label"], name_job(job), path, replace=replace)
+    for place in (maker.shards, Path(path).absolute().parent):
+        require_free_space(place, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
 
 
 def _draw_until_enough(maker, job, sources, selection, count, processes):
@@ -127,6 +168,7 @@ def _draw_until_enough(maker, job, sources, selection, count, processes):
     wanted = count
     while True:
         candidates = draw_candidates(maker, job, sources, wanted, processes)
+        _check_margins(candidates, job, folder)
         rows, report = select_candidates(candidates, count, selection)
         if len(rows) == count:
             return candidates, rows, report
@@ -140,6 +182,17 @@ def _draw_until_enough(maker, job, sources, selection, count, processes):
         # Estimates from the acceptance rate how many more are needed. The next round corrects the estimate.
         acceptance_rate = max(len(rows) / wanted, 0.1)
         wanted = min(4 * count, wanted + math.ceil((count - len(rows)) / acceptance_rate))
+
+
+def _check_margins(candidates, job, folder):
+    """Refuse candidates that CLIP should have judged and did not: without a margin each would pass."""
+    unjudged = ~np.isfinite(candidates["margin"])
+    if job["clip_model"] != "none" and unjudged.any():
+        first, last = candidates["index"][unjudged][[0, -1]]
+        raise FloatingPointError(
+            f"CLIP gave no judgement (NaN) of {unjudged.sum():,} candidates in {folder}. Remove the shards with the "
+            f"candidates {first} to {last} and run again."
+        )
 
 
 def _match(images, real_images):

@@ -10,10 +10,14 @@ images, and a new sampler has to implement one method:
     X_res, y_res = Black().fit_resample(X, y)     # the first len(X) rows are X, then the new images
 """
 
+import math
+import numbers
 from abc import abstractmethod
 
 import numpy as np
+import psutil
 from imblearn.over_sampling.base import BaseOverSampler
+from imblearn.utils import check_sampling_strategy
 from sklearn.utils import check_random_state
 
 from Runtime import check_images, derive_seed
@@ -21,6 +25,50 @@ from Runtime import check_images, derive_seed
 
 class TooFewImagesError(ValueError):
     """A class has too few images for the sampler; the message says which sampler and how many it needs."""
+
+
+class TooManyImagesError(ValueError, MemoryError):
+    """The result would not fit into memory; the message says how much it needs and how much there is."""
+
+
+def check_request(sampling_strategy, X, y, bytes_per_value):
+    """Refuse a request that cannot be fulfilled, before anything is trained, loaded or made.
+
+    Parameters
+    ----------
+    sampling_strategy : str, dict or callable
+        As in imbalanced-learn.
+    X : ndarray of shape (n, height, width, 3)
+    y : ndarray of int64, shape (n,)
+    bytes_per_value : int
+        Memory that a value of a pixel takes while the result is made, copies included.
+
+    Raises
+    ------
+    TooManyImagesError
+        If given and new images need more memory than is available.
+    ValueError
+        If a number of images is not a whole number, or the strategy is invalid.
+    """
+    try:
+        counts = check_sampling_strategy(sampling_strategy, y, "over-sampling")
+    except OverflowError as error:
+        raise TooManyImagesError(
+            f"sampling_strategy {sampling_strategy} asks for more images than any memory holds. Ask for fewer."
+        ) from error
+    for c, count in counts.items():
+        if not isinstance(count, numbers.Integral):  # a float, which may be NaN
+            raise ValueError(
+                f"sampling_strategy asks for {count} new images of class {c}. Give a whole number."
+            )
+    total = len(X) + sum(int(count) for count in counts.values())
+    needed = total * math.prod(X.shape[1:]) * bytes_per_value
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise TooManyImagesError(
+            f"sampling_strategy asks for {total:,} images in all, which need {needed / 1e9:,.1f} GB of memory, but "
+            f"{available / 1e9:,.1f} GB are available. Ask for fewer images."
+        )
 
 
 class ImageOverSampler(BaseOverSampler):
@@ -43,7 +91,9 @@ class ImageOverSampler(BaseOverSampler):
         self.random_state = random_state
 
     def _check_X_y(self, X, y):
-        return *check_images(X, y), False
+        X, y = check_images(X, y)
+        check_request(self.sampling_strategy, X, y, bytes_per_value=2)  # each class alone, and all together
+        return X, y, False
 
     def fit_resample(self, X, y):
         """Append new images so that the class sizes follow ``sampling_strategy``.
@@ -64,6 +114,8 @@ class ImageOverSampler(BaseOverSampler):
         ------
         TypeError, ValueError
             If an array has another dtype or shape, or the strategy asks for fewer images than given.
+        TooManyImagesError
+            If the result would not fit into memory. This is found out before anything is made.
         """
         return super().fit_resample(X, y)
 
@@ -110,7 +162,7 @@ def source_balanced_strategy(y, share=0.4):
         Labels of the imbalanced training set.
     share : float, default 0.4
         Number of synthetic images of a class that lacks none, as a fraction of the largest class's size:
-        2,000 of 5,000.
+        2,000 of 5,000. A finite number, 0 or more.
 
     Returns
     -------
@@ -123,6 +175,8 @@ def source_balanced_strategy(y, share=0.4):
     >>> source_balanced_strategy(np.array([0] * 10 + [1] * 2))
     {0: 14, 1: 10}
     """
+    if not (share >= 0 and math.isfinite(share)):
+        raise ValueError(f"share must be a finite number, 0 or more: got {share}.")
     classes, sizes = np.unique(y, return_counts=True)
     largest = int(sizes.max())
     return {

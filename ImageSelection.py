@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from DiffusionPipelines import load_pretrained
+from FiniteNumbers import check_finite, check_weights
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
 from Prompts import with_article
 from Runtime import choose_device
@@ -39,6 +40,8 @@ class ClipFilter:
     ------
     DiffusionPipelines.ModelUnavailableError
         If the model is neither on this machine nor downloadable, or its files are damaged.
+    FloatingPointError
+        If a weight is NaN or infinite.
     """
 
     def __init__(self, model=CLIP_MODEL, device=None):
@@ -47,6 +50,8 @@ class ClipFilter:
         self._device = choose_device(device)
         self._processor = load_pretrained(CLIPProcessor.from_pretrained, model, 0.01)
         network = load_pretrained(CLIPModel.from_pretrained, model, 0.7, use_safetensors=True)
+        check_weights({"CLIP": network}, model)
+        self._model = str(model)
         self._network = network.to(self._device).eval()
 
     @torch.no_grad()
@@ -64,11 +69,17 @@ class ClipFilter:
         -------
         ndarray of float32, shape (n,)
             Probability of the class minus the highest probability of another class, between -1 and 1.
+
+        Raises
+        ------
+        FloatingPointError
+            If the model's answer has NaN or infinity.
         """
         names = list(dict.fromkeys((*CIFAR10_CLASSES, class_name)))
         texts = [f"a photo of {with_article(name)}" for name in names]
         inputs = self._processor(text=texts, images=list(images), return_tensors="pt", padding=True)
         answer = self._network(**inputs.to(self._device))
+        check_finite(answer.logits_per_image, "The judgement", {"CLIP": self._network}, self._model)
         probabilities = answer.logits_per_image.float().softmax(dim=1)
         own = names.index(class_name)
         others = probabilities.clone()
@@ -134,11 +145,26 @@ class Selection:
     match : bool
         Whether the selected images get the colours and the sharpness of the real images, see
         :func:`Downsampling.match_statistics`.
+
+    Raises
+    ------
+    ValueError
+        If the margin is not from -1 to 1, or the similarity is NaN.
     """
 
     margin: float = 0.1
     similarity: float = 0.95
     match: bool = False
+
+    def __post_init__(self):
+        if not -1 <= self.margin <= 1:  # also refuses NaN
+            raise ValueError(
+                f"margin is a difference of probabilities, so it must be from -1 to 1: got {self.margin}."
+            )
+        if math.isnan(self.similarity):
+            raise ValueError(
+                "similarity must be a number: got nan. Above 1, no image counts as a near-duplicate."
+            )
 
 
 class SelectionError(RuntimeError):
@@ -162,7 +188,18 @@ def select_candidates(candidates, count, selection):
         Rows of the chosen candidates, ascending.
     report : dict
         Numbers of candidates: all, kept, rejected by each criterion, and left over.
+
+    Raises
+    ------
+    FloatingPointError
+        If some margins are not finite and others are. If none is finite, there was no CLIP model.
     """
+    judged = np.isfinite(candidates["margin"])
+    if judged.any() and not judged.all():
+        raise FloatingPointError(
+            f"CLIP's margin of {np.sum(~judged):,} of {len(judged):,} candidates is not finite, so they were not "
+            "judged. Remove the shards that hold them and run again."
+        )
     unsafe = ~candidates["usable"]
     doubtful = ~unsafe & (candidates["margin"] < selection.margin)  # False for NaN
     passing = np.flatnonzero(~unsafe & ~doubtful)

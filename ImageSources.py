@@ -6,7 +6,14 @@ print(prepare_images({"cat": 4950}))
 from CandidateImages import CandidateMaker, GenerationSettings
 from CIFAKE import import_cifake
 from DiffusionPipelines import PRESETS, is_on_this_machine
-from ImageCache import CACHE, describe_cache
+from ImageCache import (
+    CACHE,
+    describe_cache,
+    load_generated_images,
+    load_metadata,
+    locked,
+    save_generated_images,
+)
 from ImageGeneration import generate_images
 from ImageSelection import CLIP_MODEL, SelectionError
 from Runtime import choose_device
@@ -43,6 +50,16 @@ def prepare_images(counts):
     if CACHE.exists():
         return f"the cache {CACHE}: {describe_cache()}"
     try:
+        with locked(CACHE.with_name("stable_diffusion_sources")):
+            if CACHE.exists():  # another process has made it meanwhile
+                return f"the cache {CACHE}: {describe_cache()}"
+            return _fill_cache(counts)
+    except OSError as error:  # the folder of the cache is not writable
+        raise ImagesUnavailableError(f"no Stable Diffusion images can be kept: {error}") from error
+
+
+def _fill_cache(counts):
+    try:
         imported = import_cifake()
     except OSError as error:
         reason = error
@@ -60,10 +77,14 @@ def prepare_images(counts):
         for class_name, count in counts.items():
             # Into another file, so that the cache appears only when it is complete.
             generate_images(class_name, count, maker, path=UNFINISHED_CACHE, replace=True)
-    except (OSError, SelectionError, MemoryError) as error:
+        # Saved, not renamed, because the cache may be a symbolic link to a file that does not exist yet.
+        save_generated_images(
+            *load_generated_images(UNFINISHED_CACHE), CACHE, load_metadata(UNFINISHED_CACHE)
+        )
+    except (OSError, SelectionError, MemoryError, FloatingPointError) as error:
         raise ImagesUnavailableError(f"generating Stable Diffusion images failed: {error}") from error
     for suffix in (".csv", CACHE.suffix):
-        UNFINISHED_CACHE.with_suffix(suffix).rename(CACHE.with_suffix(suffix))
+        UNFINISHED_CACHE.with_suffix(suffix).unlink(missing_ok=True)
     return f"the preset {preset}, {sum(counts.values()):,} images generated into {CACHE}"
 
 

@@ -18,6 +18,7 @@ import http.client
 import os
 import re
 import socket
+import tarfile
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -69,8 +70,11 @@ class ImageDataSet:
 
 
 def default_root():
-    """The folder that holds CIFAR-10 or into which it is downloaded: ``$CIFAR10_ROOT``, else ``datasets``."""
-    return Path(os.environ.get("CIFAR10_ROOT") or "datasets")
+    """The folder that holds CIFAR-10 or into which it is downloaded: ``$CIFAR10_ROOT``, else ``datasets``.
+
+    ``~`` in it is the home folder.
+    """
+    return Path(os.path.expanduser(os.environ.get("CIFAR10_ROOT") or "datasets"))
 
 
 def load_cifar10(root=None):
@@ -79,7 +83,8 @@ def load_cifar10(root=None):
     Parameters
     ----------
     root : path, optional
-        The folder that contains ``cifar-10-batches-py``. Default: :func:`default_root`.
+        The folder that contains ``cifar-10-batches-py``, or the archive ``cifar-10-python.tar.gz``, which is then
+        unpacked there. Default: :func:`default_root`.
 
     Returns
     -------
@@ -89,14 +94,19 @@ def load_cifar10(root=None):
     Raises
     ------
     ValueError
-        If the copy is damaged. The message names the damaged files. They are left as they are.
+        If the copy or the archive is damaged. The message names the damaged files. They are left as they are.
     DataUnavailableError
         If there is no copy and none can be downloaded. A missing network is noticed within 20 seconds.
+    OSError
+        If the archive cannot be unpacked.
     """
-    root = default_root() if root is None else Path(root)
+    root = default_root() if root is None else Path(os.path.expanduser(root))
     folder = root / CIFAR10.base_folder
     if not folder.exists():
-        _download_cifar10(root)
+        if (root / CIFAR10.filename).exists():
+            _unpack_cifar10(root)
+        else:
+            _download_cifar10(root)
     try:
         # torchvision checks a batch's MD5 before it unpickles the batch.
         train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
@@ -118,21 +128,52 @@ def load_cifar10(root=None):
     )
 
 
+def _unpack_cifar10(root):
+    """Unpack the archive in ``root``. The network is not used."""
+    archive = root / CIFAR10.filename
+    if not check_integrity(archive, CIFAR10.tgz_md5):
+        raise ValueError(
+            f"{archive} is truncated, damaged or another file: its MD5 is not {CIFAR10.tgz_md5}. Get it again, or "
+            "remove it to download CIFAR-10."
+        )
+    try:
+        require_free_space(root, gigabytes=0.3)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as temporary:
+            with tarfile.open(archive) as content:
+                content.extractall(temporary, filter="data")
+            _move_into_place(Path(temporary), root)
+    except (OSError, tarfile.TarError) as error:
+        raise OSError(
+            f"{archive} could not be unpacked: {error}. Unpack it into a folder that you may write to, and set "
+            "CIFAR10_ROOT to that folder."
+        ) from error
+
+
+def _move_into_place(temporary, root):
+    """Move the whole folder at once, so that a kill leaves no incomplete copy."""
+    folder = root / CIFAR10.base_folder
+    try:
+        (temporary / CIFAR10.base_folder).rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+
+
 def _download_cifar10(root):
     if not is_reachable(CIFAR10.url):
         raise DataUnavailableError(
             f"There is no CIFAR-10 in {root.absolute()} and {CIFAR10.url} does not answer. Set "
-            f"CIFAR10_ROOT to a folder that contains {CIFAR10.base_folder}, or connect to the internet."
+            f"CIFAR10_ROOT to a folder that contains {CIFAR10.base_folder} or {CIFAR10.filename}, or connect to "
+            "the internet."
         )
     require_free_space(root, gigabytes=0.6)
     root.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # otherwise torchvision's download waits forever for a stalled server
     try:
-        # The archive is unpacked into a temporary folder and renamed, so a kill leaves no incomplete copy.
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as temporary:
             CIFAR10(temporary, download=True)
-            (Path(temporary) / CIFAR10.base_folder).rename(root / CIFAR10.base_folder)
+            _move_into_place(Path(temporary), root)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
         raise DataUnavailableError(
             f"The download of CIFAR-10 from {CIFAR10.url} failed: {error}. Run again, or put a copy "
@@ -347,8 +388,12 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
     counts = {}
     for c in classes:
         available = int(np.sum(y == c))
-        count = int(np.ceil(keep * available - 1e-9)) if isinstance(keep, float) else int(keep)
-        if not 1 <= count <= available or (isinstance(keep, float) and keep > 1):
+        is_fraction = isinstance(keep, (float, np.floating))
+        if is_fraction and not 0 < keep <= 1:  # also refuses NaN
+            count = 0
+        else:
+            count = int(np.ceil(float(keep) * available - 1e-9)) if is_fraction else int(keep)
+        if not 1 <= count <= available:
             raise ValueError(
                 f"Cannot keep {keep} of class {class_names[c]}, which has {available} images. Choose a "
                 f"count from 1 to {available}, or a fraction above 0.0 and up to 1.0."
@@ -453,7 +498,7 @@ def split_from_name(name, y, class_names=CIFAR10_CLASSES):
             f"Unknown split {name!r}. Examples: cat-50, cat+dog-0.01, long-tailed-100, step-10, cat-50@1."
         )
     kind, number, draw = match[1], match[2], int(match[3] or 0)
-    value = float(number) if "." in number else int(number)
+    value = float(number) if "." in number or len(number) > 15 else int(number)
     if kind == "long-tailed":
         return long_tailed_split(y, class_names, value, draw)
     if kind == "step":

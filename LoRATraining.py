@@ -14,6 +14,8 @@ tuning text-to-image diffusion models for subject-driven generation (learning fr
 
 import argparse
 import hashlib
+import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
+from FiniteNumbers import check_finite
+from ImageCache import locked, require_writable
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import with_article
 from Runtime import (
@@ -59,7 +63,7 @@ class LoRARecipe:
         Images in a training step, at least 1. If memory runs out, each step processes them in smaller
         portions.
     learning_rate : float
-        Constant learning rate of AdamW.
+        Constant learning rate of AdamW, not negative.
     size : int
         Height and width in pixels to which the images are enlarged, a multiple of 8.
     """
@@ -71,6 +75,17 @@ class LoRARecipe:
     learning_rate: float = 1e-4
     size: int = SIZE
 
+    def check(self):
+        """Raise ValueError if a number is out of range. No model is needed to know this."""
+        if self.steps < 1 or self.batch_size < 1 or self.rank < 1:
+            raise ValueError(f"Steps, batch size and rank must be at least 1: got {self}.")
+        if self.size < 8 or self.size % 8:
+            raise ValueError(f"The size must be a multiple of 8 pixels: got {self.size}.")
+        if not (self.learning_rate >= 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(
+                f"The learning rate must be a finite number, 0 or more: got {self.learning_rate}."
+            )
+
 
 def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     """Train an adapter on the real images of one class.
@@ -81,14 +96,14 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
         The images that the split kept. Never pass others: whatever is in ``X`` can reappear in the generated
         images. Each image is used as it is and mirrored.
     class_name : str
-        The adapter answers to "a photo of a <class name>" and to prompts that contain it.
+        Not empty. The adapter answers to "a photo of a <class name>" and to prompts that contain it.
     folder : path
         Output folder. ``pytorch_lora_weights.safetensors`` in it is the adapter, which a diffusers pipeline
         reads with ``load_lora_weights(folder)``. ``training_state.pt`` is the checkpoint, from which a
-        stopped training continues.
+        stopped training continues. A second training in the same folder waits for the first.
     recipe : LoRARecipe, optional
     seed : int
-        Decides the adapter's initial weights, the noise and the order of the images.
+        Not negative. It decides the adapter's initial weights, the noise and the order of the images.
     device : str or torch.device, optional
         Default: the fastest device.
 
@@ -100,19 +115,25 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     Raises
     ------
     ValueError
-        If ``folder`` has an adapter of other images, another class or another recipe.
+        If ``folder`` has an adapter of other images, another class or another recipe, or a number or the class
+        name is invalid.
     DiffusionPipelines.ModelUnavailableError
         If the model is unavailable.
     MemoryError
         If a single image does not fit into memory.
     FloatingPointError
-        If the loss is no longer finite.
+        If the model's encoders give numbers that are not finite, or the loss or the adapter is no longer finite.
     """
     recipe = recipe or LoRARecipe()
     X, _ = check_images(X, np.zeros(len(X), dtype=int))
-    if recipe.steps < 1 or recipe.batch_size < 1 or recipe.rank < 1:
-        raise ValueError(f"Steps, batch size and rank must be at least 1: got {recipe}.")
-    folder, device = Path(folder), choose_device(device)
+    _check_arguments(recipe, class_name, seed, folder)
+    folder, device = Path(os.path.expanduser(folder)), choose_device(device)
+    with locked(folder):  # a second run would write its own checkpoints between these
+        return _train(X, class_name, folder, recipe, seed, device)
+
+
+def _train(X, class_name, folder, recipe, seed, device):
+    """The training itself. The arguments were checked, and no other process trains in ``folder``."""
     images = hashlib.sha256(np.ascontiguousarray(X).tobytes()).hexdigest()
     identity = asdict(recipe) | {"class": class_name, "seed": seed, "images": images}
     checkpoint = Checkpoint(folder / STATE, identity)
@@ -139,16 +160,33 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
         random = torch.Generator().manual_seed(derive_seed(seed, 1, step))
         batch = _draw_batch(means, deviations, schedule, recipe.batch_size, random)
         loss, portion = _backward_within_memory(unet, optimizer, batch, text, portion, recipe.size)
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of step {step + 1} is {loss}. Lower the learning rate ({recipe.learning_rate:g})."
-            )
+        _check_loss(loss, step, recipe)
         optimizer.step()
         history.append(loss)
         bar.set_postfix(loss=f"{np.mean(history[-50:]):.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
             _save(folder, checkpoint, unet, optimizer, history, finished=step + 1 == recipe.steps)
     return history
+
+
+def _check_arguments(recipe, class_name, seed, folder):
+    recipe.check()
+    with_article(class_name)
+    if seed < 0:
+        raise ValueError(f"The seed must not be negative: got {seed}.")
+    require_writable(folder)
+
+
+def _check_loss(loss, step, recipe):
+    if not np.isfinite(loss) and step == 0:
+        raise FloatingPointError(
+            f"The loss of the first step is {loss}, before anything was learned, so the model {recipe.model} computes "
+            "numbers that are not finite. Get it again, or choose another model or --device cpu."
+        )
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss of step {step + 1} is {loss}. Lower the learning rate ({recipe.learning_rate:g})."
+        )
 
 
 def _load_state(checkpoint, weights):
@@ -188,6 +226,11 @@ def _encode(pipeline, X, class_name, size):
     factor = pipeline.vae.config.scaling_factor
     prompt = f"a photo of {with_article(class_name)}"
     text, _ = pipeline.encode_prompt(prompt, pipeline.device, 1, False)
+    for values, what in (
+        (torch.cat(means + deviations), "The encoding of the images"),
+        (text, "The prompt's encoding"),
+    ):
+        check_finite(values, what, pipeline.components, pipeline.name_or_path)
     return factor * torch.cat(means), factor * torch.cat(deviations), text
 
 
@@ -276,12 +319,18 @@ def _backward(unet, batch, text, portion):
 
 
 def _save(folder, checkpoint, unet, optimizer, history, finished):
-    """Write the checkpoint, and the adapter if the training is finished."""
+    """Write the checkpoint, and the adapter if the training is finished. An adapter with NaN is refused."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     adapter = get_peft_model_state_dict(unet)
+    broken = [name for name, weight in adapter.items() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        raise FloatingPointError(
+            f"After step {len(history)} the adapter is no longer finite ({broken[0]}). Nothing of it was kept. Lower "
+            "the learning rate."
+        )
     if finished:
         with atomic_path(folder / WEIGHTS) as temporary:
             StableDiffusionPipeline.save_lora_weights(
@@ -302,8 +351,19 @@ def main(arguments=None):
     add, default = parser.add_argument, LoRARecipe()
     add("--class", dest="class_name", required=True, metavar="CLASS", help="such as cat")
     add("--split", default="cat-50", help="decides which images were kept (default: cat-50)")
-    add("--output", required=True, metavar="FOLDER", help="output folder, such as models/lora-cat")
-    add("--model", default=default.model, help=f"hub id or local folder (default: {default.model})")
+    add(
+        "--output",
+        type=os.path.expanduser,
+        required=True,
+        metavar="FOLDER",
+        help="output folder, such as models/lora-cat",
+    )
+    add(
+        "--model",
+        type=os.path.expanduser,
+        default=default.model,
+        help=f"hub id or local folder (default: {default.model})",
+    )
     add("--rank", type=int, default=default.rank, help=f"rank of the matrices (default: {default.rank})")
     add("--steps", type=int, default=default.steps, help=f"training steps (default: {default.steps})")
     add(
@@ -325,13 +385,14 @@ def main(arguments=None):
     try:
         choose_device(options.device)
         c = class_number(options.class_name, CIFAR10_CLASSES)
+        _check_arguments(recipe, CIFAR10_CLASSES[c], options.seed, options.output)
         data = load_cifar10()
         X, y = split_from_name(options.split, data.y_train).cut(data.X_train, data.y_train)
         history = train_lora(
             X[y == c], CIFAR10_CLASSES[c], options.output, recipe, seed=options.seed, device=options.device
         )
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     print(
         f"{options.output}: adapter of rank {recipe.rank} from {np.sum(y == c)} images, loss "
         f"{np.mean(history[:50]):.4f} (first 50 steps) to {np.mean(history[-50:]):.4f} (last 50 steps)"

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.base import clone
 from torchvision.transforms import InterpolationMode, v2
 
-from ImageOverSampler import ImageOverSampler, TooFewImagesError
+from ImageOverSampler import ImageOverSampler, TooFewImagesError, check_request
 from Runtime import check_images, seeded
 
 # --- Augmentation -------------------------------------------------------------------------------
@@ -110,8 +110,8 @@ class AugmentationOverSampler(ImageOverSampler):
 class PixelOverSampler(BaseOverSampler):
     """Any over-sampler of imbalanced-learn (RandomOverSampler, SMOTE, ADASYN, ...) on the pixels of images.
 
-    Each image becomes one row of pixel values (float32), and each new row becomes an image again, rounded to
-    uint8. A sampler that interpolates between neighbours gets at most as many neighbours as the smallest class has.
+    Each image becomes one row of pixel values (float32), and each new row becomes an image again, rounded and
+    limited to uint8. A sampler that interpolates between neighbours gets at most as many neighbours as the smallest class has.
 
     Parameters
     ----------
@@ -124,6 +124,10 @@ class PixelOverSampler(BaseOverSampler):
     ------
     TooFewImagesError
         In ``fit_resample``, if the sampler interpolates between neighbours and a class has one image.
+    FloatingPointError
+        In ``fit_resample``, if the sampler gives pixels that are NaN or infinite.
+    TooManyImagesError
+        In ``fit_resample``, if the result would not fit into memory.
 
     Examples
     --------
@@ -142,7 +146,9 @@ class PixelOverSampler(BaseOverSampler):
         self.random_state = random_state
 
     def _check_X_y(self, X, y):
-        return *check_images(X, y), False
+        X, y = check_images(X, y)
+        check_request(self.sampling_strategy, X, y, bytes_per_value=9)  # float32 twice, and uint8
+        return X, y, False
 
     def _fit_resample(self, X, y):
         sampler = clone(self.sampler).set_params(
@@ -157,5 +163,10 @@ class PixelOverSampler(BaseOverSampler):
             sampler.set_params(**{name: min(getattr(sampler, name), smallest - 1)})
         # float32, because differences of uint8 wrap around.
         X_res, y_res = sampler.fit_resample(X.reshape(len(X), -1).astype(np.float32), y)
-        X_res = np.rint(X_res, out=X_res).astype(np.uint8)
+        if not np.isfinite(X_res).all():
+            raise FloatingPointError(
+                f"{type(sampler).__name__} gave pixels that are not finite (NaN or infinity). Choose another sampler."
+            )
+        # Clipped, because samplers such as SVMSMOTE also extrapolate, and 256 would become 0.
+        X_res = np.clip(np.rint(X_res, out=X_res), 0, 255, out=X_res).astype(np.uint8)
         return X_res.reshape(-1, *X.shape[1:]), y_res

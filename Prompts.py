@@ -237,7 +237,15 @@ def find_grammar(class_name, grammar="varied"):
 
 
 def with_article(class_name):
-    """Return a class name with its article, such as ``a cat`` or ``an airplane``, for use in a prompt."""
+    """Return a class name with its article, such as ``a cat`` or ``an airplane``, for use in a prompt.
+
+    Raises
+    ------
+    ValueError
+        If the name is no text, or empty.
+    """
+    if not isinstance(class_name, str) or not class_name.strip():
+        raise ValueError(f"A class needs a name for the prompt, such as 'cat': got {class_name!r}.")
     return f"{'an' if class_name[0] in 'aeiou' else 'a'} {class_name}"
 
 
@@ -268,8 +276,10 @@ def make_prompts(class_name, count, seed=0, grammar="varied"):
     Raises
     ------
     ValueError
-        See :func:`find_grammar`.
+        If ``count`` is negative. See also :func:`find_grammar`.
     """
+    if count < 0:
+        raise ValueError(f"The number of prompts must not be negative: got {count}.")
     template, fields = find_grammar(class_name, grammar)
     sizes = [len(words) for words in fields.values()]
     # The class is part of the seed, so that two classes do not draw the same combinations of words.

@@ -13,19 +13,19 @@ Reference: Rombach et al. (2022), High-resolution image synthesis with latent di
 """
 
 import argparse
+import os
 
 import numpy as np
-import torch
 
 from CandidateImages import SHARDS, STRENGTHS, CandidateMaker, GenerationSettings
 from DiffusionPipelines import PRESETS, SIZE
 from Downsampling import METHODS
 from ImageCache import CACHE, load_generated_images
-from ImageGeneration import generate_images
+from ImageGeneration import check_class, generate_images
 from ImageOverSampler import ImageOverSampler
 from ImageSelection import Selection, SelectionError
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
-from Prompts import GRAMMARS, find_grammar
+from Prompts import GRAMMARS
 from Runtime import start_processes
 
 # --- The sampler --------------------------------------------------------------------------------
@@ -52,12 +52,22 @@ class StableDiffusionOverSampler(ImageOverSampler):
     FileNotFoundError
         In ``fit_resample``, if there is no cache.
     ValueError
-        In ``fit_resample``, if the cache is damaged or has fewer images of a class than are needed.
+        In ``fit_resample``, if the images do not have 32x32 pixels, or the cache is damaged or has fewer images of
+        a class than are needed.
     """
 
     def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None):
         super().__init__(sampling_strategy=sampling_strategy, random_state=random_state)
         self.path = path
+
+    def _check_X_y(self, X, y):
+        X, y, binarize = super()._check_X_y(X, y)
+        if X.shape[1:] != (32, 32, 3):
+            raise ValueError(
+                f"The cache {self.path} holds images of 32x32 pixels, but X has the shape {X.shape}. Resize X, or "
+                "choose AugmentationOverSampler, which takes every size."
+            )
+        return X, y, binarize
 
     def _fit_resample(self, X, y):
         self._images, self._labels = load_generated_images(self.path)
@@ -80,22 +90,12 @@ def main(arguments=None):
     parser = _make_parser()
     options = parser.parse_args(arguments)
     classes = [c for name in options.classes for c in (CIFAR10_CLASSES if name == "all" else (name,))]
-    strengths = options.from_images if options.from_images is None else options.from_images or STRENGTHS
-    selection = Selection(options.margin, options.similarity, options.match_statistics)
+    classes = list(dict.fromkeys(classes))
     try:
-        settings = GenerationSettings(
-            options.preset, options.model, options.steps, options.size, options.prompts, options.lora,
-            tuple(strengths or ()), options.clip_model, options.downsampling, options.seed,
-        )  # fmt: skip
-        maker = CandidateMaker(
-            settings, device=options.device, dtype=options.dtype and getattr(torch, options.dtype),
-            batch_size=options.batch_size, shards=options.shards,
-        )  # fmt: skip
-        for name in classes:  # what was typed is checked before anything is loaded
-            find_grammar(name, maker.settings.prompts)
+        maker, selection = _check_options(options, classes)
         processes = start_processes(options.device)
         real_images = {}
-        if strengths or selection.match:
+        if maker.settings.strengths or selection.match:
             real_images = _load_kept_images(classes, options.split)
         for name in classes:
             report = generate_images(
@@ -104,8 +104,31 @@ def main(arguments=None):
             )  # fmt: skip
             if processes.is_main_process:
                 print(f"{options.output}: {_summary(name, report)}", flush=True)
-    except (ValueError, OSError, SelectionError, MemoryError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    except (ValueError, OSError, SelectionError, MemoryError, FloatingPointError) as error:
+        parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
+
+
+def _check_options(options, classes):
+    """What was typed as a maker and a selection. Mistakes are found before data or a model is loaded."""
+    selection = Selection(options.margin, options.similarity, options.match_statistics)
+    strengths = options.from_images if options.from_images is None else options.from_images or STRENGTHS
+    settings = GenerationSettings(
+        options.preset, options.model, options.steps, options.size, options.prompts, options.lora,
+        tuple(strengths or ()), options.clip_model, options.downsampling, options.seed, options.dtype,
+    )  # fmt: skip
+    maker = CandidateMaker(
+        settings, device=options.device, batch_size=options.batch_size, shards=options.shards
+    )
+    if options.label is not None and len(classes) > 1:
+        raise ValueError(
+            f"--label {options.label} is the number of one class, but {len(classes)} are given "
+            f"({', '.join(classes)}). Run the command once for each class."
+        )
+    for name in classes:
+        check_class(name, options.count, options.label, maker.settings)
+        if strengths or selection.match:
+            class_number(name, CIFAR10_CLASSES)
+    return maker, selection
 
 
 def _make_parser():
@@ -120,7 +143,7 @@ def _make_parser():
         help="classes with prompts, such as cat; 'all' for the ten of CIFAR-10")  # fmt: skip
     add("--count", type=int, required=True, help="images of each class that the cache shall have")
     add("--preset", default="fast", help=f"one of {', '.join(PRESETS)} (default: fast), see below")
-    add("--model", help="hub id or local folder (default: the preset's model)")
+    add("--model", type=os.path.expanduser, help="hub id or local folder (default: the preset's model)")
     add("--steps", type=int, help="denoising steps (default: the preset's)")
     add("--size", type=int, default=SIZE, help=f"pixels at which images are drawn (default: {SIZE})")
     add("--batch-size", type=int, help="images drawn at a time (default: the preset's; 1 on a CPU)")
@@ -128,12 +151,12 @@ def _make_parser():
     add("--from-images", nargs="*", type=float, metavar="STRENGTH",
         help="start from the class's real images that the split kept, at these strengths in turn "
         f"(default: {' '.join(map(str, STRENGTHS))}); at 1 nothing of them remains")  # fmt: skip
-    add("--lora", metavar="FOLDER", help="adapter trained with LoRATraining.py")
+    add("--lora", type=os.path.expanduser, metavar="FOLDER", help="adapter trained with LoRATraining.py")
     add("--split", default="cat-50", help="which real images --from-images and --match-statistics "
         "may use (default: cat-50)")  # fmt: skip
     add("--match-statistics", action="store_true",
         help="give the images the colours and sharpness of the real ones that the split kept")  # fmt: skip
-    add("--clip-model", default="auto",
+    add("--clip-model", type=os.path.expanduser, default="auto",
         help="hub id or folder of the CLIP model that judges the images, or 'none'")  # fmt: skip
     add("--margin", type=float, default=Selection.margin,
         help="lowest margin, a difference of probabilities, by which CLIP must prefer the class to "
@@ -143,13 +166,19 @@ def _make_parser():
         f"(default: {Selection.similarity}; above 1: none does)")  # fmt: skip
     add("--downsampling", default="area", help=f"{' or '.join(METHODS)} (default: area)")
     add("--seed", type=int, default=0, help="another seed makes other images (default: 0)")
-    add("--label", type=int, help="class number in the cache for a class that CIFAR-10 does not have")
-    add("--output", default=CACHE, help=f"the cache (default: {CACHE})")
-    add("--shards", default=SHARDS, help=f"folder for candidates (default: {SHARDS})")
+    add(
+        "--label",
+        type=int,
+        help="class number in the cache for a class that CIFAR-10 does not have; with one class only",
+    )
+    add("--output", type=os.path.expanduser, default=CACHE, help=f"the cache (default: {CACHE})")
+    add(
+        "--shards", type=os.path.expanduser, default=SHARDS, help=f"folder for candidates (default: {SHARDS})"
+    )
     add("--replace", action="store_true", help="replace images of the class that came from elsewhere")
     add("--device", help="cpu, cuda, mps; default: the fastest device, one GPU per process")
-    add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: by device; choose float32 "
-        "if a GPU draws black images")  # fmt: skip
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: by device; choose float32 if a GPU draws black images "
+        "or numbers that are not finite")  # fmt: skip
     return parser
 
 

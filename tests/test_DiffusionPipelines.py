@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import DiffusionPipelines
 from DiffusionPipelines import (
     PRESETS,
     ModelUnavailableError,
     Painter,
+    check_drawing,
     choose_dtype,
     find_preset,
     is_on_this_machine,
@@ -240,6 +242,13 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(painter):
     assert painter.batch_size == 4
 
 
+@pytest.mark.parametrize("steps", [1001, 10**9])
+def test_more_steps_than_noise_levels_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps must be at most 1000, .*got {steps}"):
+        check_drawing(steps, 64)
+    check_drawing(1000, 8, 1)
+
+
 @pytest.mark.parametrize("change", [{"steps": 0}, {"size": 100}, {"size": 0}, {"batch_size": 0}])
 def test_impossible_numbers_are_refused(pipelines, change):
     with pytest.raises(ValueError, match="must be at least 1 and the size a multiple of 8"):
@@ -290,6 +299,11 @@ def shorten(path):
     [
         (lambda f: (f / "model_index.json").unlink(), r"model_index\.json is missing"),
         (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("{}"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("[]"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("null"), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text('{"unet": []}'), r"model_index\.json is missing or damaged"),
+        (lambda f: (f / "model_index.json").write_text("{}", "utf-16"), r"model_index\.json is missing or damaged"),
         (lambda f: shutil.rmtree(f / "unet"), "unet is missing"),
         (lambda f: shutil.rmtree(f / "safety_checker"), "safety_checker is missing"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), r"tokenizer has neither tokenizer\.json"),
@@ -386,3 +400,142 @@ def test_the_folders_of_these_tests_are_real_pipelines(models):
     assert index["safety_checker"][1] == "StableDiffusionSafetyChecker"
     assert json.loads(Path(models["turbo"], "model_index.json").read_text())["safety_checker"] == [None, None]
     assert is_on_this_machine(models["turbo"])
+
+
+# --- Half-precision files only ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(models, tmp_path_factory):
+    """A model folder with fp16 files only, as a download for GPUs leaves it."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    whole = load_pipeline("reference", models["stable"], device="cpu", dtype=torch.float16)
+    whole.save_pretrained(folder, variant="fp16")
+    return folder
+
+
+def test_half_precision_files_serve_a_drawing_in_float32(half, models):
+    pipeline = load("reference", str(half))
+    assert pipeline.unet.dtype == torch.float32
+    whole = load("reference", models["stable"])
+    assert torch.equal(pipeline.unet.conv_in.weight, whole.unet.conv_in.weight.half().float())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "safety_checker"])
+def test_one_part_in_half_precision_serves_too(half, models, tmp_path, part):
+    mixed = Path(shutil.copytree(models["stable"], tmp_path / "mixed"))
+    shutil.rmtree(mixed / part)
+    shutil.copytree(half / part, mixed / part)
+    assert getattr(load("reference", str(mixed)), part).dtype == torch.float32
+
+
+def test_a_decoder_in_half_precision_serves_too(models, tmp_path):
+    folder = Path(shutil.copytree(models["stable"], tmp_path / "model"))
+    weights = folder / "tiny_decoder" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert load("fast", str(folder)).vae.dtype == torch.float32
+
+
+def test_damaged_half_precision_files_are_still_damaged(half, tmp_path):
+    folder = Path(shutil.copytree(half, tmp_path / "damaged"))
+    shorten(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(ModelUnavailableError, match="damaged is incomplete or damaged"):
+        load("reference", str(folder))
+
+
+def test_an_offline_cache_with_half_precision_only_serves_float32(
+    half, empty_hub_cache, closed_url, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed_url)
+    snapshot = (
+        empty_hub_cache / "models--somebody--half" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    )
+    shutil.copytree(half, snapshot)
+    (empty_hub_cache / "models--somebody--half" / "refs").mkdir()
+    (empty_hub_cache / "models--somebody--half" / "refs" / "main").write_text(snapshot.name)
+    assert load("reference", "somebody/half").unet.dtype == torch.float32
+
+
+def test_a_tilde_in_a_model_folder_is_the_home_folder(models, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(models["stable"]).parent))
+    assert is_on_this_machine("~/stable")
+    assert load("reference", "~/stable").unet.dtype == torch.float32
+
+
+# --- Numbers that are not finite ----------------------------------------------------------------
+
+BROKEN = {
+    "unet": "conv_in.weight",
+    "text_encoder": "text_model.final_layer_norm.weight",
+    "vae": "decoder.conv_in.weight",
+    "safety_checker": "concept_embeds",
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("part", "name"), BROKEN.items())
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_name(broken, part, name, value):
+    [file] = (broken / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = next(key for key in weights if key.endswith(name.removeprefix("text_model.")))
+    weights[name].view(-1)[-1] = value
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        FloatingPointError, match=rf"broken has a weight .*not finite.*{part}\..*Get the model again"
+    ):
+        load("reference", str(broken))
+
+
+def test_weights_that_overflow_in_half_precision_are_told_from_damage(broken):
+    [file] = (broken / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_in.weight"][0, 0, 0, 0] = 1e6
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        FloatingPointError, match=r"in float16: unet\.conv_in\.weight\. Choose float32 \(--dtype float32\)"
+    ):
+        load_pipeline("reference", str(broken), device="cpu", dtype=torch.float16)
+    load("reference", str(broken))
+
+
+def test_an_adapter_with_a_weight_that_is_not_finite_is_refused_by_name(models, tmp_path):
+    pipeline = load("reference", models["stable"])
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline.unet.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
+    adapter = get_peft_model_state_dict(pipeline.unet)
+    next(iter(adapter.values())).view(-1)[0] = float("nan")
+    type(pipeline).save_lora_weights(tmp_path / "adapter", unet_lora_layers=adapter)
+    with pytest.raises(FloatingPointError, match="with the adapter in .*adapter has a weight"):
+        load_pipeline("reference", models["stable"], tmp_path / "adapter", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("preset", "part", "message"),
+    [
+        ("turbo", lambda p: p.unet.conv_out, "What the diffusion network drew"),
+        ("fast", lambda p: p.unet.conv_out, "What the diffusion network drew"),
+        ("reference", lambda p: p.text_encoder, "What the diffusion network drew"),
+        ("turbo", lambda p: p.vae.decoder, "What the decoder made"),
+        ("reference", lambda p: p.vae.decoder, "What the decoder made"),
+        ("reference", lambda p: p.safety_checker.visual_projection, "The safety checker's judgement"),
+    ],
+    indirect=["preset"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_overflow_while_drawing_give_no_image(painter, pipelines, preset, part, message, value):
+    def overflow(module, inputs, output):
+        values = output if torch.is_tensor(output) else output[0]
+        values[-1, ..., -1] = value
+        return output
+
+    hook = part(pipelines[preset]).register_forward_hook(overflow)
+    try:
+        with pytest.raises(
+            FloatingPointError, match=f"{message}.* by the model .* in float32 has numbers .*not finite"
+        ):
+            painter.draw(PROMPTS[:2], range(2))
+    finally:
+        hook.remove()
+    assert len(painter.draw(PROMPTS[:2], range(2))[0]) == 2

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 import CIFAKE
+import Downsampling
 from Downsampling import downsample, image_statistics, match_statistics
 from ImageCache import load_generated_images
 
@@ -75,3 +76,22 @@ def test_images_of_one_even_colour_do_no_harm(even):
     matched = match_statistics(*pair)
     assert matched.shape == (3, 32, 32, 3)
     assert image_statistics(matched)["mean"] == pytest.approx(image_statistics(pair[1])["mean"], abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "images", [noise(0), noise(1, 1), noise(5, 1)], ids=["none", "one pixel", "five pixels"]
+)
+def test_images_without_statistics_are_refused_instead_of_giving_nan(images):
+    for measure in (
+        image_statistics,
+        lambda x: match_statistics(x, noise(2)),
+        lambda x: match_statistics(noise(2), x),
+    ):
+        with pytest.raises(ValueError, match="shape"):
+            measure(images)
+
+
+def test_numbers_that_are_not_finite_do_not_become_pixels(monkeypatch):
+    monkeypatch.setattr(Downsampling, "_square_root", lambda matrix: np.full((3, 3), np.nan))
+    with pytest.raises((FloatingPointError, np.linalg.LinAlgError)):
+        match_statistics(noise(2), noise(2, seed=1))

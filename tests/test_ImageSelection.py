@@ -1,9 +1,12 @@
 """CLIP's margins, near-duplicates, and the selection by both."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from DiffusionPipelines import ModelUnavailableError
 from ImageSelection import ClipFilter, Selection, find_near_duplicates, select_candidates
@@ -149,3 +152,66 @@ def test_selection_counts_every_rejection_once_and_says_why():
 
 def test_without_a_clip_model_every_image_passes():
     assert select_candidates(candidates(), 6, Selection(margin=0.9))[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin": float("nan")}, "margin .* from -1 to 1: got nan"),
+        ({"margin": 1.5}, "margin .* from -1 to 1: got 1.5"),
+        ({"margin": float("-inf")}, "margin"),
+        ({"similarity": float("nan")}, "similarity must be a number"),
+    ],
+)
+def test_bars_that_compare_with_nothing_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(**change)
+    assert Selection(similarity=float("inf")).similarity > 1
+
+
+def test_a_candidate_without_a_margin_among_judged_ones_is_not_let_in():
+    margin = np.array([0.5, np.nan, 0.5, np.inf, 0.5, 0.5], dtype=np.float32)
+    with pytest.raises(FloatingPointError, match="margin of 2 of 6 candidates is not finite"):
+        select_candidates(candidates(margin=margin), 6, Selection(margin=0.1))
+
+
+# --- NaN in CLIP --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["logit_scale", "visual_projection.weight", "text_model.final_layer_norm.bias"]
+)
+def test_a_clip_file_with_a_weight_that_is_not_finite_is_refused_by_name(models, tmp_path, name, value):
+    folder = shutil.copytree(models["clip"], tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        FloatingPointError, match=rf"clip has a weight .*not finite.*CLIP\.{name}\. Get the model"
+    ):
+        ClipFilter(folder, device="cpu")
+
+
+def test_a_judgement_that_is_not_finite_is_none(models):
+    clip_filter = ClipFilter(models["clip"], device="cpu")
+    hook = clip_filter._network.visual_projection.register_forward_hook(
+        lambda m, i, output: output * float("nan")
+    )
+    with pytest.raises(FloatingPointError, match="judgement by the model .*clip in float32 has numbers"):
+        clip_filter.margins(pictures(2), "cat")
+    hook.remove()
+
+
+@pytest.mark.parametrize("class_name", ["", " ", None])
+def test_a_class_without_a_name_is_refused(clip_filter, class_name):
+    with pytest.raises(ValueError, match="A class needs a name"):
+        clip_filter.margins(pictures(1), class_name)
+
+
+def test_a_clip_folder_with_half_precision_only_is_loaded(models, tmp_path):
+    folder = shutil.copytree(models["clip"], tmp_path / "clip")
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    images = pictures(3)
+    expected = ClipFilter(models["clip"], device="cpu").margins(images, "cat")
+    assert np.array_equal(ClipFilter(folder, device="cpu").margins(images, "cat"), expected)

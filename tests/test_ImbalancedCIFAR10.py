@@ -213,7 +213,22 @@ def test_an_unknown_class_is_refused_with_the_valid_names(unknown):
     assert all(name in str(caught.value) for name in CIFAR10_CLASSES)
 
 
-@pytest.mark.parametrize("keep", [0, -1, 5001, 0.0, -0.5, 1.01, 50.0, float("nan")])
+@pytest.mark.parametrize("keep", [np.float32(0.01), np.float64(0.01), np.int32(50), np.uint8(50)])
+def test_numbers_of_numpy_are_numbers(keep):
+    assert minority_split(Y, keep=keep).counts == {CAT: 50}
+
+
+@pytest.mark.parametrize(
+    "name", ["cat-" + "9" * 400, "step-" + "9" * 400, "long-tailed-" + "9" * 400, "cat-0." + "0" * 400]
+)
+def test_numbers_beyond_floating_point_are_refused_with_a_sentence(name):
+    with pytest.raises(ValueError, match="Cannot keep|leaves no image"):
+        split_from_name(name, Y)
+
+
+@pytest.mark.parametrize(
+    "keep", [0, -1, 5001, 0.0, -0.5, 1.01, 50.0, float("nan"), float("inf"), np.float32("nan")]
+)
 def test_impossible_numbers_of_kept_images_are_refused(keep):
     with pytest.raises(ValueError):
         minority_split(Y, keep=keep)
@@ -278,6 +293,14 @@ def test_the_default_root_is_cifar10_root_or_else_datasets(monkeypatch):
     assert default_root() == Path("datasets")
     monkeypatch.delenv("CIFAR10_ROOT")
     assert default_root() == Path("datasets")
+
+
+def test_a_tilde_in_the_root_is_the_home_folder(small_cifar, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CIFAR10_ROOT", "~/data")
+    assert default_root() == tmp_path / "home" / "data"
+    small_cifar.write(tmp_path / "home" / "data")
+    assert len(load_cifar10().X_train) == len(load_cifar10("~/data").X_train) == 20
 
 
 # --- Loading, damage and download, on a small archive in CIFAR-10's layout ----------------------
@@ -352,6 +375,45 @@ def test_a_missing_copy_is_downloaded_once_and_nothing_else_is_left(
     assert len(server.requests) == asked
     assert np.array_equal(first.X_train, second.X_train)
     assert len(first.X_train) == 20
+
+
+def test_an_archive_in_the_root_is_unpacked_without_a_network(small_cifar, tmp_path, closed_url, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", closed_url)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(small_cifar.archive)
+    unpacked = load_cifar10(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [FOLDER, "cifar-10-python.tar.gz"]
+    assert len(unpacked.X_train) == 20
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    assert np.array_equal(load_cifar10(tmp_path).X_train, unpacked.X_train)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda a: a[:-50], lambda a: a + b"\0", lambda a: b"", lambda a: b"<html>"]
+)
+@pytest.mark.parametrize("load", [load_cifar10, load_data])
+def test_a_damaged_archive_in_the_root_is_named_and_not_unpacked(small_cifar, tmp_path, damage, load):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(damage(small_cifar.archive))
+    before = archive.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"cifar-10-python\.tar\.gz is truncated, damaged or another file.*MD5"
+    ):
+        load(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [archive.name]
+    assert archive.read_bytes() == before
+
+
+def test_two_processes_may_unpack_at_the_same_time(small_cifar, tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(small_cifar.archive)
+    rename = Path.rename
+
+    def be_second(source, target):
+        small_cifar.write(tmp_path)
+        rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", be_second)
+    assert len(load_cifar10(tmp_path).X_train) == 20
+    assert sorted(f.name for f in tmp_path.iterdir()) == [FOLDER, "cifar-10-python.tar.gz"]
 
 
 @pytest.mark.parametrize("damage", [lambda a: a[:-50], lambda a: a + b"\0", lambda a: b"<html>busy</html>"])

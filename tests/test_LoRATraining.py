@@ -1,6 +1,8 @@
 """Training adapters on the real images of a class."""
 
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 import LoRATraining
 from CandidateImages import GenerationSettings, describe_job, name_job
 from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
+from ImageCache import locked
 from ImbalancedCIFAR10 import minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, main, train_lora
 
@@ -138,6 +141,28 @@ def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
         train(X, recipe, "third")
 
 
+def test_a_second_training_in_the_same_folder_waits_for_the_first(X, recipe, monkeypatch):
+    history = train(X, replace(recipe, steps=1), "whole")
+    finished = [Path("whole", name).read_bytes() for name in (STATE, WEIGHTS)]
+    monkeypatch.setattr(LoRATraining, "_load_base_model", lambda *rest: pytest.fail("it did not wait"))
+
+    def first_training():
+        with locked("adapter"):
+            started.set()
+            time.sleep(0.3)
+            Path("adapter").mkdir()
+            for name, content in zip((STATE, WEIGHTS), finished, strict=True):
+                Path("adapter", name).write_bytes(content)
+
+    started = threading.Event()
+    first = threading.Thread(target=first_training)
+    first.start()
+    started.wait(10)
+    assert train(X, replace(recipe, steps=1)) == history
+    first.join()
+    assert {f.name for f in Path().iterdir()} == {"whole", "adapter"}
+
+
 def test_a_folder_keeps_the_adapter_it_has(X, recipe):
     train(X, recipe)
     before = Path("adapter", WEIGHTS).read_bytes()
@@ -168,6 +193,16 @@ def test_a_damaged_state_is_named(X, recipe):
     ("change", "error", "message"),
     [
         ({"steps": 0}, ValueError, "at least 1"),
+        ({"rank": 0}, ValueError, "at least 1"),
+        ({"size": 100}, ValueError, "size must be a multiple of 8 pixels: got 100"),
+        ({"size": 0}, ValueError, "size must be a multiple of 8"),
+        (
+            {"learning_rate": float("nan")},
+            ValueError,
+            "learning rate must be a finite number, 0 or more: got nan",
+        ),
+        ({"learning_rate": float("inf")}, ValueError, "learning rate must be a finite number"),
+        ({"learning_rate": -1.0}, ValueError, "learning rate must be a finite number"),
         ({"model": "./nowhere"}, ModelUnavailableError, "no model folder"),
         ({"learning_rate": 1e30}, FloatingPointError, r"The loss of step \d is .*Lower the learning rate"),
     ],
@@ -176,6 +211,106 @@ def test_what_cannot_be_trained_is_refused(X, recipe, change, error, message):
     with pytest.raises(error, match=message):
         train(X, replace(recipe, **change))
     assert not Path("adapter", WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("class_name", ["", "   ", None])
+def test_a_class_without_a_name_is_refused(X, recipe, class_name):
+    with pytest.raises(ValueError, match="A class needs a name for the prompt"):
+        train_lora(X, class_name, "adapter", recipe, device="cpu")
+    assert not Path("adapter").exists()
+
+
+def test_a_negative_seed_or_a_file_in_the_way_is_refused_before_a_model_is_loaded(X, recipe, monkeypatch):
+    monkeypatch.setattr(LoRATraining, "_load_base_model", lambda *arguments: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="seed must not be negative: got -1"):
+        train(X, recipe, seed=-1)
+    Path("file").write_text("text")
+    with pytest.raises(OSError, match="file is a file"):
+        train(X, recipe, "file/adapter")
+
+
+def test_a_tilde_in_the_output_folder_is_the_home_folder(X, recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train(X, replace(recipe, steps=1), "~/adapter")
+    assert (tmp_path / "home" / "adapter" / WEIGHTS).exists() and not Path("~").exists()
+
+
+# --- Numbers that are not finite ----------------------------------------------------------------
+
+
+def overflow(module, inputs, output):
+    values = output if torch.is_tensor(output) else output[0]
+    return (values * float("nan"),) if isinstance(output, tuple) else values * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda p: p.vae.encoder, "encoding of the images by the model .* not finite"),
+        (
+            lambda p: p.text_encoder.final_layer_norm,
+            "prompt's encoding by the model .* not finite",
+        ),
+        (
+            lambda p: p.unet.conv_out,
+            "loss of the first step is nan, before anything was learned, so the model",
+        ),
+    ],
+)
+def test_a_network_that_overflows_is_named_and_not_the_learning_rate(X, recipe, monkeypatch, part, message):
+    load = LoRATraining._load_base_model
+
+    def load_overflowing(*arguments):
+        pipeline = load(*arguments)
+        part(pipeline).register_forward_hook(overflow)
+        return pipeline
+
+    monkeypatch.setattr(LoRATraining, "_load_base_model", load_overflowing)
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(X, recipe)
+    assert "learning rate" not in str(caught.value)
+    assert not [f for f in Path("adapter").glob("*")]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_adapter_that_the_last_step_broke_is_not_saved(X, recipe, monkeypatch, steps):
+    """The loss is computed before the step, so it cannot tell."""
+    step = torch.optim.AdamW.step
+
+    def break_in_the_last(optimizer, *arguments):
+        step(optimizer, *arguments)
+        done.append(1)
+        if len(done) == steps:
+            optimizer.param_groups[0]["params"][0].data[0, 0] = float("nan")
+
+    done = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", break_in_the_last)
+    with pytest.raises(FloatingPointError, match=f"After step {steps} the adapter is no longer finite"):
+        train(X, replace(recipe, steps=steps))
+    assert not [f for f in Path("adapter").glob("*")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "100"], "size must be a multiple of 8"),
+        (["--learning-rate", "nan"], "learning rate must be a finite number"),
+        (["--rank", "0"], "at least 1"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--class", ""], "Unknown class ''"),
+        (["--model", "./nowhere", "--split", "cat"], "Unknown split 'cat'"),
+    ],
+)
+def test_what_was_typed_is_checked_before_a_model_is_loaded(
+    tiny_data, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(LoRATraining, "load_cifar10", lambda: tiny_data)
+    monkeypatch.setattr(LoRATraining, "_load_base_model", lambda *rest: pytest.fail("it was loaded"))
+    with pytest.raises(SystemExit) as caught:
+        main(["--class", "cat", "--output", "adapter", "--device", "cpu", "--split", "cat-4", *arguments])
+    assert caught.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_images_of_another_type_are_refused(X, recipe):

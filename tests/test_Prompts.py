@@ -6,7 +6,7 @@ import pytest
 
 import Prompts
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
-from Prompts import PROMPTS, find_grammar, fingerprint_of_prompts, make_prompts
+from Prompts import PROMPTS, find_grammar, fingerprint_of_prompts, make_prompts, with_article
 
 
 def count_prompts(class_name):
@@ -86,3 +86,16 @@ def test_missing_prompts_are_named(class_name, grammar, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         make_prompts(class_name, 3, grammar=grammar)
     assert "dog" not in Prompts.REFERENCE_PROMPTS
+
+
+@pytest.mark.parametrize("class_name", ["", "  ", None, 3])
+def test_a_class_without_a_name_has_no_article(class_name):
+    with pytest.raises(ValueError, match="A class needs a name for the prompt, such as 'cat'"):
+        with_article(class_name)
+    assert with_article("otter") == "an otter"
+
+
+def test_a_negative_number_of_prompts_is_refused():
+    with pytest.raises(ValueError, match="must not be negative: got -1"):
+        make_prompts("cat", -1)
+    assert make_prompts("cat", 0) == []

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -28,12 +29,22 @@ from CandidateImages import (
     SHARDS,
     CandidateMaker,
     GenerationSettings,
+    describe_job,
     find_missing,
+    name_job,
     read_shards,
     write_shard,
 )
 from DiffusionPipelines import Painter
-from ImageCache import CACHE, METADATA, describe_cache, load_generated_images, load_metadata
+from ImageCache import (
+    CACHE,
+    METADATA,
+    describe_cache,
+    load_generated_images,
+    load_metadata,
+    locked,
+    save_generated_images,
+)
 from ImageOverSampler import source_balanced_strategy
 from ImageSelection import Selection, SelectionError
 from ImageSources import ImagesUnavailableError, prepare_images
@@ -442,6 +453,51 @@ def test_a_generation_that_breaks_off_leaves_no_cache_and_is_continued(tiny_turb
     assert load_generated_images()[1].tolist() == [3] * 3 + [5] * 2
 
 
+def test_a_cache_that_is_a_symbolic_link_to_nothing_yet_is_filled_where_it_points(tiny_turbo):
+    Path("elsewhere").mkdir()
+    CACHE.parent.mkdir()
+    CACHE.symlink_to(Path("elsewhere/images.npy").absolute())
+    prepare_images({"cat": 3, "dog": 2})
+    assert CACHE.is_symlink()
+    assert load_generated_images("elsewhere/images.npy")[1].tolist() == [3] * 3 + [5] * 2
+    assert [row["class"] for row in load_metadata()] == ["cat"] * 3 + ["dog"] * 2
+
+
+def test_numbers_that_are_not_finite_are_a_reason_and_no_traceback(tiny_turbo, loaded):
+    hook = loaded.painter._text_to_image.unet.conv_out.register_forward_hook(overflow)
+    try:
+        with pytest.raises(
+            ImagesUnavailableError, match="generating .* failed: What the diffusion network drew"
+        ):
+            prepare_images({"cat": 3})
+    finally:
+        hook.remove()
+    assert not CACHE.exists()
+
+
+def test_a_second_study_waits_for_the_images_of_the_first(no_cifake, monkeypatch):
+    monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: pytest.fail("it did not wait"))
+
+    def first_study():
+        with locked(CACHE.with_name("stable_diffusion_sources")):
+            started.set()
+            time.sleep(0.3)
+            save_generated_images(real(3), np.full(3, 3))
+
+    started = threading.Event()
+    first = threading.Thread(target=first_study)
+    first.start()
+    started.wait(10)
+    assert prepare_images({"cat": 5}) == f"the cache {CACHE}: 3 images imported"
+    first.join()
+
+
+def test_a_folder_that_cannot_be_written_is_a_reason_and_no_traceback(no_cifake):
+    CACHE.parent.write_text("a file")
+    with pytest.raises(ImagesUnavailableError, match="can be kept: Cannot write"):
+        prepare_images({"cat": 5})
+
+
 def test_without_any_source_both_reasons_are_given(no_cifake, monkeypatch):
     monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: None)
     with pytest.raises(ImagesUnavailableError, match=r"no CIFAKE here\. Nor can they be generated here"):
@@ -532,6 +588,265 @@ def test_the_sampler_is_imported_without_the_heavy_libraries():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "100"], "size a multiple of 8: got steps 1, size 100"),
+        (["--steps", "0"], "steps and batch size must be at least 1"),
+        (["--steps", "1001"], "steps must be at most 1000"),
+        (["--batch-size", "0"], "steps and batch size must be at least 1"),
+        (["--count", "0"], "count must be at least 1"),
+        (["--count", "-5"], "count must be at least 1"),
+        (["--margin", "nan"], "margin .* from -1 to 1: got nan"),
+        (["--margin", "2"], "margin .* from -1 to 1: got 2"),
+        (["--similarity", "nan"], "similarity must be a number"),
+        (["--from-images", "nan"], "Strengths must be above 0 and at most 1: got nan"),
+        (["--from-images", "0"], "Strengths must be above 0"),
+        (["--from-images", "1.5"], "Strengths must be above 0"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--downsampling", "nearest"], "Unknown downsampling 'nearest'"),
+        (["--device", "abacus"], "no device 'abacus'"),
+        (["--label", "-1"], "label must be a class number, 0 or more: got -1"),
+        (
+            ["--class", "cat", "dog", "--label", "10"],
+            "--label 10 is the number of one class, but 2 are given .cat, dog.",
+        ),
+        (["--class", "all", "--label", "10"], "--label 10 is the number of one class, but 10 are given"),
+        (["--output", "x.csv"], "x.csv is the name of the cache's own table"),
+        (["--output", "."], "is a folder"),
+        (["--output", "file/x.npy"], "file is a file"),
+        (["--shards", "file/shards"], "file is a file"),
+        (["--lora", "nowhere"], "no adapter"),
+    ],
+)
+def test_what_was_typed_is_checked_before_a_model_is_loaded(models, monkeypatch, capsys, arguments, message):
+    for name in ("load_pipeline", "ClipFilter"):
+        monkeypatch.setattr(CandidateImages, name, lambda *rest: pytest.fail("a model was loaded"))
+    Path("file").write_text("text")
+    with pytest.raises(SystemExit) as caught:
+        main(command_line(models, "--count", "3", *arguments))
+    assert caught.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert [f.name for f in Path().iterdir()] == ["file"]
+
+
+def test_a_class_that_cifar10_lacks_needs_a_number(models, monkeypatch, capsys):
+    monkeypatch.setitem(Prompts.PROMPTS, "zebra", Prompts.PROMPTS["cat"])
+    with pytest.raises(SystemExit):
+        main(command_line(models, "--count", "3", "--class", "zebra"))
+    assert (
+        "CIFAR-10 has no class 'zebra'. Give it a number in the cache with --label" in capsys.readouterr().err
+    )
+
+
+def test_a_damaged_cache_is_noticed_before_anything_is_drawn_even_if_it_may_be_replaced(loaded, monkeypatch):
+    CACHE.parent.mkdir()
+    CACHE.write_bytes(b"damaged")
+    drawn = count_draws(make_maker(loaded), monkeypatch)
+    with pytest.raises(ValueError, match=r"stable_diffusion_dataset\.npy is truncated, damaged"):
+        generate(loaded, 3, replace=True)
+    assert not drawn
+
+
+def test_tildes_on_the_command_line_are_the_home_folder(models, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("turbo", "clip"):
+        (tmp_path / "home" / name).symlink_to(models[name])
+    own = ["--model", "~/turbo", "--clip-model", "~/clip", "--output", "~/out.npy", "--shards", "~/shards"]
+    main(command_line(models, "--count", "2", *own))
+    assert {f.name for f in (tmp_path / "home").iterdir()} == {
+        "turbo",
+        "clip",
+        "out.npy",
+        "out.csv",
+        "shards",
+    }
+    assert not Path("~").exists()
+    settings = GenerationSettings("turbo", "~/turbo", lora="~/adapter", clip_model="~/clip").completed()
+    for path in (settings.model, settings.lora, settings.clip_model):
+        assert path.startswith(str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("output", ["outfile", "data.v1"])
+def test_the_output_has_the_name_that_was_asked_for(models, output):
+    main(command_line(models, "--count", "2", "--output", output))
+    assert len(load_generated_images(output)[0]) == 2
+    assert {f.name for f in Path().iterdir()} == {output, Path(output).with_suffix(".csv").name, "datasets"}
+
+
+# --- Numbers that are not finite ----------------------------------------------------------------
+
+
+def overflow(module, inputs, output):
+    return output * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda m: m.painter._text_to_image.unet.conv_out, "What the diffusion network drew"),
+        (lambda m: m.painter._text_to_image.vae.decoder, "What the decoder made"),
+        (lambda m: m.clip_filter._network.visual_projection, "The judgement"),
+    ],
+    ids=["diffusion network", "decoder", "CLIP"],
+)
+def test_numbers_that_are_not_finite_stop_the_generation_and_nothing_is_written(loaded, part, message):
+    hook = part(loaded).register_forward_hook(overflow)
+    try:
+        with pytest.raises(FloatingPointError, match=f"{message}.* not finite"):
+            generate(loaded, 3)
+    finally:
+        hook.remove()
+    assert not CACHE.exists() and not list(shards_of().glob("*.npz"))
+    assert generate(loaded, 3)["kept"] == 3
+
+
+def test_the_command_line_names_the_cause_and_the_cure_in_one_line(models, monkeypatch, capsys):
+    load = CandidateImages.load_pipeline
+
+    def load_overflowing(*arguments):
+        pipeline = load(*arguments)
+        pipeline.unet.conv_out.register_forward_hook(overflow)
+        return pipeline
+
+    monkeypatch.setattr(CandidateImages, "load_pipeline", load_overflowing)
+    with pytest.raises(SystemExit) as caught:
+        main(command_line(models, "--count", "3", "--dtype", "bfloat16"))
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "in bfloat16 has numbers that are not finite" in line and "Choose float32 (--dtype float32)" in line
+    )
+    assert not CACHE.exists()
+
+
+def test_candidates_that_clip_should_have_judged_and_did_not_are_not_let_in(loaded):
+    generate(loaded, 4)
+    before = CACHE.read_bytes()
+    [shard] = shards_of().glob("*.npz")
+    for margin in (np.full(4, np.nan), np.array([0.5, np.nan, 0.5, 0.5])):
+        write_shard(shards_of(), read_shards(shards_of()) | {"margin": margin.astype(np.float32)})
+        with pytest.raises(
+            FloatingPointError, match="gave no judgement .NaN. of . candidates .*Remove the shards"
+        ):
+            generate(loaded, 4)
+    assert CACHE.read_bytes() == before
+
+
+def test_another_dtype_is_another_job_and_the_default_keeps_the_jobs_of_old(settings):
+    jobs = {
+        dtype: describe_job(CandidateMaker(settings, device="cpu", dtype=dtype).settings, "cat", 3)
+        for dtype in (None, torch.float16, torch.bfloat16, torch.float32)
+    }
+    assert len({name_job(job) for job in jobs.values()}) == 4
+    assert "dtype" not in jobs[None] and jobs[torch.float16]["dtype"] == "float16"
+    job = {name: value for name, value in jobs[torch.float32].items() if name != "dtype"}
+    assert name_job(job) == name_job(jobs[None])
+    with pytest.raises(ValueError, match="Unknown dtype 'float64'. Choose one of float16, bfloat16, float32"):
+        CandidateMaker(settings, dtype=torch.float64)
+
+
+def test_numbers_of_numpy_name_the_same_job_as_plain_ones(settings):
+    plain = replace(settings, seed=1, steps=2, size=64, strengths=(0.25, 0.5))
+    numpy = replace(
+        settings,
+        seed=np.int64(1),
+        steps=np.int32(2),
+        size=np.uint16(64),
+        strengths=np.array([0.25, 0.5], np.float32),
+    )
+    jobs = [
+        describe_job(each.completed(), "cat", label, real())
+        for each, label in ((plain, 3), (numpy, np.int64(3)))
+    ]
+    assert name_job(jobs[0]) == name_job(jobs[1])
+    assert json.loads(json.dumps(jobs[1])) == json.loads(json.dumps(jobs[0]))
+
+
+def test_float32_is_not_answered_from_the_shards_of_float16(models):
+    arguments = command_line(models, "--count", "2", "--output", "first.npy")
+    main([*arguments, "--dtype", "bfloat16"])
+    main([*arguments, "--dtype", "float32", "--output", "second.npy"])
+    assert len(list(SHARDS.iterdir())) == 2
+    first, second = (load_generated_images(name)[0] for name in ("first.npy", "second.npy"))
+    assert not np.array_equal(first, second)
+
+
+# --- Several runs of one job --------------------------------------------------------------------
+
+
+def test_shards_of_two_runs_that_overlap_give_each_candidate_once(loaded, small_shards):
+    generate(loaded, 10)
+    expected = CACHE.read_bytes()
+    whole = read_shards(shards_of())
+    write_shard(shards_of(), {name: column[8:] for name, column in whole.items()})
+    write_shard(shards_of(), {name: column[6:9] for name, column in whole.items()})
+    write_shard(shards_of(), {name: column[:10] for name, column in whole.items()})
+    assert read_shards(shards_of())["index"].tolist() == list(range(10))
+    assert find_missing(shards_of(), 12) == [[10, 11]]
+    generate(loaded, 10)
+    assert CACHE.read_bytes() == expected
+
+
+def test_a_second_run_of_a_job_waits_and_leaves_the_files_of_the_first_alone(loaded):
+    folder = SHARDS / name_job(describe_job(loaded.settings, "cat", 3))
+    unfinished = folder / ".000000-000002-abc.npz"
+    seen = []
+
+    def first_run():
+        with locked(folder):
+            folder.mkdir(parents=True)
+            unfinished.write_bytes(b"half")
+            started.set()
+            time.sleep(0.4)
+            seen.append(unfinished.exists())
+
+    started = threading.Event()
+    first = threading.Thread(target=first_run)
+    first.start()
+    started.wait(10)
+    generate(loaded, 3)
+    first.join()
+    assert seen == [True]
+    assert {f.name for f in folder.iterdir()} == {"000000-000002.npz", "settings.json", "report.json"}
+    assert [f.name for f in SHARDS.iterdir()] == [folder.name]
+
+
+def test_images_that_were_imported_while_the_generation_ran_are_not_replaced_unasked(loaded, monkeypatch):
+    maker = make_maker(loaded)
+    draw = maker.painter.draw
+
+    def import_meanwhile(*arguments):
+        save_generated_images(real(4), np.full(4, 3))
+        return draw(*arguments)
+
+    monkeypatch.setattr(maker.painter, "draw", import_meanwhile)
+    with pytest.raises(ValueError, match="already has 4 images of cat .*imported"):
+        generate(maker, 3)
+    assert describe_cache() == "4 images imported"
+    assert len(read_shards(shards_of())["index"]) == 3  # what was drawn stays
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard: {name: column for name, column in shard.items() if name != "margin"},
+        lambda shard: shard | {"margin": shard["margin"][:2]},
+        lambda shard: shard | {"image": shard["image"][:, :16]},
+        lambda shard: shard | {"image": shard["image"].astype(np.float32)},
+    ],
+    ids=["a column less", "a shorter column", "smaller images", "images of another type"],
+)
+def test_a_shard_that_does_not_fit_the_others_is_named(loaded, damage, small_shards):
+    generate(loaded, 8)
+    whole = read_shards(shards_of())
+    write_shard(shards_of(), damage({name: column[4:] for name, column in whole.items()}))
+    with pytest.raises(ValueError, match=r"shard .*000004-000007\.npz is truncated or damaged"):
+        read_shards(shards_of())
 
 
 # --- Several processes, and kills ---------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Filling the cache with CIFAKE."""
 
+import hashlib
 import io
 import shutil
+import struct
 import tempfile
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -64,10 +67,21 @@ def zip_of(folder, path, parent=""):
     return path
 
 
+def with_backslashes(path):
+    content = path.read_bytes()
+    for half in (b"train", b"test"):
+        for kind in (b"FAKE", b"REAL"):
+            content = content.replace(b"/".join([half, kind, b""]), b"\\".join([half, kind, b""]))
+    path.write_bytes(content)
+    return path
+
+
 SOURCES = {
     "folder": lambda folder: folder,
     "zip": lambda folder: zip_of(folder, folder.parent / "small.zip"),
     "zip with a parent folder": lambda folder: zip_of(folder, folder.parent / "small.zip", "archive/cifake/"),
+    "zip of the training half": lambda folder: zip_of(folder / "train", folder.parent / "small.zip"),
+    "zip made on Windows": lambda folder: with_backslashes(zip_of(folder, folder.parent / "small.zip")),
 }
 
 
@@ -106,6 +120,24 @@ def save_foreign_image(folder, name):
     save_flat_image(folder / "train" / "FAKE" / name, (0, 0, 0))
 
 
+def save_bomb(folder, name, size):
+    """A PNG of many pixels in few bytes, as Pillow writes it, but without the memory that this takes."""
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+    content = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
+    (folder / "train" / "FAKE" / name).write_bytes(content)
+
+
 CONTENT_ERRORS = {
     "foreign file": (lambda f: save_foreign_image(f, "cat.jpg"), r"'cat\.jpg'"),
     "class 11": (lambda f: save_foreign_image(f, "9 (11).jpg"), r"9 \(11\)\.jpg"),
@@ -115,6 +147,19 @@ CONTENT_ERRORS = {
         r"9 \(3\)\.jpg.*64x32",
     ),
     "damaged image": (break_jpeg, r"10 \(4\)\.jpg.*damaged"),
+    "too many pixels": (
+        lambda f: save_bomb(f, "9 (3).jpg", 20_000),
+        r"9 \(3\)\.jpg.*20000x20000|400000000 pixels",
+    ),
+    "many pixels": (lambda f: save_bomb(f, "9 (3).jpg", 10_000), r"9 \(3\)\.jpg.*10000x10000"),
+    "too many bytes": (
+        lambda f: (f / "train" / "FAKE" / "9 (3).jpg").write_bytes(b"\xff\xd8" + bytes(70_000)),
+        r"9 \(3\)\.jpg.*70,002 bytes",
+    ),
+    "no picture": (
+        lambda f: (f / "train" / "FAKE" / "9 (3).jpg").write_bytes(b"GIF87a"),
+        r"9 \(3\)\.jpg.*damaged",
+    ),
     "too few images": (lambda f: (f / "train" / "FAKE" / "9 (10).jpg").unlink(), "2 images of class truck"),
 }
 
@@ -163,6 +208,102 @@ def test_a_damaged_zip_is_named_and_no_cache_written(folder, damage):
     assert_refused_without_a_trace(source, ValueError, r"small\.zip")
 
 
+@pytest.mark.parametrize("name", ["train/FAKE/9.jpg", "train/REAL/4.jpg"])
+def test_a_member_that_grows_to_gigabytes_is_never_decompressed(folder, monkeypatch, name):
+    source = SOURCES["zip"](folder)
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*.jpg")):
+            member = file.relative_to(folder).as_posix()
+            archive.writestr(member, bytes(3_000_000) if member == name else file.read_bytes())
+    largest = []
+    read = zipfile.ZipExtFile.read
+    monkeypatch.setattr(
+        zipfile.ZipExtFile, "read", lambda file, n=-1: (c := read(file, n), largest.append(len(c)))[0]
+    )
+    if "FAKE" in name:
+        assert_refused_without_a_trace(source, ValueError, r"9\.jpg in .*small\.zip .*3,000,000 bytes")
+    else:
+        assert import_cifake(source) == 30
+    assert max(largest, default=0) < 100_000
+
+
+def test_a_member_that_is_longer_than_it_says_is_refused(folder):
+    source = SOURCES["zip"](folder)
+    with zipfile.ZipFile(source, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/FAKE/8.jpg", bytes(3_000_000))
+    source.write_bytes(source.read_bytes().replace(struct.pack("<I", 3_000_000), struct.pack("<I", 900)))
+    assert_refused_without_a_trace(source, ValueError, r"8\.jpg in .*small\.zip is damaged")
+
+
+def test_an_encrypted_archive_is_named_and_not_taken_for_damage(folder):
+    source = SOURCES["zip"](folder)
+    content = bytearray(source.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = content.find(signature)
+        while start >= 0:
+            content[start + offset] |= 1
+            start = content.find(signature, start + 4)
+    source.write_bytes(content)
+    assert_refused_without_a_trace(source, ValueError, r"small\.zip is encrypted.*without a password")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_a_damaged_member_is_named_whatever_compressed_it(folder, method):
+    source = folder.parent / "small.zip"
+    with zipfile.ZipFile(source, "w", method) as archive:
+        for file in sorted(folder.rglob("*.jpg")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    with zipfile.ZipFile(source) as archive:
+        start = archive.getinfo("train/FAKE/9.jpg").header_offset + 30 + len("train/FAKE/9.jpg")
+    content = source.read_bytes()
+    for damage in (b"\xff" * 20, bytes(20)):
+        source.write_bytes(content[:start] + damage + content[start + 20 :])
+        assert_refused_without_a_trace(source, ValueError, r"9\.jpg in .*small\.zip is damaged")
+        CACHE.unlink()
+
+
+def test_a_file_that_is_there_twice_is_refused(folder):
+    source = SOURCES["zip"](folder)
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr("copy/train/FAKE/9.jpg", (folder / "train" / "FAKE" / "10.jpg").read_bytes())
+    assert_refused_without_a_trace(source, ValueError, r"small\.zip has the file '9\.jpg' twice")
+
+
+@pytest.mark.parametrize("make_source", [SOURCES["folder"], SOURCES["zip"]], ids=["folder", "zip"])
+def test_what_desktops_leave_in_folders_is_ignored(folder, make_source):
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "Desktop.ini",
+        "._9.jpg",
+        ".directory",
+        "ehthumbs.db",
+    ):
+        (folder / "train" / "FAKE" / name).write_bytes(b"anything")
+    source = make_source(folder)
+    if source.is_file():
+        with zipfile.ZipFile(source, "a") as archive:
+            for file in (folder / "train" / "FAKE").iterdir():
+                if file.name[0] in ".TDde" and file.suffix != ".jpg":
+                    archive.write(file, f"train/FAKE/{file.name}")
+            archive.writestr("__MACOSX/train/FAKE/._9.jpg", b"anything")
+            archive.writestr("__MACOSX/train/FAKE/9.jpg", b"anything")
+    assert import_cifake(source) == 30
+
+
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert import_cifake("~/cifake", "~/elsewhere/x.npy") == 30
+    assert len(load_generated_images(tmp_path / "elsewhere" / "x.npy")[0]) == 30
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_anything_is_read(folder, monkeypatch):
+    monkeypatch.setattr(CIFAKE, "_read_folder", lambda source: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="own table"):
+        import_cifake(folder, "x.csv")
+
+
 def test_a_missing_source_is_named_and_no_cache_written():
     assert_refused_without_a_trace("nowhere.zip", FileNotFoundError, r"nowhere\.zip")
 
@@ -188,30 +329,72 @@ def nothing_here(tmp_path, monkeypatch):
     return temporary
 
 
+@pytest.fixture
+def sites(server, closed_url, monkeypatch):
+    """Set what Kaggle and the mirror send: bytes, or None for a site that does not answer."""
+
+    def set_sites(kaggle, mirror=None, checksum=None):
+        for name, content in (("CIFAKE_URL", kaggle), ("MIRROR_URL", mirror)):
+            server.files[f"/{name}"] = content
+            monkeypatch.setattr(CIFAKE, name, closed_url if content is None else f"{server.url}/{name}")
+        monkeypatch.setattr(CIFAKE, "MIRROR_SHA256", checksum or hashlib.sha256(mirror or b"").hexdigest())
+
+    return set_sites
+
+
 def test_without_a_source_the_archive_is_downloaded_and_removed_after_use(
-    folder, nothing_here, server, monkeypatch
+    folder, nothing_here, sites, server
 ):
-    server.files["/cifake"] = SOURCES["zip"](folder).read_bytes()
-    monkeypatch.setattr(CIFAKE, "CIFAKE_URL", f"{server.url}/cifake")
+    sites(SOURCES["zip"](folder).read_bytes(), b"not needed")
     assert import_cifake() == 30
     assert len(load_generated_images()[0]) == 30
     assert not list(nothing_here.iterdir())
     assert [f.name for f in CACHE.parent.iterdir()] == [CACHE.name]
+    assert set(server.requests) == {"/CIFAKE_URL"}
 
 
-def test_a_damaged_download_is_refused_and_leaves_nothing(folder, nothing_here, server, monkeypatch):
-    server.files["/cifake"] = SOURCES["zip"](folder).read_bytes()[:-100]
-    monkeypatch.setattr(CIFAKE, "CIFAKE_URL", f"{server.url}/cifake")
-    with pytest.raises(DataUnavailableError, match="not CIFAKE"):
+@pytest.mark.parametrize(
+    "kaggle", [None, b"<html>log in first</html>", "damaged"], ids=["down", "login", "damaged"]
+)
+def test_the_mirror_is_tried_when_kaggle_does_not_send_cifake(folder, nothing_here, sites, kaggle):
+    """The mirror has the training half under FAKE and REAL, without a folder above them."""
+    if kaggle == "damaged":
+        kaggle = SOURCES["zip"](folder).read_bytes()[:-100]
+    sites(kaggle, SOURCES["zip of the training half"](folder).read_bytes())
+    assert import_cifake() == 30
+    wanted = [colour(c, number) for c in range(10) for number in NUMBERS]
+    images, _ = load_generated_images()
+    assert np.abs(images.astype(int) - np.array(wanted)[:, None, None, :]).max() <= 6
+    assert not list(nothing_here.iterdir())
+
+
+@pytest.mark.parametrize("content", ["another version", "names without a class"])
+def test_what_the_mirror_sends_is_checked(folder, nothing_here, sites, content):
+    checksum = None
+    if content == "another version":
+        checksum = "0" * 64
+    else:
+        for number, file in enumerate((folder / "train" / "FAKE").iterdir()):
+            file.rename(file.with_name(f"image_{number}.jpg"))
+    sites(b"<html>", SOURCES["zip"](folder).read_bytes(), checksum)
+    with pytest.raises(DataUnavailableError, match="MIRROR_URL sent is not CIFAKE.*by hand"):
         import_cifake()
     assert not CACHE.exists()
     assert not list(nothing_here.iterdir())
 
 
-def test_a_server_that_is_down_is_noticed_quickly(nothing_here, closed_url, monkeypatch):
-    monkeypatch.setattr(CIFAKE, "CIFAKE_URL", closed_url)
+def test_a_damaged_download_is_refused_and_leaves_nothing(folder, nothing_here, sites):
+    sites(SOURCES["zip"](folder).read_bytes()[:-100])
+    with pytest.raises(DataUnavailableError, match="CIFAKE_URL sent is not CIFAKE"):
+        import_cifake()
+    assert not CACHE.exists()
+    assert not list(nothing_here.iterdir())
+
+
+def test_servers_that_are_down_are_noticed_quickly(nothing_here, sites):
+    sites(None)
     start = time.monotonic()
-    with pytest.raises(DataUnavailableError, match=r"cifake\.zip"):
+    with pytest.raises(DataUnavailableError, match=r"no cifake\.zip .*does not answer.*does not answer"):
         import_cifake()
     assert time.monotonic() - start < 5
     assert not CACHE.exists()

@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torchvision.transforms import v2
 import ImageOverSampler
 import NonSyntheticGeneration
 from ImageCache import load_generated_images, save_generated_images
-from ImageOverSampler import TooFewImagesError, source_balanced_strategy
+from ImageOverSampler import TooFewImagesError, TooManyImagesError, source_balanced_strategy
 from ImbalancedCIFAR10 import minority_split
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from StableDiffusionGeneration import StableDiffusionOverSampler
@@ -173,6 +174,47 @@ def test_impossible_strategies_are_refused(make_sampler, X, y, strategy):
         make_sampler(sampling_strategy=strategy).fit_resample(X, y)
 
 
+@pytest.mark.parametrize("count", [10**8, 10**12])
+def test_more_images_than_memory_holds_are_refused_before_anything_is_made(
+    make_sampler, X, y, count, monkeypatch
+):
+    monkeypatch.setattr(
+        ImageOverSampler.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 10**9)
+    )
+    sampler = make_sampler(sampling_strategy={2: count})
+    monkeypatch.setattr(sampler, "_fit_resample", lambda X, y: pytest.fail("it began"))
+    for method in (sampler.fit_resample, sampler.fit):
+        with pytest.raises(
+            TooManyImagesError, match=r"images in all, which need [\d,.]+ GB .*64\.0 GB are available"
+        ):
+            method(X, y)
+    assert issubclass(TooManyImagesError, MemoryError) and issubclass(TooManyImagesError, ValueError)
+
+
+def test_more_images_than_an_integer_holds_are_refused_too(make_sampler, X, y):
+    with pytest.raises(TooManyImagesError, match="more images than any memory holds"):
+        make_sampler(sampling_strategy={2: 10**30}).fit_resample(X, y)
+
+
+def test_as_many_images_as_memory_holds_are_made(make_sampler, X, y, monkeypatch):
+    monkeypatch.setattr(ImageOverSampler.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    make_sampler(sampling_strategy={2: 12}).fit_resample(X, y)
+    with pytest.raises(TooManyImagesError):
+        make_sampler(sampling_strategy={2: 700}).fit_resample(X, y)
+
+
+@pytest.mark.parametrize("count", [float("nan"), 9.5, 9.0, float("inf")])
+def test_a_number_of_images_that_is_not_whole_is_refused(make_sampler, X, y, count):
+    with pytest.raises(ValueError, match="whole number"):
+        make_sampler(sampling_strategy={2: count}).fit_resample(X, y)
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1])
+def test_an_impossible_share_of_synthetic_images_is_refused(y, share):
+    with pytest.raises(ValueError, match="share must be a finite number, 0 or more"):
+        source_balanced_strategy(y, share)
+
+
 # --- Augmentation -------------------------------------------------------------------------------
 
 
@@ -267,6 +309,35 @@ def test_random_oversampling_repeats_given_images(X, y):
     assert {image.tobytes() for image in X_res[y_res == 2]} == given and (y_res == 2).sum() == 12
 
 
+class Constant(BaseOverSampler):
+    """A sampler whose new rows all have one value."""
+
+    def __init__(self, value, *, sampling_strategy="auto", random_state=None):
+        super().__init__(sampling_strategy=sampling_strategy)
+        self.value, self.random_state = value, random_state
+
+    def _fit_resample(self, X, y):
+        rows = [
+            (c, np.full((n, X.shape[1]), self.value, X.dtype)) for c, n in self.sampling_strategy_.items()
+        ]
+        return np.concatenate([X, *(x for _, x in rows)]), np.concatenate(
+            [y, *(np.full(len(x), c) for c, x in rows)]
+        )
+
+
+@pytest.mark.parametrize(("value", "pixel"), [(256.0, 255), (-1.0, 0), (1e9, 255), (254.6, 255), (7.4, 7)])
+def test_pixels_beyond_the_range_do_not_wrap_around(X, y, value, pixel):
+    X_res, _ = PixelOverSampler(Constant(value)).fit_resample(X, y)
+    assert (X_res[20:] == pixel).all() and len(X_res) == 36
+    assert np.array_equal(X_res[:20], X)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_do_not_become_black(X, y, value):
+    with pytest.raises(FloatingPointError, match="Constant gave pixels that are not finite"):
+        PixelOverSampler(Constant(value)).fit_resample(X, y)
+
+
 def test_the_given_sampler_is_left_as_it_is(X, y):
     smote = SMOTE()
     PixelOverSampler(smote, random_state=3).fit_resample(X, y)
@@ -304,6 +375,23 @@ def test_a_cache_with_too_few_images_of_a_class_is_refused(tiny_cache, X, y):
 def test_a_class_that_the_cache_lacks_is_refused(tiny_cache, X, y):
     with pytest.raises(ValueError, match="0 images of class 11"):
         StableDiffusionOverSampler().fit_resample(X, y + 10)  # classes 10, 11 and 12
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_images_of_another_size_than_the_caches_are_refused(tiny_cache, y, size):
+    X = np.zeros((20, size, size, 3), dtype=np.uint8)
+    sampler = StableDiffusionOverSampler(random_state=0)
+    for method in (sampler.fit_resample, sampler.fit):
+        with pytest.raises(ValueError, match=rf"32x32 pixels, but X has the shape \(20, {size}, {size}, 3\)"):
+            method(X, y)
+
+
+def test_a_tilde_in_the_path_of_the_cache_is_the_home_folder(X, y, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_generated_images(
+        np.full((30, 32, 32, 3), 7, dtype=np.uint8), np.repeat([0, 1, 2], 10), tmp_path / "x.npy"
+    )
+    assert len(StableDiffusionOverSampler(path="~/x.npy").fit_resample(X, y)[0]) == 36
 
 
 def test_a_missing_cache_is_named(X, y):

@@ -1,0 +1,93 @@
+"""NaN and infinity are found where they leave a network, before they become black images or wrong answers.
+
+    check_weights(pipeline.components, "CompVis/stable-diffusion-v1-4")
+    with finite_numbers(pipeline, "CompVis/stable-diffusion-v1-4"):
+        images = pipeline("a photo of a cat").images
+
+A NaN pixel becomes black. A comparison with NaN is False, so a network that judges images by one lets every
+image pass. Each function here raises FloatingPointError, which names the cause and what to do.
+"""
+
+import contextlib
+
+import torch
+
+
+def check_weights(networks, model):
+    """Raise FloatingPointError if a weight of a network is not finite. The message names the weight.
+
+    Parameters
+    ----------
+    networks : dict
+        Name -> :class:`torch.nn.Module`. Other values are ignored.
+    model : str
+        Hub id or folder, for the message.
+    """
+    for part, network in networks.items():
+        if not isinstance(network, torch.nn.Module):
+            continue
+        for name, weight in network.state_dict().items():
+            if weight.is_meta or not weight.is_floating_point() or bool(torch.isfinite(weight).all()):
+                continue
+            dtype = str(weight.dtype).removeprefix("torch.")
+            cure = "Get the model again, because its files are damaged."
+            if dtype != "float32":
+                cure = f"Choose float32 (--dtype float32). If that does not help: {cure[0].lower()}{cure[1:]}"
+            raise FloatingPointError(
+                f"The model {model} has a weight that is not finite (NaN or infinity) in {dtype}: {part}.{name}. "
+                f"{cure}"
+            )
+
+
+def check_finite(values, what, networks, model):
+    """Raise FloatingPointError if numbers that a network computed are not finite.
+
+    Parameters
+    ----------
+    values : Tensor
+    what : str
+        What was computed, to begin the message with.
+    networks, model
+        Where to look for the cause, see :func:`check_weights`.
+    """
+    if bool(torch.isfinite(values).all()):
+        return
+    check_weights(networks, model)
+    dtype = str(values.dtype).removeprefix("torch.")
+    cure = "Get the model again, or choose another one."
+    if dtype != "float32":
+        cure = "Choose float32 (--dtype float32), which has more range or precision."
+    raise FloatingPointError(
+        f"{what} by the model {model} in {dtype} has numbers that are not finite (NaN or infinity). Nothing of it "
+        f"was kept. {cure}"
+    )
+
+
+@contextlib.contextmanager
+def finite_numbers(pipeline, model):
+    """Context in which a pipeline's numbers are checked on their way to the image.
+
+    Checked are the latents (before the decoder), the pixels (after it) and what the safety checker computes.
+
+    Parameters
+    ----------
+    pipeline : diffusers.DiffusionPipeline
+    model : str
+        Hub id or folder, for the message.
+    """
+
+    def check_decoder(module, inputs, output):
+        check_finite(inputs[0], "What the diffusion network drew", pipeline.components, model)
+        check_finite(output, "What the decoder made of the drawing", pipeline.components, model)
+
+    def check_judge(module, inputs, output):
+        check_finite(output, "The safety checker's judgement", pipeline.components, model)
+
+    hooks = [pipeline.vae.decoder.register_forward_hook(check_decoder)]
+    if (checker := getattr(pipeline, "safety_checker", None)) is not None:
+        hooks.append(checker.visual_projection.register_forward_hook(check_judge))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
