@@ -56,7 +56,7 @@ def arm_recipe(study, data):
 
 
 def finished_result(study, data, arm_name, seed=0):
-    """The result of an arm that was run before, or None.
+    """The result of an arm that was run before, or None. Plots that a kill left missing are drawn.
 
     Parameters
     ----------
@@ -89,8 +89,8 @@ def finished_result(study, data, arm_name, seed=0):
 def epoch_evaluator(data, split, recipe, images):
     """A callback that evaluates on the test set during training, for the learning curves. It decides nothing.
 
-    It evaluates so seldom that this costs about 2 % of the run: evaluating an image costs about half of training
-    on it. Three evaluations are the fewest that make a curve; in short runs they cost more.
+    It evaluates so seldom that this costs at most about 2 % of the run: evaluating an image costs less than half of
+    training on it. Three evaluations are the fewest that make a curve; in short runs they cost more.
 
     Parameters
     ----------
@@ -117,14 +117,12 @@ def epoch_evaluator(data, split, recipe, images):
 def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None):
     """Train a ResNet-18 on an arm's training set, evaluate its last weights on the test set, keep the result.
 
-    These are the calls that ``Main.ipynb`` shows, with files around them.
-
     Parameters
     ----------
     study : Results.Study
         Decides network, recipe and where files go.
     data : ImbalancedCIFAR10.ImageDataSet
-        Only its test images and class names are used.
+        Nothing of it but its test images is used, except to check ``X``.
     arm_name : str
         A key of :data:`Arms.ARMS`.
     X : ndarray of uint8, shape (n, 32, 32, 3)
@@ -133,19 +131,24 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     seed : int
         Of the initial weights and the order of the images.
     device : str or torch.device, optional
-        Default: the fastest there is.
     processes : accelerate.PartialState, optional
         If given, all its processes train this one network together, and the main process writes.
 
     Returns
     -------
     dict
-        The content of the JSON file.
+
+    Raises
+    ------
+    ValueError
+        If the first rows of ``X`` and ``y`` are not the images that the split keeps, in order.
     """
     arm, seed, device = find_arm(arm_name), int(seed), choose_device(device)
     split = split_from_name(study.split, data.y_train, data.class_names)
     recipe, classes = arm_recipe(study, data), len(data.class_names)
-    real_rows = len(y) if arm.whole_training_set else len(split.kept_rows(data.y_train))
+    kept = np.arange(len(data.y_train)) if arm.whole_training_set else split.kept_rows(data.y_train)
+    _check_real_rows(X, y, data, kept, arm_name)
+    real_rows = len(kept)
     rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
 
     model = create_classifier(classes, study.settings.width, channel_statistics(X), seed, device)
@@ -199,6 +202,15 @@ def _save_plots(study, arm_name):
     except (ValueError, KeyError) as error:
         # The result of another seed is damaged. That must not cost the run that has just finished.
         print(f"The plots of {arm_name} were not drawn: {error}")
+
+
+def _check_real_rows(X, y, data, kept, arm_name):
+    real = slice(len(kept))
+    if not (np.array_equal(y[real], data.y_train[kept]) and np.array_equal(X[real], data.X_train[kept])):
+        raise ValueError(
+            f"The training set of {arm_name} must begin with the {len(kept):,} real images of the arm, in order. Pass "
+            "what fit_resample returned."
+        )
 
 
 def _recipe_and_network(recipe, settings):

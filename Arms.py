@@ -16,7 +16,7 @@ from sklearn.base import clone
 
 from ClassifierTraining import LogitAdjustedLoss, Recipe
 from GANGeneration import GANOverSampler, GANSettings
-from ImageOverSampler import TooFewImagesError, source_balanced_strategy
+from ImageOverSampler import UnsuitableImagesError, source_balanced_strategy
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import choose_device, derive_seed
 from StableDiffusionGeneration import StableDiffusionOverSampler
@@ -109,7 +109,7 @@ PROFILES = {
         # where bfloat16 convolutions are fast.
         gan=GANSettings(steps=20000),
         evidence=True,
-        purpose="evidence from two CPU cores: 5 to 10 minutes an arm",
+        purpose="evidence from a CPU: about 10 minutes an arm on one core",
     ),
     "full": Profile(
         width=64,
@@ -166,7 +166,7 @@ class Arm:
     whole_training_set : bool
         Whether it trains on all images of the data set, none removed: the ceiling.
     story : bool
-        Whether ``Main.ipynb`` compares it.
+        Whether ``Main.ipynb`` compares it. Not for an arm that needs a GAN, which Main.ipynb does not train.
     """
 
     title: str
@@ -206,16 +206,26 @@ class Arm:
         Raises
         ------
         ArmUnavailableError
-            If a class has too few images for the sampler.
+            If the sampler cannot make the images from these, or there are too few of them.
+        ValueError
+            If the arm trains on the whole data set, or needs a generator and there is none.
         """
+        if self.whole_training_set:
+            raise ValueError(
+                f"The arm {self.title!r} trains on data.X_train and data.y_train, not on a cut set."
+            )
         if self.sampler is None:
             return X, y
         parameters = {"random_state": sampling_seed(seed)}
         if self.needs_gan:
+            if generator is None:
+                raise ValueError(
+                    f"The arm {self.title!r} needs a generator: pass generator=prepare_generator(study, data)."
+                )
             parameters["generator"] = generator
         try:
             return clone(self.sampler).set_params(**parameters).fit_resample(X, y)
-        except TooFewImagesError as error:
+        except UnsuitableImagesError as error:
             raise ArmUnavailableError(str(error)) from error
 
     def loss(self, y, num_classes, real_rows):

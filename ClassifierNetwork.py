@@ -1,4 +1,4 @@
-"""ResNet-18 for small images: the network, the optimiser of its kernels, its files and its evaluation.
+"""ResNet-18 for small images: the network, its files and its evaluation.
 
     model = create_classifier(num_classes=10, width=64, mean_std=channel_statistics(X), seed=0)
     evaluation = evaluate_classifier(model, X_test, y_test)
@@ -10,7 +10,7 @@ wrongly scaled input. ``ClassifierTraining.py`` trains it.
 References
 ----------
 He et al. (2016), Deep residual learning for image recognition. Zhang (2019), Making convolutional networks
-shift-invariant again. Jordan et al. (2024), Muon: an optimizer for hidden layers in neural networks.
+shift-invariant again.
 """
 
 from dataclasses import dataclass

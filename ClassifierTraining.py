@@ -286,7 +286,8 @@ def train_classifier(
 ):
     """Train ``model`` in place, on its device, for a fixed number of steps. The last weights are the result.
 
-    There are nine parameters because each of the last four replaces one part of the loop.
+    There are nine parameters. Six say what is trained and by which loss; each of the others is None for most callers
+    and cannot be derived.
 
     Parameters
     ----------

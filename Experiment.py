@@ -192,6 +192,11 @@ def _parse(arguments):
         default="auto",
         help="smoke, quick, cpu, full, or auto (default): full with CUDA, else quick",
     )
+    add(
+        "--prepare-data",
+        action="store_true",
+        help="fetch CIFAR-10 and the Stable Diffusion images, and run no arm",
+    )
     add("--train-gan", action="store_true", help="train the GAN of the split, and run no arm")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
     add("--data-parallel", action="store_true",
@@ -205,18 +210,18 @@ def _parse(arguments):
 
 def _prepare_sources(studies, data, splits, options):
     """Fetch or make what several runs share. The main process does it before the others start."""
-    with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
-        if any(ARMS[name].needs_stable_diffusion for name in options.arms):
-            prepare_stable_diffusion_images(data, *splits)
-    for study in studies:
+    for study, split in zip(studies, splits, strict=True):
         unfinished = {
             name
             for name in options.arms
             for seed in options.seed
             if not study.result_path(name, seed).exists()
         }
-        if any(ARMS[name].needs_gan for name in unfinished):
-            with contextlib.suppress(ArmUnavailableError):
+        with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
+            if any(ARMS[name].needs_stable_diffusion for name in unfinished):
+                prepare_stable_diffusion_images(data, split)
+        with contextlib.suppress(ArmUnavailableError):
+            if any(ARMS[name].needs_gan for name in unfinished):
                 prepare_generator(study, data, options.device)
 
 
@@ -229,11 +234,19 @@ def main(arguments=None):
         for name in options.arms:
             find_arm(name)
         processes = start_processes(options.device)
+        if options.data_parallel and not processes.use_distributed:
+            parser.error(
+                "--data-parallel needs several processes: start it with torchrun or accelerate launch"
+            )
         with processes.main_process_first():
             data = load_data()
             names = options.split or [default_split(data)]
             splits = [split_from_name(name, data.y_train, data.class_names) for name in names]
             studies = [Study(profile, data.name, split.name) for split in splits]
+            if options.prepare_data:
+                print(data)
+                print(f"Stable Diffusion images: {prepare_stable_diffusion_images(data, *splits)}.")
+                return
             if options.train_gan:
                 for study in studies:
                     print(f"The generator is {prepare_generator(study, data, options.device)}.")

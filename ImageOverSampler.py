@@ -23,8 +23,12 @@ from sklearn.utils import check_random_state
 from Runtime import check_images, derive_seed
 
 
-class TooFewImagesError(ValueError):
-    """A class has too few images for the sampler; the message says which sampler and how many it needs."""
+class UnsuitableImagesError(ValueError):
+    """The sampler cannot make the wanted images from these images; the message says why."""
+
+
+class TooFewImagesError(UnsuitableImagesError):
+    """A class has too few images for the sampler."""
 
 
 class TooManyImagesError(ValueError, MemoryError):

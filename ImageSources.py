@@ -68,8 +68,8 @@ def _fill_cache(counts):
     preset = preset_at_hand()
     if preset is None:
         raise ImagesUnavailableError(
-            f"no Stable Diffusion images could be had: {str(reason).rstrip('.')}. Nor can they be generated "
-            "here, which takes a GPU and a model's weights: see StableDiffusionGeneration.py"
+            f"CIFAKE is not available: {str(reason).rstrip('.')}. Generating images needs a GPU and a model's "
+            "weights on this machine: see StableDiffusionGeneration.py"
         ) from reason
     # On the GPU that preset_at_hand found, even if the study itself runs on the CPU.
     maker = CandidateMaker(GenerationSettings(preset), device=choose_device())

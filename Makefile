@@ -16,15 +16,14 @@ test: $(ENVIRONMENT)  ## check modules, notebooks, and that the documents show w
 	$(RUN) benchmarks/report.py --check
 
 data: $(ENVIRONMENT)  ## fetch CIFAR-10 and CIFAKE without running anything
-	$(RUN) -c "import Experiment as e; d = e.load_data(); print(d); \
-	    print(e.prepare_stable_diffusion_images(d, e.split_from_name(e.default_split(d), d.y_train, d.class_names)))"
+	$(RUN) Experiment.py --prepare-data
 
-evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or full, the notebooks, then the report
+evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or PROFILE=full, then the notebooks
+	@case "$(PROFILE)" in cpu|full) ;; *) echo "Choose PROFILE=cpu or PROFILE=full." >&2; exit 2;; esac
 	$(RUN) Experiment.py --arm all --profile $(PROFILE)
 	$(RUN) RunNotebooks.py --profile $(PROFILE)
-	$(RUN) Report.py
 
-report: $(ENVIRONMENT)  ## redraw images/ and the documents' tables from results/
+report: $(ENVIRONMENT)  ## redraw the committed plots and the documents' tables from results/
 	$(RUN) Report.py
 	$(RUN) benchmarks/report.py
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.base import clone
 from torchvision.transforms import InterpolationMode, v2
 
-from ImageOverSampler import ImageOverSampler, TooFewImagesError, check_request
+from ImageOverSampler import ImageOverSampler, TooFewImagesError, UnsuitableImagesError, check_request
 from Runtime import check_images, seeded
 
 # --- Augmentation -------------------------------------------------------------------------------
@@ -124,6 +124,9 @@ class PixelOverSampler(BaseOverSampler):
     ------
     TooFewImagesError
         In ``fit_resample``, if the sampler interpolates between neighbours and a class has one image.
+    UnsuitableImagesError
+        In ``fit_resample``, if the sampler finds no way to rebalance these images, as ADASYN does if the nearest
+        neighbours of all images of a class belong to the same class.
     FloatingPointError
         In ``fit_resample``, if the sampler gives pixels that are NaN or infinite.
     TooManyImagesError
@@ -162,7 +165,11 @@ class PixelOverSampler(BaseOverSampler):
                 )
             sampler.set_params(**{name: min(getattr(sampler, name), smallest - 1)})
         # float32, because differences of uint8 wrap around.
-        X_res, y_res = sampler.fit_resample(X.reshape(len(X), -1).astype(np.float32), y)
+        pixels = X.reshape(len(X), -1).astype(np.float32)
+        try:
+            X_res, y_res = sampler.fit_resample(pixels, y)
+        except RuntimeError as error:
+            raise UnsuitableImagesError(f"{type(sampler).__name__}: {error}") from error
         if not np.isfinite(X_res).all():
             raise FloatingPointError(
                 f"{type(sampler).__name__} gave pixels that are not finite (NaN or infinity). Choose another sampler."

@@ -1,7 +1,9 @@
 """Tables, sentences and figures made from ``results/``. Nothing here trains, resamples or downloads.
 
-python Report.py           redraw images/ and write the generated parts of README.md and docs/results.md
-python Report.py --check   fail if a generated part does not show what results/ says
+    python Report.py           redraw the committed plots, write the tables of README.md and docs/results.md
+    python Report.py --check   fail if a table does not show what results/ says
+
+The tables stand between markers in the documents.
 """
 
 import argparse
@@ -59,21 +61,23 @@ def data_warning(data_name):
 
 
 def title(study, subject):
-    """A plot's title: the subject, the split, and a warning if the data is not CIFAR-10."""
-    return f"{data_warning(study.data)}{subject}: {study.split}"
+    """A plot's title: the subject, split and profile, and a warning if the data is not CIFAR-10."""
+    return f"{data_warning(study.data)}{subject}: {study.split}, profile {study.profile}"
 
 
-def caption(results):
+def caption(results, seeds=None):
     """The runs behind a plot: data, split, profile, seeds.
 
     Parameters
     ----------
     results : list of dict
         One result per seed.
+    seeds : str, optional
+        What to say about the seeds. Default: how many there are.
     """
-    first, seeds = results[0], [result["seed"] for result in results]
-    many = f"{len(seeds)} seeds" if len(seeds) > 1 else f"1 seed ({seeds[0]})"
-    return f"{data_warning(first['data'])}{first['split']}, profile {first['profile']}, {many}"
+    first, numbers = results[0], [result["seed"] for result in results]
+    seeds = seeds or (f"{len(numbers)} seeds" if len(numbers) > 1 else f"1 seed ({numbers[0]})")
+    return f"{data_warning(first['data'])}{first['split']}, profile {first['profile']}, {seeds}"
 
 
 def banner(study, data, split):
@@ -120,9 +124,9 @@ def _metric(*keys):
         values = []
         for value in runs:
             for key in keys:
-                value = value and value[key]
+                value = value.get(key) if value is not None else None
             values.append(value)
-        return "" if None in values else percent(values)
+        return "" if None in values else percent(values)  # older results may lack a metric
 
     return cell
 
@@ -188,11 +192,18 @@ def arms_table(names):
     return markdown_table(("arm", "sampler", "adds images to", "loss"), rows)
 
 
-def _compare(results, first, second):
-    """Exact McNemar tests of two arms' first seeds: on the minority's test images, and on all."""
-    run = results[first][0]
+def _same_seed(results, first, second):
+    """The runs of two arms with the smallest seed that both have, or None."""
+    by_seed = [{run["seed"]: run for run in results.get(name, ())} for name in (first, second)]
+    common = by_seed[0].keys() & by_seed[1].keys()
+    return [runs[min(common)] for runs in by_seed] if common else None
+
+
+def _compare(runs):
+    """Exact McNemar tests of two runs: on the minority's test images, and on all."""
+    run = runs[0]
     y_true = Study(run["profile"], run["data"], run["split"]).load_test_labels()
-    predictions = [predictions_of(results[name][0]) for name in (first, second)]
+    predictions = [predictions_of(run) for run in runs]
     minority = np.isin(y_true, [run["class_names"].index(c) for c in run["minority_classes"]])
     return [
         mcnemar_test(y_true[rows], *(predicted[rows] for predicted in predictions))
@@ -201,7 +212,7 @@ def _compare(results, first, second):
 
 
 def _asked(results):
-    return {pair: question for pair, question in QUESTIONS.items() if set(pair) <= results.keys()}
+    return {pair: question for pair, question in QUESTIONS.items() if _same_seed(results, *pair)}
 
 
 def _p_value(p):
@@ -211,7 +222,7 @@ def _p_value(p):
 def paired_table(results):
     """Markdown table of exact McNemar tests between arms, on the minority's test images and on all.
 
-    The first seeds of two arms are compared image by image.
+    Runs of the same seed, the smallest that both arms have, are compared image by image.
 
     Parameters
     ----------
@@ -232,7 +243,7 @@ def paired_table(results):
     rows = []
     for first, second in _asked(results):
         cells = [f"{ARMS[first].title} / {ARMS[second].title}"]
-        for test in _compare(results, first, second):
+        for test in _compare(_same_seed(results, first, second)):
             cells.append(f"{test['only_first_right']:,} / {test['only_second_right']:,}")
             cells.append(_p_value(test["p_value"]))
         rows.append(cells)
@@ -243,7 +254,7 @@ def findings(results):
     """The study's questions, each answered from the results: a markdown list.
 
     The answer is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 (exact McNemar test,
-    first seeds), else *undecided*. The p-values are not corrected for the number of questions.
+    same seed), else *undecided*. The p-values are not corrected for the number of questions.
 
     Parameters
     ----------
@@ -256,8 +267,9 @@ def findings(results):
     """
     lines = []
     for (first, second), question in _asked(results).items():
-        test, _ = _compare(results, first, second)
-        recalls = [results[name][0]["metrics"]["minority"]["recall"] for name in (first, second)]
+        runs = _same_seed(results, first, second)
+        test, _ = _compare(runs)
+        recalls = [run["metrics"]["minority"]["recall"] for run in runs]
         answer = "Undecided" if test["p_value"] >= 0.05 else "Yes" if recalls[1] > recalls[0] else "No"
         lines.append(
             f"- **{question}** {answer}. *{ARMS[second].title}* finds {recalls[1]:.1%} of the minority, "
@@ -297,7 +309,9 @@ def conditions(results):
     hardware = ", ".join(dict.fromkeys(hardware_text(run["hardware"]) for run in runs))
     torch_versions = ", ".join(dict.fromkeys(run["versions"]["torch"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
+    uneven = "" if len(runs) == len(seeds) * len(results) else " (not every arm has all of them)"
     minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
+    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
     support = sum(first["metrics"]["per_class"][c]["support"] for c in first["minority_classes"])
     recall = binomtest(support // 2, support).proportion_ci(method="wilson")
     return (
@@ -307,8 +321,8 @@ def conditions(results):
         f"({configuration['parameters']:,} parameters) for {configuration['steps']:,} steps of "
         f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). "
         "Its last weights are evaluated, with one view of each test image unless the column says otherwise. "
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
-        f"PyTorch {torch_versions} on {hardware}; the median training took {minutes:.0f} minutes, possibly "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{uneven}. "
+        f"PyTorch {torch_versions} on {hardware}; the median training took {time}, possibly "
         "beside other work on the machine. All scores are percentages. "
         f"There are {support:,} test images of the minority, so a recall near one half is uncertain by "
         f"{100 * (recall.high - recall.low) / 2:.0f} points (95 %) from the choice of test images alone. "
@@ -375,8 +389,9 @@ def comparison_figure(results):
         }
         for name, runs in results.items()
     }
-    by_seed = {run["seed"]: run for runs in results.values() for run in runs}
-    return plot_comparison(rows, caption(list(by_seed.values())))
+    fewest, most = (count(map(len, results.values())) for count in (min, max))
+    uneven = f"{fewest} to {most} seeds an arm" if fewest < most else None
+    return plot_comparison(rows, caption(max(results.values(), key=len), uneven))
 
 
 # --- The GAN and the quality of generated images ------------------------------------------------
@@ -469,7 +484,7 @@ def generated_parts():
             [
                 conditions(results),
                 results_table(results, COLUMNS | MORE_COLUMNS),
-                "Exact McNemar tests (first seed of each arm):",
+                "Exact McNemar tests (the smallest seed that both arms have):",
                 paired_table(results),
                 "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
                 "corrected for the number of questions):",

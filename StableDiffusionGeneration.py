@@ -19,10 +19,9 @@ import numpy as np
 
 from CandidateImages import SHARDS, STRENGTHS, CandidateMaker, GenerationSettings
 from DiffusionPipelines import PRESETS, SIZE
-from Downsampling import METHODS
 from ImageCache import CACHE, load_generated_images
 from ImageGeneration import check_class, generate_images
-from ImageOverSampler import ImageOverSampler
+from ImageOverSampler import ImageOverSampler, TooFewImagesError
 from ImageSelection import Selection, SelectionError
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import GRAMMARS
@@ -34,8 +33,8 @@ from Runtime import start_processes
 class StableDiffusionOverSampler(ImageOverSampler):
     """Append cached Stable Diffusion images of the smaller classes.
 
-    The images are drawn from the cache without replacement. They come from a model that was not trained on
-    CIFAR-10. They were made from text alone, unless they were generated with real images or an adapter.
+    The images are drawn from the cache without replacement. They were made from text
+    alone, unless they were generated with real images or an adapter.
 
     Parameters
     ----------
@@ -52,8 +51,9 @@ class StableDiffusionOverSampler(ImageOverSampler):
     FileNotFoundError
         In ``fit_resample``, if there is no cache.
     ValueError
-        In ``fit_resample``, if the images do not have 32x32 pixels, or the cache is damaged or has fewer images of
-        a class than are needed.
+        In ``fit_resample``, if the images do not have 32x32 pixels or the cache is damaged.
+    TooFewImagesError
+        In ``fit_resample``, if the cache has fewer images of a class than are needed.
     """
 
     def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None):
@@ -79,7 +79,9 @@ class StableDiffusionOverSampler(ImageOverSampler):
     def _make_images(self, X, c, count, seed):
         rows = np.flatnonzero(self._labels == c)
         if len(rows) < count:
-            raise ValueError(f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for.")
+            raise TooFewImagesError(
+                f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for"
+            )
         return self._images[np.random.default_rng(seed).choice(rows, count, replace=False)]
 
 
@@ -164,7 +166,7 @@ def _make_parser():
     add("--similarity", type=float, default=Selection.similarity,
         help="lowest correlation at which an image counts as a repetition of another "
         f"(default: {Selection.similarity}; above 1: none does)")  # fmt: skip
-    add("--downsampling", default="area", help=f"{' or '.join(METHODS)} (default: area)")
+    add("--downsampling", default="area", help="area or lanczos (default: area)")
     add("--seed", type=int, default=0, help="another seed makes other images (default: 0)")
     add(
         "--label",

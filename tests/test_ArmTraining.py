@@ -157,6 +157,24 @@ def test_the_training_gets_the_loss_of_the_arm_and_the_source_of_each_row(
     assert repr(options["loss"]) == repr(expected)  # names the priors of every row
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda X, y, data: (X[::-1], y[::-1]),  # shuffled
+        lambda X, y, data: (X[1:], y[1:]),  # one real image lost
+        lambda X, y, data: (data.X_train, data.y_train),  # removed images among the real ones
+    ],
+)
+def test_a_training_set_that_does_not_begin_with_the_kept_images_is_refused(change, tiny_data):
+    study, split = smoke_study(tiny_data), split_from_name(SPLIT, tiny_data.y_train)
+    X, y = change(*split.cut(tiny_data.X_train, tiny_data.y_train), tiny_data)
+    with pytest.raises(ValueError, match="must begin with the 275 real images"):
+        run_arm(study, tiny_data, "imbalanced", X, y)
+    with pytest.raises(ValueError, match="must begin with the 300 real images"):
+        run_arm(study, tiny_data, "balanced", *split.cut(tiny_data.X_train, tiny_data.y_train))
+    assert not files()
+
+
 # --- No leak ------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,18 @@ def test_the_loss_of_an_adjusted_arm_knows_the_source_of_each_row():
         assert loss(logits[rows], targets[rows], rows).item() == pytest.approx(value, abs=1e-6)
 
 
+def test_the_ceiling_is_not_trained_on_a_cut_set(tiny_data):
+    X, y = split_from_name(SPLIT, tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
+    with pytest.raises(ValueError, match=r"trains on data\.X_train and data\.y_train"):
+        ARMS["balanced"].fit_resample(X, y, seed=0)
+
+
+def test_a_gan_arm_trains_no_gan_of_its_own(tiny_data):
+    X, y = split_from_name(SPLIT, tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
+    with pytest.raises(ValueError, match="needs a generator: pass generator=prepare_generator"):
+        ARMS["gan"].fit_resample(X, y, seed=0)
+
+
 # --- What an arm cannot do ----------------------------------------------------------------------
 
 
@@ -166,11 +178,14 @@ def test_smote_needs_two_images_of_a_class_and_other_arms_still_run(tiny_data):
 
 
 @pytest.mark.parametrize("arm_name", STABLE_DIFFUSION_ARMS)
-def test_too_few_cached_images_are_an_error(arm_name, tiny_data):
+def test_too_few_cached_images_make_the_arm_unavailable(arm_name, tiny_data):
     save_generated_images(np.zeros((50, 32, 32, 3), dtype=np.uint8), np.tile(np.arange(10), 5))
-    with pytest.raises(ValueError, match=r"has 5 images of class \d, but (12|25) are asked for"):
+    reason = r"has 5 images of class \d, but (12|25) are asked for"
+    with pytest.raises(ArmUnavailableError, match=reason):
         smoke(arm_name, tiny_data)
     assert not files("results")
+    outcomes = run_arms([smoke_study(tiny_data)], tiny_data, [arm_name, "imbalanced"], device="cpu")
+    assert outcomes["imbalanced", SPLIT, 0]["arm"] == "imbalanced", "other arms still run"
 
 
 @pytest.mark.parametrize("arm_name", STABLE_DIFFUSION_ARMS)

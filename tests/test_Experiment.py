@@ -75,7 +75,7 @@ def test_without_stable_diffusion_images_the_other_arms_still_run(tiny_data, mon
 
     monkeypatch.setattr(ImageSources, "import_cifake", refuse)
     outcomes = run_arms([smoke_study(tiny_data)], tiny_data, ["stable", "imbalanced"])
-    assert outcomes["stable", SPLIT, 0].startswith("no Stable Diffusion images could be had: no network. Nor")
+    assert outcomes["stable", SPLIT, 0].startswith("CIFAKE is not available: no network. Generating")
     assert outcomes["imbalanced", SPLIT, 0]["arm"] == "imbalanced"
 
 
@@ -175,6 +175,36 @@ def test_two_processes_train_one_run_together_and_one_writes_it(digits, move_to_
         expected = [epoch.get(key) for epoch in alone["history"]]
         assert [epoch.get(key) for epoch in together["history"]] == pytest.approx(expected, rel=1e-3), key
     assert together["configuration"]["processes"] == 2 and alone["configuration"]["processes"] == 1
+
+
+def test_data_parallel_without_several_processes_is_one_line(digits, monkeypatch, capsys):
+    monkeypatch.setattr(Experiment, "load_data", lambda: digits)
+    with pytest.raises(SystemExit):
+        Experiment.main(["--arm", "imbalanced", "--profile", "smoke", "--data-parallel"])
+    assert "needs several processes: start it with torchrun" in capsys.readouterr().err
+
+
+def test_finished_arms_need_no_images(tiny_data, monkeypatch):
+    """A clone with committed results downloads nothing for them."""
+    monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
+    prepared = []
+    monkeypatch.setattr(Experiment, "prepare_images", lambda counts: prepared.append(counts) or "somewhere")
+    monkeypatch.setattr(Experiment, "_run", lambda *run: "not run here")
+    path = smoke_study(tiny_data).result_path("stable")
+    for expected in (1, 0):
+        prepared.clear()
+        Experiment.main(["--arm", "stable", "--profile", "smoke", "--split", SPLIT])
+        assert len(prepared) == expected
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+
+def test_the_data_can_be_prepared_without_running_an_arm(tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
+    monkeypatch.setattr(Experiment, "prepare_images", lambda counts: "the cache")
+    Experiment.main(["--prepare-data", "--split", SPLIT])
+    assert "Stable Diffusion images: the cache." in capsys.readouterr().out
+    assert files() == set()
 
 
 # --- Command line -------------------------------------------------------------------------------

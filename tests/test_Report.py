@@ -115,6 +115,29 @@ def test_questions_are_answered_by_the_minoritys_images(found, answer, results, 
     assert f"finds {found[1] / 10:.1%} of the minority, *Imbalanced* {found[0] / 10:.1%} (p " in line
 
 
+def test_arms_are_compared_by_runs_of_the_same_seed(results, tiny_data, one_question):
+    """Seed 0 of one arm is gone: seed 1 of it is not paired with seed 0 of the other."""
+    del results["imbalanced"][0]
+    assert len(Report.paired_table(results).splitlines()) == 2 and Report.findings(results).count("**") == 0
+    results["logit-adjusted"][0]["seed"] = 1
+    assert len(Report.paired_table(results).splitlines()) == 3
+
+
+def test_uneven_seeds_are_said(results):
+    assert "Seeds 0, 1 (not every arm has all of them)." in Report.conditions(results)
+    figure = Report.comparison_figure(results)
+    assert figure.get_suptitle() == "cat-3, profile smoke, 1 to 2 seeds an arm"
+    del results["imbalanced"][1]
+    assert "Seed 0. " in Report.conditions(results)
+    assert Report.comparison_figure(results).get_suptitle() == "cat-3, profile smoke, 1 seed (0)"
+
+
+def test_results_from_before_a_metric_show_an_empty_cell(results):
+    del results["logit-adjusted"][0]["metrics"]["g_mean"]
+    *_, last = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
+    assert cells(last)[3] == ""
+
+
 def test_evidence_is_answered_without_a_warning(results, one_question, monkeypatch):
     evidence = dataclasses.replace(PROFILES["smoke"], evidence=True)
     monkeypatch.setitem(PROFILES, "smoke", evidence)
@@ -186,3 +209,7 @@ def test_another_working_directory_is_one_line(script):
     assert answer.returncode == 1
     [line] = answer.stderr.splitlines()
     assert "README.md in" in line and "Run this from the repository's folder" in line
+
+
+def test_the_readme_can_be_read_in_five_minutes():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) <= 1500

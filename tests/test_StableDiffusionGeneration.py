@@ -500,7 +500,7 @@ def test_a_folder_that_cannot_be_written_is_a_reason_and_no_traceback(no_cifake)
 
 def test_without_any_source_both_reasons_are_given(no_cifake, monkeypatch):
     monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: None)
-    with pytest.raises(ImagesUnavailableError, match=r"no CIFAKE here\. Nor can they be generated here"):
+    with pytest.raises(ImagesUnavailableError, match=r"no CIFAKE here\. Generating images needs a GPU"):
         prepare_images({"cat": 5})
 
 

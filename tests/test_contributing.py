@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, files, smoke
 
 import Arms
-from Arms import ARMS
+from Arms import ARMS, ArmUnavailableError
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "contributing.md").read_text(), re.DOTALL)
 CAT = 3
@@ -28,7 +29,8 @@ def test_adasyn_is_an_arm_in_at_most_ten_lines(tiny_data, monkeypatch):
     exec(imports, names)
     name, arm = entry(text, names)
     monkeypatch.setitem(ARMS, name, arm)
-    # ADASYN needs classes that overlap, which those of the tiny data do not.
+    with pytest.raises(ArmUnavailableError, match="ADASYN: Not any neigbours"):  # classes that do not overlap
+        smoke(name, tiny_data)
     mixed = dataclasses.replace(tiny_data, y_train=np.random.default_rng(0).permutation(tiny_data.y_train))
     result = smoke(name, mixed)
     # It makes about as many images as asked for, because it shares them out by neighbourhood.
@@ -37,10 +39,13 @@ def test_adasyn_is_an_arm_in_at_most_ten_lines(tiny_data, monkeypatch):
 
 
 def test_a_sampler_is_a_file_and_a_line(tiny_data, monkeypatch):
+    Path("NoiseGeneration.py").write_text(BLOCKS[1])
+    monkeypatch.syspath_prepend(".")
+    imports, line = BLOCKS[2].strip().split("\n\n")
+    assert len(line.splitlines()) == 1
     names = {}
-    exec(BLOCKS[1], names)
-    assert len(BLOCKS[2].strip().splitlines()) == 1
-    name, arm = entry(BLOCKS[2], names)
+    exec(imports, names)
+    name, arm = entry(line, names)
     monkeypatch.setitem(ARMS, name, arm)
     X, y = np.full((12, 8, 8, 3), 100, dtype=np.uint8), np.repeat([0, 1], [9, 3])
     X_res, y_res = arm.sampler.fit_resample(X, y)
