@@ -300,7 +300,7 @@ def test_bad_training_data_is_one_clear_error(toy):
         ("batch_size", 1, 4), ("records", 0, 1), ("discriminator_steps", 0, 1), ("quality_images", 2, 3),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{field} must be at least {least}: got {value}"):
-            train_gan(X, y, dataclasses.replace(TINY, **{field: value}), seed=0)
+            train_gan(X, y, dataclasses.replace(TINY, **{field: value}), seed=0, quality=lambda *judged: 1.0)
 
 
 def with_losses(monkeypatch, values):
