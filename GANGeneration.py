@@ -135,6 +135,7 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
         network.trained_classes[batches.classes] = True
     data = {"num_classes": num_classes, "checksum": checksum(y, X), "judged": quality is not None}
     checkpoint = Checkpoint(checkpoint, {**dataclasses.asdict(settings), "seed": seed, **data})
+    checkpoint.require_writable()
     progress, unjudged = _resume(checkpoint, adversaries)
     record_steps = {max(1, settings.steps * k // settings.records) for k in range(1, settings.records + 1)}
 

@@ -35,7 +35,7 @@ from GANNetworks import (
     update_average,
 )
 from ImageOverSampler import TooFewImagesError
-from Runtime import derive_seed, mixed_precision, require_memory, seeded
+from Runtime import derive_seed, mixed_precision, plain, require_memory, seeded
 
 # --- Settings -----------------------------------------------------------------------------------
 
@@ -85,6 +85,10 @@ class GANSettings:
     records: int = 16
     quality_images: int = 5000
 
+    def __post_init__(self):
+        for name, value in plain(self).items():  # PyTorch refuses some NumPy scalars
+            object.__setattr__(self, name, value)
+
 
 def check_settings(settings, judged_classes=0):
     """Raise an error unless ``settings`` can be followed.
@@ -111,7 +115,7 @@ def check_settings(settings, judged_classes=0):
         value = getattr(settings, name)
         if not value >= smallest:
             raise ValueError(f"{name} must be at least {smallest}: got {value}.")
-        if not isinstance(value, (int, np.integer)):
+        if not isinstance(value, int):
             raise ValueError(f"{name} must be a whole number: got {value}.")
     for name in ("generator_learning_rate", "discriminator_learning_rate", "ema_decay", "augmentation"):
         if not math.isfinite(getattr(settings, name)):

@@ -276,7 +276,9 @@ def precision_and_recall(real, generated):
 
 def _distances(a, b):
     # Not through a matrix product: its rounding would give an image a distance to itself.
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    require_finite(distances, "Distances between features", "Check the network that computed the features.")
+    return distances
 
 
 def generation_quality(real, generated, features):
@@ -290,11 +292,6 @@ def generation_quality(real, generated, features):
         At least 4 each. A meaningful Fréchet distance needs some thousands.
     features : ImageFeatures
 
-    Raises
-    ------
-    ValueError
-        If a set is too small, or a feature or distance is not finite.
-
     Returns
     -------
     dict
@@ -302,6 +299,11 @@ def generation_quality(real, generated, features):
         ``precision``, ``recall``. The distances are called ``fid`` (Heusel et al. 2017) and ``kid``
         (Bińkowski et al. 2018) if the features are Inception's. With other features they are other numbers, and are
         called ``frechet_distance`` and ``kernel_distance``.
+
+    Raises
+    ------
+    ValueError
+        If a set is too small, or a feature or distance is not finite.
     """
     names = ("fid", "kid") if features.is_inception else ("frechet_distance", "kernel_distance")
     of_real, of_generated = features(real), features(generated)

@@ -528,6 +528,11 @@ class Checkpoint:
         self.path = None if path is None else user_path(path)
         self.identity = plain(identity)
 
+    def require_writable(self):
+        """Notice before the training that it could not be saved: see :func:`require_writable`."""
+        if self.path is not None:
+            require_writable(self.path)
+
     def load(self, *names):
         """Read what :meth:`save` wrote.
 
