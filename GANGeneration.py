@@ -151,20 +151,10 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     ):
         for end in sorted(step for step in record_steps if step > progress.step):
             record = unjudged or _train_until(end, adversaries, batches, seed, progress, bar)
-            unjudged, started = None, time.perf_counter()
-            snapshot = _settle_and_sample(adversaries.average, batches.classes, seed, end)
-            try:
-                score = None if quality is None else _judge(adversaries, batches.classes, seed, end, quality)
-            except Exception:
-                # The steps are not lost: with the same checkpoint, the next run judges first.
-                progress.add(record | {"quality": math.nan, "seconds_of_quality": 0.0}, snapshot)
-                checkpoint.save(**vars(progress), adversaries=adversaries.state_dict())
-                raise
-            record |= {"quality": score, "seconds_of_quality": time.perf_counter() - started}
-            progress.add(record, snapshot)
-            progress.keep_if_best(adversaries.average)
-            checkpoint.save(**vars(progress), adversaries=adversaries.state_dict())
-            bar.set_postfix(D=record["discriminator_loss"], G=record["generator_loss"], quality=score)
+            unjudged = None
+            _add_record(record, adversaries, batches.classes, seed, quality, progress, checkpoint)
+            losses = record["discriminator_loss"], record["generator_loss"]
+            bar.set_postfix(D=losses[0], G=losses[1], quality=progress.history[-1]["quality"])
     generator, best = adversaries.average, progress.best
     generator.load_state_dict(best["state"])
     snapshots = torch.stack(progress.snapshots).numpy()
@@ -264,6 +254,22 @@ def _check_losses(sums, dead_steps, step):
             "tells every generated image from a real one, and the generator learns nothing from it. Lower "
             "discriminator_learning_rate or raise augmentation."
         )
+
+
+def _add_record(record, adversaries, classes, seed, quality, progress, checkpoint):
+    """Evaluate the averaged generator, complete the record by what was found, and write the checkpoint."""
+    started, step = time.perf_counter(), record["step"]
+    snapshot = _settle_and_sample(adversaries.average, classes, seed, step)
+    try:
+        score = None if quality is None else _judge(adversaries, classes, seed, step, quality)
+    except Exception:
+        # The steps are not lost: with the same checkpoint, the next run judges first.
+        progress.add(record | {"quality": math.nan, "seconds_of_quality": 0.0}, snapshot)
+        checkpoint.save(**vars(progress), adversaries=adversaries.state_dict())
+        raise
+    progress.add(record | {"quality": score, "seconds_of_quality": time.perf_counter() - started}, snapshot)
+    progress.keep_if_best(adversaries.average)
+    checkpoint.save(**vars(progress), adversaries=adversaries.state_dict())
 
 
 def _settle_and_sample(generator, classes, seed, step):
