@@ -26,6 +26,7 @@ from Runtime import (
     derive_seed,
     load_torch_file,
     mixed_precision,
+    require_finite,
     save_torch_file,
     seeded,
 )
@@ -190,6 +191,8 @@ def save_classifier(model, path):
     ------
     OSError
         If the folder is not writable or the disk is full.
+    ValueError
+        If a weight is not finite. Nothing is written.
     """
     content = {
         "num_classes": model.num_classes,
@@ -197,6 +200,7 @@ def save_classifier(model, path):
         "downsampling": model.downsampling,
         "model": model.state_dict(),
     }
+    require_finite(content["model"], "The classifier's weights", "Train it again.")
     save_torch_file(path, content)
 
 
@@ -218,7 +222,7 @@ def load_classifier(path, device=None):
     ------
     FileNotFoundError
     ValueError
-        If the file is damaged or holds something else.
+        If the file is damaged, holds something else, or has a weight that is not finite.
     """
     content = load_torch_file(path, {"num_classes", "width", "downsampling", "model"})
     if content["downsampling"] != ResNet18.downsampling:
@@ -226,11 +230,15 @@ def load_classifier(path, device=None):
             f"{path} holds a network with {content['downsampling']} instead of {ResNet18.downsampling}. "
             "Remove it and run again."
         )
-    model = ResNet18(content["num_classes"], content["width"])
     try:
+        model = ResNet18(content["num_classes"], content["width"])
         model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit a ResNet-18 of width {model.width}: {error}") from error
+    except Exception as error:  # what PyTorch raises depends on what is wrong
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} does not fit a ResNet-18 of width {content['width']}: {reason[:200]}. Remove it and run again."
+        ) from error
+    require_finite(content["model"], f"The weights in {path}", "Remove it and run again.")
     return model.to(choose_device(device)).eval()
 
 
@@ -278,7 +286,7 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     Raises
     ------
     TypeError, ValueError
-        If ``X`` and ``y`` are not images with labels: see :func:`Runtime.check_images`.
+        If ``X`` and ``y`` are not images with labels (see :func:`Runtime.check_images`), or a logit is not finite.
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
     device = next(model.parameters()).device
@@ -290,5 +298,7 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
         parts = [model(batch).float() for batch in images.split(batch_size)]
     model.train(was_training)
     logits = torch.cat(parts).cpu()
+    cure = "Its weights may be damaged: train or load it again."
+    require_finite(logits, "Logits of the classifier", cure)  # argmax takes NaN for class 0
     loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
     return Evaluation(loss, logits.argmax(1).numpy(), logits.numpy())

@@ -37,6 +37,7 @@ from Runtime import (
     derive_seed,
     deterministic_convolutions,
     mixed_precision,
+    plain,
 )
 
 SMALLEST_SIDE = 16  # pixels; the network's last stage then still has 2x2 places
@@ -105,8 +106,14 @@ class Recipe:
     flip: bool = True
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size, self.micro_batch_size) < 1:
-            raise ValueError(f"steps, batch_size and micro_batch_size must be at least 1: got {self}.")
+        for name, value in plain(self).items():  # PyTorch refuses some NumPy scalars
+            object.__setattr__(self, name, tuple(value) if name == "scales" else value)
+        if not all(
+            isinstance(n, int) and n >= 1 for n in (self.steps, self.batch_size, self.micro_batch_size)
+        ):
+            raise ValueError(
+                f"steps, batch_size and micro_batch_size must be at least 1, and whole: got {self}."
+            )
         if self.optimizer not in ("muon", "sgd"):
             raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
 
@@ -336,6 +343,7 @@ def train_classifier(
         batches = recipe.batches(X, seed, next(model.parameters()).device)
     training = _Training(model, y, recipe, loss, batches)
     store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)})
+    store.require_writable()
     history = training.resume(store)
     # Such as "cat-50/imbalanced-seed0".
     name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])

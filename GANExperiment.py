@@ -6,6 +6,7 @@
 ``GAN_Main.ipynb`` shows the same training step by step.
 """
 
+import math
 from dataclasses import asdict, replace
 from importlib.metadata import version
 
@@ -22,7 +23,9 @@ from Runtime import (
     choose_device,
     code_version,
     describe_hardware,
+    one_process_at_a_time,
     require_same_settings,
+    require_writable,
     save_array,
     save_json,
 )
@@ -78,8 +81,23 @@ def is_trained(study, data):
     if not (path.exists() and record.exists()):
         return False
     require_same_settings(record, read_json(record)["settings"], asdict(settings))
-    # All evidence profiles write to the same path, so the file may belong to another one.
-    return load_generator(path, "cpu").channels == settings.channels
+    try:
+        # All evidence profiles write to the same path, so the file may belong to another one.
+        return load_generator(path, "cpu").channels == settings.channels
+    except FileNotFoundError:  # another process has just removed it to write its own
+        return False
+
+
+def gan_lock(study):
+    """Context in which only one process at a time trains and keeps the study's GAN. The others wait.
+
+    Look at :func:`is_trained` inside it: another process may have trained the GAN meanwhile.
+
+    Parameters
+    ----------
+    study : Results.Study
+    """
+    return one_process_at_a_time(_generator_path(study), "trains this GAN")
 
 
 def save_gan(study, data, run, quality_name):
@@ -114,9 +132,10 @@ def save_gan(study, data, run, quality_name):
         },
         "hardware": describe_hardware(next(run.generator.parameters()).device),
         "versions": {"torch": version("torch"), "commit": code_version()},
-        "history": run.history,
+        "history": [_without_nan(record) for record in run.history],
     }
     path = _generator_path(study)
+    require_writable(*_outputs(study))
     path.unlink(missing_ok=True)  # so that an earlier generator is never taken for this record's
     study.record_path("generated-images.json").unlink(missing_ok=True)  # it judges the earlier generator
     save_array(study.record_path("gan-snapshots.npy"), run.snapshots)
@@ -130,7 +149,7 @@ def prepare_generator(study, data, device=None):
     """Train the GAN of a study if it is not trained yet, and return where its generator is.
 
     One GAN serves all arms and seeds of a study. It sees the kept training images and nothing else.
-    A killed training continues.
+    A killed training continues. A second process waits for the first and then reads what it made.
 
     Parameters
     ----------
@@ -148,14 +167,25 @@ def prepare_generator(study, data, device=None):
     ArmUnavailableError
         If a class has fewer than 2 images, or the training collapsed.
     ValueError
-        If the kept GAN was trained with other settings.
+        If the kept GAN was trained with other settings, or the quality of a generator is not finite.
+    OSError
+        If an output cannot be written. That is noticed before the training.
     """
+    path = _generator_path(study)
     if is_trained(study, data):
-        return _generator_path(study)
+        return path
     split = split_from_name(study.split, data.y_train, data.class_names)
     X, y = split.cut(data.X_train, data.y_train)
     if np.bincount(y).min() < 2:
         raise ArmUnavailableError(f"a GAN needs 2 images of each class, but a class of {study.split} has 1")
+    with gan_lock(study):
+        if not is_trained(study, data):
+            _train_and_save(study, data, X, y, choose_device(device))
+    return path
+
+
+def _train_and_save(study, data, X, y, device):
+    require_writable(*_outputs(study))
     settings, checkpoint = gan_settings(study, data), study.checkpoint_path("gan")
     features = classifier_features(study, data, device)
     try:
@@ -167,7 +197,7 @@ def prepare_generator(study, data, device=None):
             num_classes=len(data.class_names),
             quality=quality_measure(X, y, features, settings.quality_images),
             checkpoint=checkpoint,
-            device=choose_device(device),
+            device=device,
         )
     except GANCollapseError as error:
         raise ArmUnavailableError(
@@ -175,7 +205,17 @@ def prepare_generator(study, data, device=None):
             f"remove {checkpoint}"
         ) from error
     save_gan(study, data, run, features.name)
-    return _generator_path(study)
+
+
+def _without_nan(record):
+    """The record, with None for a quality that could not be measured: JSON has no NaN."""
+    quality = record["quality"]
+    return record if quality is None or math.isfinite(quality) else record | {"quality": None}
+
+
+def _outputs(study):
+    networks = [_generator_path(study), study.model_path("discriminator.pt")]
+    return [*networks, _record_path(study), study.record_path("gan-snapshots.npy")]
 
 
 def _generator_path(study):

@@ -30,6 +30,8 @@ from Runtime import (
     deterministic_convolutions,
     load_torch_file,
     mixed_precision,
+    require_finite,
+    require_memory,
     save_torch_file,
 )
 
@@ -350,9 +352,13 @@ def sample_images(generator, labels, *, seed, truncation=None):
     Raises
     ------
     ValueError
-        If the generator was not trained on a label's class, or truncation is not positive.
+        If the generator was not trained on a label's class, truncation is not positive, or an image is not
+        finite (:class:`Runtime.NotFiniteError`).
+    MemoryError
+        If the machine has too little memory for so many images.
     """
     labels = np.asarray(labels, dtype=np.int64)
+    check_sampling(len(labels), generator.latent_size, truncation)
     known = generator.known_classes()
     unknown = np.setdiff1d(labels, known)
     if unknown.size:
@@ -370,16 +376,23 @@ def sample_images(generator, labels, *, seed, truncation=None):
         rows = slice(start, start + SAMPLING_BATCH)
         with mixed_precision(device), deterministic_convolutions():
             batch = generator(latents[rows].to(device), targets[rows].to(device))
+        # A cast to uint8 would make black pixels of NaN.
+        require_finite(batch, "The generator's images", "Its weights may be damaged: train or load it again.")
         pixels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         images[rows] = pixels.permute(0, 2, 3, 1).cpu().numpy()
     generator.train(was_training)
     return images
 
 
-def _draw_latents(shape, seed, truncation):
+def check_sampling(count, latent_size, truncation=None):
+    """Raise an error unless ``count`` images can be generated at once: see :func:`sample_images`."""
     if truncation is not None and not truncation > 0:
         raise ValueError(f"truncation is a positive number of standard deviations: got {truncation}.")
-    random = torch.Generator().manual_seed(seed)  # on the CPU, so that devices agree
+    require_memory(count * (3 * IMAGE_SIZE**2 + 4 * latent_size), f"{count:,} generated images")
+
+
+def _draw_latents(shape, seed, truncation):
+    random = torch.Generator().manual_seed(int(seed))  # on the CPU, so that devices agree
     if truncation is None:
         return torch.randn(shape, generator=random)
     tail = torch.special.ndtr(torch.tensor(-float(truncation), dtype=torch.float64))
@@ -397,6 +410,13 @@ def save_generator(generator, path):
     ----------
     generator : Generator
     path : path
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    ValueError
+        If a weight is not finite. Nothing is written.
     """
     content = {
         "num_classes": generator.num_classes,
@@ -404,6 +424,7 @@ def save_generator(generator, path):
         "channels": generator.channels,
         "generator": generator.state_dict(),
     }
+    require_finite(content["generator"], "The generator's weights", "Train it again.")
     save_torch_file(path, content)
 
 
@@ -425,11 +446,11 @@ def load_generator(path, device=None):
     ------
     FileNotFoundError
     ValueError
-        If the file is damaged or holds something else. It is never unpickled as code.
+        If the file is damaged, holds something else, or has a weight that is not finite. It is never unpickled
+        as code.
     """
     content = load_torch_file(path, {"num_classes", "latent_size", "channels", "generator"})
-    generator = Generator(content["num_classes"], content["latent_size"], content["channels"])
-    return _with_weights(generator, content["generator"], path, device)
+    return _with_weights(Generator, content, ("num_classes", "latent_size", "channels"), path, device)
 
 
 def save_discriminator(discriminator, path):
@@ -439,12 +460,20 @@ def save_discriminator(discriminator, path):
     ----------
     discriminator : Discriminator
     path : path
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    ValueError
+        If a weight is not finite. Nothing is written.
     """
     content = {
         "num_classes": discriminator.num_classes,
         "channels": discriminator.channels,
         "discriminator": discriminator.state_dict(),
     }
+    require_finite(content["discriminator"], "The discriminator's weights", "Train it again.")
     save_torch_file(path, content)
 
 
@@ -466,20 +495,24 @@ def load_discriminator(path, device=None):
     ------
     FileNotFoundError
     ValueError
-        If the file is damaged or holds something else. It is never unpickled as code.
+        If the file is damaged, holds something else, or has a weight that is not finite. It is never unpickled
+        as code.
     """
     content = load_torch_file(path, {"num_classes", "channels", "discriminator"})
-    discriminator = Discriminator(content["num_classes"], content["channels"])
-    return _with_weights(discriminator, content["discriminator"], path, device)
+    return _with_weights(Discriminator, content, ("num_classes", "channels"), path, device)
 
 
-def _with_weights(network, weights, path, device):
-    """The network with the given weights, on a device and in evaluation mode."""
+def _with_weights(network_class, content, sizes, path, device):
+    """The network that a file describes, on a device and in evaluation mode."""
+    name = network_class.__name__.lower()
     try:
-        network.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:
+        network = network_class(*(content[size] for size in sizes))
+        network.load_state_dict(content[name])
+    except Exception as error:  # what PyTorch raises depends on what is wrong
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"The weights in {path} do not fit the {type(network).__name__.lower()} that it describes. "
-            f"Remove it and train again. ({str(error).splitlines()[0]})"
+            f"The weights in {path} do not fit the {name} that it describes. "
+            f"Remove it and train again. ({reason})"
         ) from error
+    require_finite(content[name], f"The {name}'s weights in {path}", "Remove it and train again.")
     return network.to(device=choose_device(device), memory_format=torch.channels_last).eval()

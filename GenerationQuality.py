@@ -25,7 +25,17 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from Runtime import check_images, choose_device, derive_seed, is_reachable, mixed_precision, seeded
+from Runtime import (
+    atomic_path,
+    check_images,
+    choose_device,
+    derive_seed,
+    is_reachable,
+    load_torch_file,
+    mixed_precision,
+    require_finite,
+    seeded,
+)
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 NEIGHBOURS = 3  # of precision and recall, as in Kynkäänniemi et al. (2019)
@@ -61,12 +71,18 @@ class ImageFeatures:
 
     @torch.inference_mode()
     def __call__(self, images):
-        """Features of images: uint8 ndarray (n, height, width, 3) -> float32 tensor (n, d) on the CPU."""
+        """Features of images: uint8 ndarray (n, height, width, 3) -> float32 tensor (n, d) on the CPU.
+
+        Raises :class:`Runtime.NotFiniteError` (a ValueError) if a feature is NaN or infinite.
+        """
         images, _ = check_images(images, np.zeros(len(images), dtype=int))
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        return torch.cat(
+        features = torch.cat(
             [self._features(batch.to(self.device)).cpu() for batch in pixels.split(self.batch_size)]
         )
+        cure = "Its weights may be damaged, or too large for half precision: load them again, use float32."
+        require_finite(features, f"Features of the network {self.name!r}", cure)
+        return features
 
     def _features(self, batch):
         with mixed_precision(self.device):
@@ -87,7 +103,8 @@ class InceptionFeatures(ImageFeatures):
     Raises
     ------
     FeaturesUnavailableError
-        If the weights are not on this machine and cannot be downloaded.
+        If the weights are not on this machine and cannot be downloaded, or their file is damaged. It is never
+        unpickled as code.
     """
 
     is_inception = True
@@ -95,23 +112,48 @@ class InceptionFeatures(ImageFeatures):
     def __init__(self, device=None):
         device = choose_device(device)
         weights = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
-        if not weights.exists() and not is_reachable(INCEPTION_URL):
-            raise FeaturesUnavailableError(
-                f"There is no {weights.name} in the folder checkpoints of torch.hub.get_dir(), and "
-                f"{INCEPTION_URL} does not answer. Use the features of a network of your own "
-                "(ImageFeatures), or put the file there."
-            )
+        if not weights.exists():
+            _download_inception(weights)
         try:
+            _check_inception(weights)
+            # It reads the same file, as pickle: so the file was checked before.
             network = FrechetInceptionDistance(feature=2048).inception.to(device)
-        except (OSError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise FeaturesUnavailableError(
-                f"The weights of Inception-v3 could not be loaded from {INCEPTION_URL}: {error}. Use the "
-                "features of a network of your own (ImageFeatures), or try again."
+                f"{weights} does not hold the weights of Inception-v3. Remove it and run again: they are then "
+                f"downloaded from {INCEPTION_URL}. ({_first_line(error)})"
             ) from error
         super().__init__(network, "Inception-v3 (ImageNet)", device, batch_size=100)
 
     def _features(self, batch):
         return self.network(batch).float()  # float32, as in every published FID
+
+
+def _download_inception(weights):
+    if not is_reachable(INCEPTION_URL):
+        raise FeaturesUnavailableError(
+            f"There is no {weights.name} in the folder checkpoints of torch.hub.get_dir(), and "
+            f"{INCEPTION_URL} does not answer. Use the features of a network of your own "
+            "(ImageFeatures), or put the file there."
+        )
+    try:
+        with atomic_path(weights) as temporary:
+            torch.hub.download_url_to_file(INCEPTION_URL, str(temporary))
+            _check_inception(temporary)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FeaturesUnavailableError(
+            f"The weights of Inception-v3 could not be downloaded from {INCEPTION_URL}: {_first_line(error)} Use "
+            "the features of a network of your own (ImageFeatures), or try again."
+        ) from error
+
+
+def _check_inception(path):
+    weights = load_torch_file(path, {"Conv2d_1a_3x3.conv.weight", "fc.weight"})
+    require_finite(weights, f"Weights in {path}", "Remove it and run again.")
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0]
 
 
 # --- Distances of two sets of images ------------------------------------------------------------
@@ -131,21 +173,39 @@ def frechet_distance_to(real, features):
         ``distance(images) -> float``: the Fréchet distance (Heusel et al. 2017) between normal distributions
         fitted to the features of the two sets. It is 0 for equal distributions. Both sets should have several
         times as many images as there are features. With fewer, the distance is too large.
+
+    Raises
+    ------
+    ValueError
+        Here or in ``distance``, if a set has fewer than 2 images, or a feature or the distance is not finite.
     """
     distance = _frechet_distance_to(features(real))
     return lambda images: distance(features(images))
 
 
 def _frechet_distance_to(of_real):
+    _require_two(of_real)
     metric = FrechetInceptionDistance(feature=_given_features(of_real), reset_real_features=False)
     metric.update(of_real, real=True)
 
     def distance(of_generated):
+        _require_two(of_generated)
         metric.reset()
         metric.update(of_generated, real=False)
-        return float(metric.compute())
+        return _finite_distance("Fréchet", metric.compute())
 
     return distance
+
+
+def _require_two(features):
+    if len(features) < 2:
+        raise ValueError(f"A distance needs at least 2 images in each set, not {len(features)}.")
+
+
+def _finite_distance(kind, value):
+    cure = "The features may be too large for its matrix products: check the network's weights."
+    require_finite(value, f"The {kind} distance is {float(value)}", cure)
+    return float(value)
 
 
 def _given_features(features):
@@ -166,7 +226,7 @@ def _kernel_distance(real, generated):
     metric.update(real, real=True)
     metric.update(generated, real=False)
     with seeded(SUBSETS_SEED):  # torchmetrics draws the subsets from the global generator
-        return float(metric.compute()[0])
+        return _finite_distance("kernel", metric.compute()[0])
 
 
 def precision_and_recall(real, generated):
@@ -191,8 +251,10 @@ def precision_and_recall(real, generated):
     Raises
     ------
     ValueError
-        If a set has fewer than 4 images.
+        If a set has fewer than 4 images, or a feature is not finite.
     """
+    for features, name in ((real, "real"), (generated, "generated")):
+        require_finite(features, f"Features of the {name} images", "Check the network that computed them.")
     if min(len(real), len(generated)) <= NEIGHBOURS:
         raise ValueError(
             f"Precision and recall with {NEIGHBOURS} neighbours need more images than that in each set: got "
@@ -214,7 +276,9 @@ def precision_and_recall(real, generated):
 
 def _distances(a, b):
     # Not through a matrix product: its rounding would give an image a distance to itself.
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    require_finite(distances, "Distances between features", "Check the network that computed the features.")
+    return distances
 
 
 def generation_quality(real, generated, features):
@@ -235,6 +299,11 @@ def generation_quality(real, generated, features):
         ``precision``, ``recall``. The distances are called ``fid`` (Heusel et al. 2017) and ``kid``
         (Bińkowski et al. 2018) if the features are Inception's. With other features they are other numbers, and are
         called ``frechet_distance`` and ``kernel_distance``.
+
+    Raises
+    ------
+    ValueError
+        If a set is too small, or a feature or distance is not finite.
     """
     names = ("fid", "kid") if features.is_inception else ("frechet_distance", "kernel_distance")
     of_real, of_generated = features(real), features(generated)
@@ -299,7 +368,7 @@ def memorisation(real, generated, features):
     Raises
     ------
     ValueError
-        If there are fewer than 2 real images.
+        If there are fewer than 2 real images, or a feature is not finite.
     """
     if len(real) < 2:
         raise ValueError(

@@ -17,14 +17,14 @@ from GenerationQuality import (
 )
 from ImbalancedCIFAR10 import split_from_name
 from Results import read_json
-from Runtime import choose_device, save_json
+from Runtime import choose_device, one_process_at_a_time, require_writable, save_json
 
 
 def classifier_features(study, data, device=None):
     """Features of the ResNet-18 that the arm ``imbalanced`` trains, for measuring generated images.
 
     The network knows the kept training images and nothing else. It is trained now if its weights are missing, or
-    have another width.
+    have another width. A second process waits for the first and then reads what it made.
 
     Parameters
     ----------
@@ -37,20 +37,30 @@ def classifier_features(study, data, device=None):
     -------
     GenerationQuality.ImageFeatures
     """
-    device, width = choose_device(device), study.settings.width
-    weights = study.weights_path("imbalanced")
-    if not weights.exists() or load_classifier(weights, device).width != width:
-        split = split_from_name(study.split, data.y_train, data.class_names)
-        X, y = split.cut(data.X_train, data.y_train)
-        model = create_classifier(len(data.class_names), width, channel_statistics(X), 0, device)
-        checkpoint = study.checkpoint_path("features")
-        recipe = study.settings.recipe(len(y), data.mirrored_images_keep_their_class)
-        train_classifier(model, X, y, recipe, seed=0, checkpoint=checkpoint)
-        save_classifier(model, weights)
-        checkpoint.unlink(missing_ok=True)
+    device, weights = choose_device(device), study.weights_path("imbalanced")
+
+    def is_trained():
+        return weights.exists() and load_classifier(weights, device).width == study.settings.width
+
+    if not is_trained():
+        with one_process_at_a_time(study.checkpoint_path("features"), "trains the network for the features"):
+            if not is_trained():
+                _train_network(study, data, device, weights)
     network = load_classifier(weights, device)
     name = f"ResNet-18 of width {network.width} with {network.downsampling}, trained on {study.split} of {study.data}"
     return ImageFeatures(network.features, name, device)
+
+
+def _train_network(study, data, device, weights):
+    require_writable(weights)
+    split = split_from_name(study.split, data.y_train, data.class_names)
+    X, y = split.cut(data.X_train, data.y_train)
+    model = create_classifier(len(data.class_names), study.settings.width, channel_statistics(X), 0, device)
+    checkpoint = study.checkpoint_path("features")
+    recipe = study.settings.recipe(len(y), data.mirrored_images_keep_their_class)
+    train_classifier(model, X, y, recipe, seed=0, checkpoint=checkpoint)
+    save_classifier(model, weights)
+    checkpoint.unlink(missing_ok=True)
 
 
 def judge_generated_images(study, data, generated, device=None):
@@ -82,6 +92,7 @@ def judge_generated_images(study, data, generated, device=None):
     path = study.record_path("generated-images.json")
     if path.exists():
         return read_json(path)
+    require_writable(path)
     split = split_from_name(study.split, data.y_train, data.class_names)
     c = split.minority_classes[0]
     X, y = split.cut(data.X_train, data.y_train)

@@ -11,19 +11,24 @@ Nothing here knows about CIFAR-10, a generator or a classifier, and nothing here
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import urllib.request
 import zlib
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
+import filelock
 import numpy as np
+import psutil
 import torch
 
 # --- Randomness ---------------------------------------------------------------------------------
@@ -35,10 +40,6 @@ def seeded(seed):
 
     This is for library code without a ``generator`` argument, such as weight initialisation and
     torchvision's transforms. Code that takes a :class:`torch.Generator` should get one instead.
-
-    Parameters
-    ----------
-    seed : int
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,16 +57,59 @@ def derive_seed(*parts):
     Parameters
     ----------
     *parts : int
-
-    Returns
-    -------
-    int
-        From 0 to 2^63 - 1.
+        The result is an int from 0 to 2^63 - 1.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# --- Arrays -------------------------------------------------------------------------------------
+# --- Arrays and numbers -------------------------------------------------------------------------
+
+
+class NotFiniteError(FloatingPointError, ValueError):
+    """A network, a file or a measure gave NaN or infinity. The message names the cause and the cure."""
+
+
+def require_finite(values, what, cure):
+    """Raise :class:`NotFiniteError` if a number is NaN or infinite.
+
+    A comparison with NaN is always false, and a cast turns NaN into some number. So numbers are checked where
+    they leave a network or a file.
+
+    Parameters
+    ----------
+    values : float, ndarray or tensor, or a dict of tensors such as a state dict
+    what : str
+        Whose values they are, for the error message.
+    cure : str
+        What to do, as a whole sentence.
+    """
+    for part in values.values() if isinstance(values, dict) else [values]:
+        numbers = torch.as_tensor(part)
+        if not numbers.isfinite().all():
+            share = f" ({int((~numbers.isfinite()).sum()):,} of {numbers.numel():,})" if numbers.ndim else ""
+            raise NotFiniteError(f"{what}: NaN or infinity{share}. {cure}")
+
+
+def plain(value):
+    """Turn what files cannot hold into plain Python values.
+
+    NumPy scalars become numbers, arrays become lists, paths become strings, dataclasses become dicts. Dicts,
+    lists and tuples are searched. Tensors and everything else stay as they are.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        items = {plain(key): plain(content) for key, content in value.items()}
+        # A state dict carries more than its items, so an unchanged one is returned itself.
+        same = all(new is old and items[new] is value[old] for new, old in zip(items, value, strict=False))
+        return value if same else items
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(plain(content) for content in value)
+    return value
 
 
 def check_images(X, y):
@@ -159,16 +203,7 @@ def start_processes(device=None):
 
 
 def uses_bfloat16(device):
-    """Whether convolutions run in bfloat16, which they do only where the hardware multiplies in it.
-
-    Parameters
-    ----------
-    device : torch.device
-
-    Returns
-    -------
-    bool
-    """
+    """Whether convolutions on a torch.device run in bfloat16: only where the hardware multiplies in it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return (
@@ -198,20 +233,57 @@ def deterministic_convolutions():
         cudnn.benchmark, cudnn.deterministic = before
 
 
+class TooLittleMemoryError(MemoryError, ValueError):
+    """A request needs more memory than the machine has. It is refused before any work."""
+
+
+def require_memory(needed, what):
+    """Raise :class:`TooLittleMemoryError` if ``needed`` bytes are more than the machine's whole memory.
+
+    Parameters
+    ----------
+    needed : int
+        A lower bound.
+    what : str
+        What needs them, for the error message, such as ``"100 images"``.
+    """
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise TooLittleMemoryError(
+            f"{what} would take at least {needed / 1e9:,.0f} GB of memory, but this machine has "
+            f"{total / 1e9:,.0f} GB. Ask for fewer."
+        )
+
+
+# With 0 turns of waiting, an idle machine took up to 1.8 times as long for a step; with 10,000 as long as ever.
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+
+
+def let_waiting_threads_sleep():
+    """Let OpenMP's threads soon sleep while they wait for each other. Call it first in a program that trains.
+
+    By default a waiting thread keeps its CPU core busy, also if the thread that it waits for needs that core.
+    OpenMP reads its variables once, when PyTorch is loaded. So this function sets them, for this process and its
+    children, and starts the program again under the same process number. What the user has set stays.
+
+    It belongs under ``if __name__ == "__main__"``. A library must not start its caller again.
+    """
+    missing = {name: value for name, value in PATIENT_THREADS.items() if name not in os.environ}
+    os.environ.update(missing)
+    if missing and sys.platform == "linux":  # elsewhere PyTorch comes with another OpenMP
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 # --- What a result says about its origin --------------------------------------------------------
 
 
 def describe_hardware(device):
     """Name the hardware behind a result.
 
-    Parameters
-    ----------
-    device : torch.device
-
-    Returns
-    -------
-    dict
-        ``device`` (its type), ``name`` (of the GPU or CPU) and ``cpu_threads`` (int).
+    The dict has ``device`` (the type of the given torch.device), ``name`` (of the GPU or CPU) and
+    ``cpu_threads`` (int).
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -250,29 +322,18 @@ def describe_differences(found, wanted):
     found : dict
         The settings in a file. It may hold more than ``wanted``.
     wanted : dict
+        NumPy scalars equal plain numbers: see :func:`plain`.
 
-    Returns
-    -------
-    str
-        Empty if ``found`` has every value of ``wanted``.
+    The result is empty if ``found`` has every value of ``wanted``.
     """
+    found, wanted = plain(found), plain(wanted)
     return "; ".join(f"{k}: {found.get(k)} there, {v} now" for k, v in wanted.items() if found.get(k) != v)
 
 
 def require_same_settings(path, found, wanted):
     """Refuse a result that was obtained with other settings than the results beside it.
 
-    Parameters
-    ----------
-    path : path
-        Of the result, for the error message.
-    found, wanted : dict
-        See :func:`describe_differences`.
-
-    Raises
-    ------
-    ValueError
-        If a setting differs; the message names each one.
+    The ValueError names its path and each setting that differs: see :func:`describe_differences`.
     """
     if differences := describe_differences(found, wanted):
         raise ValueError(f"{path} was obtained with other settings ({differences}). Remove it to run again.")
@@ -281,38 +342,77 @@ def require_same_settings(path, found, wanted):
 # --- Files --------------------------------------------------------------------------------------
 
 
+def user_path(path):
+    """``path`` as a :class:`pathlib.Path`; a leading ``~`` is the user's home folder."""
+    return Path(os.path.expanduser(path))
+
+
+def _temporary_beside(path):
+    """The file that writing ``path`` replaces, and a new empty file beside it."""
+    # A symbolic link is kept, and what it points to is written, also if that does not exist yet.
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Cut, because a name that just fits would be too long with the additions.
+        descriptor, temporary = tempfile.mkstemp(target.suffix, f".{target.stem[:40]}-", target.parent)
+        os.close(descriptor)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
+    return target, Path(temporary)
+
+
+def require_writable(*paths):
+    """Notice before the work that a file cannot be written after it.
+
+    Missing parent folders are created. No file is left behind, and existing files stay as they are.
+
+    Parameters
+    ----------
+    *paths : path
+
+    Raises
+    ------
+    OSError
+        If a folder cannot be created or written to, or a path is itself a folder.
+    """
+    for path in paths:
+        _, temporary = _temporary_beside(user_path(path))
+        temporary.unlink()
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside ``path`` that is renamed to ``path`` only if the block succeeds.
 
     After a kill or an error there is either the old file or the new one, never half of one. Missing parent
-    folders are created. The temporary name has the suffix of ``path``, because some writers (matplotlib)
-    choose the format by it.
+    folders are created. If ``path`` is a symbolic link, the file that it points to is written. The temporary name
+    has the suffix of ``path``, because some writers (matplotlib) choose the format by it.
 
     Parameters
     ----------
     path : path
+        A leading ``~`` is the user's home folder.
 
     Raises
     ------
     OSError
         If the folder is not writable or the disk is full. No file is left behind.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(descriptor)
-    except OSError as error:
-        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
-    temporary = Path(temporary)
+    path = user_path(path)
+    target, temporary = _temporary_beside(path)
     try:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
+        if error.filename is not None and Path(error.filename).parent != temporary.parent:
+            raise  # about a file that the block reads, which says nothing about writing
         raise OSError(
             f"Could not finish writing {path}: {error}. Nothing was left behind. Free some disk "
             "space or choose another folder, then run again."
@@ -321,9 +421,41 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def one_process_at_a_time(path, work):
+    """Run a block while no other process runs its block for the same ``path``; the others wait.
+
+    The lock ends with its process, also if that is killed.
+
+    Parameters
+    ----------
+    path : path
+        What the block makes. The lock is a file beside it, removed at the end.
+    work : str
+        What is done, for the line that a waiting process prints, such as ``"trains the GAN"``.
+    """
+    path = user_path(path)
+    require_writable(path)
+    lock = filelock.FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"Another process {work}: waiting until {path} is there.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":  # there an open file cannot be removed, and filelock removes it itself
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def save_json(path, content):
-    """Write ``content`` as indented JSON, atomically. NaN and infinity raise ValueError."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    """Write ``content`` (see :func:`plain`) as indented JSON, atomically. NaN and infinity raise ValueError."""
+    try:
+        text = json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path} was not written, because JSON cannot hold its content: {error}.") from error
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -335,16 +467,10 @@ def save_array(path, array):
 
 
 def save_torch_file(path, content):
-    """Write a dictionary with ``torch.save``, atomically.
-
-    Raises
-    ------
-    OSError
-        If the folder is not writable or the disk is full.
-    """
+    """Write a dictionary (see :func:`plain`) with ``torch.save``, atomically: see :func:`atomic_path`."""
     with atomic_path(path) as temporary:
         try:
-            torch.save(content, temporary)
+            torch.save(plain(content), temporary)
         except RuntimeError as error:  # what PyTorch makes of a full disk
             raise OSError(str(error).splitlines()[0]) from error
 
@@ -361,13 +487,18 @@ def load_torch_file(path, keys):
     Raises
     ------
     FileNotFoundError
+    OSError
+        If the file may not be read.
     ValueError
         If the file is damaged or holds something else.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path}.")
+    path = user_path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file {path}.") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}. Choose a file that you may read.") from error
     except Exception as error:  # torch.load raises many kinds of errors for a damaged file
         raise ValueError(
             f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
@@ -394,8 +525,13 @@ class Checkpoint:
     """
 
     def __init__(self, path, identity):
-        self.path = None if path is None else Path(path)
-        self.identity = identity
+        self.path = None if path is None else user_path(path)
+        self.identity = plain(identity)
+
+    def require_writable(self):
+        """Notice before the training that it could not be saved: see :func:`require_writable`."""
+        if self.path is not None:
+            require_writable(self.path)
 
     def load(self, *names):
         """Read what :meth:`save` wrote.
@@ -415,9 +551,12 @@ class Checkpoint:
         ValueError
             If the file is damaged or belongs to another training.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return None
-        content = load_torch_file(self.path, {"identity", *names})
+        try:
+            content = load_torch_file(self.path, {"identity", *names})
+        except FileNotFoundError:  # or another process has just finished this training
+            return None
         if differences := describe_differences(content["identity"], self.identity):
             raise ValueError(
                 f"The checkpoint {self.path} belongs to another training ({differences}). Remove it to start again."
@@ -434,17 +573,7 @@ class Checkpoint:
 
 
 def is_reachable(url, seconds=20):
-    """Tell whether ``url`` answers within ``seconds``.
-
-    Parameters
-    ----------
-    url : str
-    seconds : float
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether ``url`` answers within ``seconds``."""
     answers = []
     finished = threading.Event()
 
@@ -463,7 +592,8 @@ def is_reachable(url, seconds=20):
 
 def require_free_space(folder, gigabytes):
     """Raise OSError if the disk of ``folder`` has less than ``gigabytes`` (10^9 bytes) of free space."""
-    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
+    folder = user_path(folder).absolute()
+    existing = next(p for p in [folder, *folder.parents] if p.exists())
     free = shutil.disk_usage(existing).free / 1e9
     if free < gigabytes:
         raise OSError(f"{existing} has {free:.2f} GB free, but {gigabytes:.2f} GB are needed.")

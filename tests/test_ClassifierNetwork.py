@@ -227,6 +227,15 @@ def test_evaluation_stays_on_the_device_of_the_model():
     assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_predictions(value):
+    """argmax takes NaN for the largest, and so every image for one class."""
+    model = small_model()
+    model.head.bias.data[3] = value
+    with pytest.raises(ValueError, match="Logits of the classifier: NaN or infinity.*train or load it again"):
+        evaluate_classifier(model, X, y)
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 
@@ -270,6 +279,41 @@ def test_numpy_integers_as_shape_come_back_from_a_file():
     save_classifier(ResNet18(np.int64(7), np.int64(4)), "model.pt")
     loaded = load_classifier("model.pt")
     assert (loaded.num_classes, loaded.width) == (7, 4)
+
+
+def test_the_number_of_classes_of_numpy_labels_comes_back_from_a_file():
+    save_classifier(
+        create_classifier(y.max() + 1, np.int32(4), channel_statistics(X), np.int64(0)), "model.pt"
+    )
+    assert equal_weights(load_classifier("model.pt"), small_model())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("head.weight", "nan"), ("norm.running_var", "inf"), ("std", "nan")]
+)
+def test_weights_that_are_not_finite_are_neither_written_nor_read(name, value):
+    model = small_model()
+    save_classifier(model, "model.pt")
+    content = torch.load("model.pt")
+    for weights in (model.state_dict(), content["model"]):
+        weights[name].view(-1)[0] = float(value)
+    with pytest.raises(ValueError, match="classifier's weights: NaN or infinity.*Train it again"):
+        save_classifier(model, "broken.pt")
+    assert not Path("broken.pt").exists()
+    torch.save(content, "broken.pt")
+    with pytest.raises(ValueError, match=r"weights in broken\.pt: NaN or infinity.*Remove it and run again"):
+        load_classifier("broken.pt")
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": "wide"}, {"num_classes": None}, {"width": 0}, {"model": [1]}], ids=str
+)
+def test_a_file_with_impossible_sizes_is_refused_in_one_line(change):
+    save_classifier(small_model(), "model.pt")
+    torch.save(torch.load("model.pt") | change, "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt does not fit a ResNet-18 .*Remove it") as caught:
+        load_classifier("model.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named():

@@ -914,6 +914,50 @@ def test_a_numpy_seed_can_be_resumed(monkeypatch):
     assert equal_weights(resumed, uninterrupted)
 
 
+def test_a_recipe_of_numpy_values_trains_the_same_and_can_be_resumed(monkeypatch):
+    values = {"steps": np.logspace(1, 2, 2)[0].astype(int), "batch_size": np.int32(8), "warmup": np.float32(0.25),
+              "learning_rate": np.logspace(-2, -1, 2)[1], "flip": np.bool_(True), "scales": np.array([0.5, 1.0])}  # fmt: skip
+    recipe, plain = Recipe(**values), Recipe(10, 8, warmup=0.25, learning_rate=0.1, scales=(0.5, 1.0))
+    assert recipe == plain and json.loads(json.dumps(recipe.as_json())) == plain.as_json()
+    interrupted_run(monkeypatch, recipe=recipe)
+    resumed, uninterrupted = small_model(), small_model()
+    train(resumed, plain, checkpoint="run.pt")
+    train(uninterrupted, recipe)
+    assert equal_weights(resumed, uninterrupted)
+
+
+def test_numpy_values_that_are_returned_after_an_epoch_come_back_from_the_checkpoint():
+    first = train(small_model(), checkpoint="run.pt", after_epoch=lambda *a: {"recall": np.float64(0.5)})
+    again = train(small_model(), checkpoint="run.pt")
+    assert again == first and type(again[0]["recall"]) is float
+
+
+@pytest.mark.parametrize("steps", [2.5, 100.0, float("nan"), np.float64(10)])
+def test_a_number_of_steps_that_is_not_whole_is_refused(steps):
+    with pytest.raises(ValueError, match="at least 1, and whole"):
+        Recipe(steps=steps)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_before_the_training():
+    Path("file").touch()
+    with pytest.raises(OSError, match=r"Cannot write file/run\.pt"):
+        train(small_model(), checkpoint="file/run.pt", batches=NoBatches())
+
+
+def test_a_network_that_cannot_be_evaluated_stops_the_training_and_keeps_the_last_checkpoint(monkeypatch):
+    evaluate, original = evaluator(), EpochEvaluator.__call__
+
+    def broken(self, model, record):
+        if record["epoch"] == 2:
+            model.head.bias.data[0] = float("nan")
+        return original(self, model, record)
+
+    monkeypatch.setattr(EpochEvaluator, "__call__", broken)
+    with pytest.raises(FloatingPointError, match="Logits of the classifier: NaN"):
+        train(small_model(), after_epoch=evaluate, checkpoint="run.pt")
+    assert len(torch.load("run.pt", weights_only=True)["history"]) == 1
+
+
 def test_weights_that_the_last_step_broke_are_no_result():
     with pytest.raises(FloatingPointError, match="last step"):
         train(small_model(), Recipe(steps=1, batch_size=20, learning_rate=float("inf")))

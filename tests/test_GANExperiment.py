@@ -1,23 +1,28 @@
 """The study's GAN and the quality of generated images: what they may see, what is kept, what a kill leaves."""
 
 import dataclasses
+import multiprocessing
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import smoke, smoke_study
+from test_GANNetworks import tiny_generator
 
 import Arms
 import Experiment
 import GANExperiment
+import QualityExperiment
 import Results
 from Arms import ARMS, PROFILES
 from Experiment import run_arms
-from GANExperiment import is_trained, prepare_generator, quality_measure, save_gan
-from GANGeneration import Adversaries, BalancedBatches, train_gan
-from GANNetworks import load_generator
+from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measure, save_gan
+from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
+from GANNetworks import Discriminator, load_generator
 from GenerationQuality import ImageFeatures
 from ImbalancedCIFAR10 import split_from_name
 from QualityExperiment import classifier_features, judge_generated_images
@@ -94,6 +99,118 @@ def test_a_training_that_could_not_be_saved_is_not_lost(tiny_data, monkeypatch):
     monkeypatch.setattr(Adversaries, "step", lambda *arguments: pytest.fail("it was trained again"))
     assert prepare_generator(study, tiny_data, "cpu").exists()
     assert not list(Path("models/checkpoints").rglob("gan.pt"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Processes cannot be copied here.")
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_processes_at_once_train_one_gan_and_both_get_it(tiny_data, monkeypatch, killed):
+    """The second process waits, also if the first is killed in the middle of its training."""
+    study, original = smoke_study(tiny_data), GANExperiment.train_gan
+
+    def training(*arguments, **options):
+        with open("trained.txt", "a") as file:
+            file.write(f"{os.getpid()} ")
+        if killed and len(Path("trained.txt").read_text().split()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(GANExperiment, "train_gan", training)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=prepare_generator, args=(study, tiny_data, "cpu")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert sorted(process.exitcode for process in processes) == ([-signal.SIGKILL, 0] if killed else [0, 0])
+    assert len(Path("trained.txt").read_text().split()) == (2 if killed else 1)
+    assert is_trained(study, tiny_data)
+    assert not list(Path().rglob("*.lock"))
+    assert not list(Path("models/checkpoints").rglob("*.pt"))
+
+
+def test_the_lock_of_a_study_lies_beside_its_generator(tiny_data):
+    study = smoke_study(tiny_data)
+    with gan_lock(study):
+        assert study.model_path("generator.pt.lock").exists()
+    assert not study.model_path("generator.pt.lock").exists()
+
+
+def test_a_generator_that_vanishes_while_it_is_looked_for_is_not_there(tiny_data, monkeypatch):
+    study = smoke_study(tiny_data)
+    prepare_generator(study, tiny_data, "cpu")
+
+    def vanish(*arguments):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(GANExperiment, "load_generator", vanish)
+    assert not is_trained(study, tiny_data)
+
+
+@pytest.mark.parametrize("place", ["models/smoke", "results"])
+def test_an_output_that_cannot_be_written_is_noticed_before_the_training(tiny_data, monkeypatch, place):
+    study = smoke_study(tiny_data)
+    monkeypatch.setattr(GANExperiment, "train_gan", lambda *a, **o: pytest.fail("it was trained"))
+    monkeypatch.setattr(GANExperiment, "classifier_features", lambda *a: pytest.fail("it was trained"))
+    Path(place).parent.mkdir(exist_ok=True)
+    Path(place).write_text("not a folder")
+    with pytest.raises(OSError, match=f"Cannot write {place}/.*Choose a folder"):
+        prepare_generator(study, tiny_data, "cpu")
+
+
+@pytest.mark.parametrize("writes", ["the weights", "the judged images"])
+def test_judging_notices_before_the_work_what_it_cannot_write(tiny_data, monkeypatch, writes):
+    study = smoke_study(tiny_data)
+    monkeypatch.setattr(QualityExperiment, "train_classifier", lambda *a, **o: pytest.fail("it was trained"))
+    if writes == "the weights":
+        study.weights_path("imbalanced").mkdir(parents=True)
+        monkeypatch.setattr(Path, "exists", Path.is_file)
+        with pytest.raises(OSError, match=r"Cannot write models/smoke/.*\.pt"):
+            classifier_features(study, tiny_data, "cpu")
+    else:
+        Path("results").write_text("not a folder")
+        with pytest.raises(OSError, match="Cannot write results/smoke"):
+            judge_generated_images(study, tiny_data, {"gan": tiny_data.X_test[:4]}, "cpu")
+
+
+def test_a_finished_gan_with_a_distance_of_nan_is_kept(tiny_data):
+    """JSON has no NaN: the record says that nothing was measured."""
+    study = smoke_study(tiny_data)
+    history = [
+        {"step": k, "quality": quality, "seconds": 1.0, "seconds_of_quality": 0.1}
+        for k, quality in enumerate([float("nan"), np.float64(2.5), None, float("inf")])
+    ]
+    generator = tiny_generator(trained=range(10), num_classes=10)
+    run = GANRun(
+        generator, Discriminator(10, 4), history, np.zeros((4, 10, 32, 32, 3), np.uint8), np.int64(1)
+    )
+    save_gan(study, tiny_data, run, "some features")
+    record = read_json(study.record_path("gan.json"))
+    assert [entry["quality"] for entry in record["history"]] == [None, 2.5, None, None]
+    assert record["best_step"] == 1
+
+
+def test_a_quality_of_nan_ends_the_command_in_one_line_and_a_second_run_trains_no_step_again(
+    tiny_data, monkeypatch, capsys
+):
+    monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
+    command = ["--train-gan", "--profile", "smoke", "--split", "cat-5", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(GANExperiment, "quality_measure", lambda *a: lambda images, labels: float("nan"))
+        with pytest.raises(SystemExit) as stopped:
+            Experiment.main(command)
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "quality measured at step" in line and "Repair the measure" in line
+    steps, original = [], Adversaries.step
+
+    def step(self, batches, step, seed):
+        steps.append(step)
+        return original(self, batches, step, seed)
+
+    monkeypatch.setattr(Adversaries, "step", step)
+    monkeypatch.setattr(GANExperiment, "count_flops", lambda *arguments: 1)  # it makes a training step too
+    Experiment.main(command)
+    assert len(steps) < 6 and 0 not in steps
 
 
 def test_the_calls_of_the_notebook_keep_the_gan_that_prepare_generator_keeps(

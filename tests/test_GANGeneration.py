@@ -283,6 +283,119 @@ def test_a_few_hundred_steps_on_a_toy_set_beat_the_untrained_generator():
     assert apart.argmin(axis=1).tolist() == [0, 1, 2]
 
 
+# --- A quality measure that fails -----------------------------------------------------------------
+
+
+def failing_at(calls, failure):
+    """A measure that fails at its calls of these numbers, from 1, and the numbers it was called with."""
+    called = []
+
+    def quality(images, labels):
+        called.append(len(called) + 1)
+        if called[-1] not in calls:
+            return float(images.mean())
+        if isinstance(failure, Exception):
+            raise failure
+        return failure
+
+    return quality
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """A training whose measure never fails."""
+    y = np.repeat([0, 1, 2], [20, 20, 4])
+    return train_gan(make_images(y, 0), y, TINY, seed=0, quality=failing_at([], None))
+
+
+@pytest.mark.parametrize(
+    ("record", "failure"),
+    [
+        (1, float("nan")),
+        (4, float("nan")),
+        (2, float("inf")),
+        (2, np.float32("nan")),
+        (2, torch.tensor(float("nan"))),
+        (2, KeyError("broken")),
+    ],
+    ids=repr,
+)
+def test_a_measure_that_fails_once_stops_the_training_and_no_step_is_lost(
+    toy, monkeypatch, uninterrupted, record, failure
+):
+    whole = uninterrupted
+    steps, original = [], Adversaries.step
+
+    def step(self, batches, step, seed):
+        steps.append(step)
+        return original(self, batches, step, seed)
+
+    monkeypatch.setattr(Adversaries, "step", step)
+    if isinstance(failure, KeyError):
+        expected = pytest.raises(KeyError, match="broken")
+    else:
+        expected = pytest.raises(
+            ValueError, match=f"quality measured at step {record} is .*Repair the measure"
+        )
+    with expected:
+        train_gan(*toy, TINY, seed=0, quality=failing_at([record], failure), checkpoint="gan.pt")
+    assert steps == list(range(record)), "it stopped at once"
+    run = train_gan(*toy, TINY, seed=0, quality=failing_at([], None), checkpoint="gan.pt")
+    assert steps == [0, 1, 2, 3], "no training step is repeated"
+    assert equal(run.generator.state_dict(), whole.generator.state_dict())
+    assert without_seconds(run.history) == without_seconds(whole.history)
+    assert np.array_equal(run.snapshots, whole.snapshots) and run.best_step == whole.best_step
+
+
+def test_a_measure_that_stays_broken_says_so_again(toy):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="quality measured at step 1 is nan"):
+            train_gan(*toy, TINY, seed=0, quality=failing_at([1], float("nan")), checkpoint="gan.pt")
+
+
+def finished_checkpoint(toy, change):
+    """The checkpoint of a finished training, as an earlier version may have left it."""
+    train_gan(*toy, TINY, seed=0, quality=failing_at([], None), checkpoint="gan.pt")
+    content = torch.load("gan.pt", weights_only=True)
+    change(content)
+    torch.save(content, "gan.pt")
+
+
+def test_a_generator_that_was_kept_for_its_nan_is_replaced(toy):
+    def change(content):
+        content["history"][0]["quality"] = content["best"]["quality"] = float("nan")
+        content["best"]["step"] = 1
+
+    finished_checkpoint(toy, change)
+    run = train_gan(*toy, TINY, seed=0, quality=failing_at([], None), checkpoint="gan.pt")
+    assert run.best_step == 4
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_refused(toy):
+    def change(content):
+        content["adversaries"]["average"]["to_image.bias"][0] = float("nan")
+
+    finished_checkpoint(toy, change)
+    with pytest.raises(ValueError, match=r"Weights in the checkpoint gan\.pt: NaN or infinity.*Remove it"):
+        train_gan(*toy, TINY, seed=0, quality=failing_at([], None), checkpoint="gan.pt")
+
+
+# --- NumPy scalars --------------------------------------------------------------------------------
+
+
+def test_numpy_scalars_as_settings_classes_and_seed_train_the_same_and_can_be_resumed(toy):
+    X, y = toy
+    of_numpy = {
+        name: np.asarray(value)[()] for name, value in dataclasses.asdict(TINY).items()
+    }  # fmt: skip
+    settings = GANSettings(**of_numpy)
+    run = train_gan(X, y, settings, seed=np.int64(0), num_classes=y.max() + 1, checkpoint="gan.pt")
+    same = train_gan(X, y, TINY, seed=0, num_classes=3, checkpoint="gan.pt")  # read from the checkpoint
+    assert equal(run.generator.state_dict(), same.generator.state_dict())
+    save_generator(run.generator, "generator.pt")
+    assert GANOverSampler(generator="generator.pt", random_state=0).fit_resample(X, y)[0].shape[0] == 60
+
+
 # --- Bad input and collapse -----------------------------------------------------------------------
 
 
@@ -300,7 +413,62 @@ def test_bad_training_data_is_one_clear_error(toy):
         ("batch_size", 1, 4), ("records", 0, 1), ("discriminator_steps", 0, 1), ("quality_images", 2, 3),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{field} must be at least {least}: got {value}"):
-            train_gan(X, y, dataclasses.replace(TINY, **{field: value}), seed=0)
+            train_gan(X, y, dataclasses.replace(TINY, **{field: value}), seed=0, quality=lambda *judged: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": float("nan")}, "steps must be at least 1: got nan"),
+        ({"steps": 2.5}, "steps must be a whole number: got 2.5"),
+        ({"generator_learning_rate": float("nan")}, "generator_learning_rate must be finite: got nan"),
+        (
+            {"discriminator_learning_rate": float("inf")},
+            "discriminator_learning_rate must be finite: got inf",
+        ),
+        ({"ema_decay": float("nan")}, "ema_decay must be finite"),
+        ({"augmentation": float("nan")}, "augmentation must be finite"),
+    ],
+)
+def test_a_setting_that_is_no_such_number_is_refused(toy, setting, message):
+    with pytest.raises(ValueError, match=message):
+        train_gan(*toy, dataclasses.replace(TINY, **setting), seed=0)
+
+
+def nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(Adversaries, "step", lambda *arguments: pytest.fail("it was trained"))
+
+
+@pytest.mark.parametrize("setting", [{"quality_images": 10**9}, {"batch_size": 10**9}])
+def test_more_images_than_fit_the_memory_are_refused_before_the_training(toy, monkeypatch, setting):
+    nothing_is_trained(monkeypatch)
+    settings = dataclasses.replace(TINY, **setting)
+    with pytest.raises(MemoryError, match="1,000,000,000.* images would take at least"):
+        train_gan(*toy, settings, seed=0, quality=lambda *judged: 1.0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_before_the_training(toy, monkeypatch):
+    nothing_is_trained(monkeypatch)
+    Path("file").touch()
+    with pytest.raises(OSError, match=r"Cannot write file/gan\.pt"):
+        train_gan(*toy, TINY, seed=0, checkpoint="file/gan.pt")
+
+
+def test_weights_that_are_not_finite_are_a_collapse(toy, monkeypatch):
+    original = Adversaries.step
+
+    def step(self, batches, step, seed):
+        losses = original(self, batches, step, seed)
+        if step == 1:
+            self.generator.to_image.bias.data[0] = float("nan")  # after the losses
+        return losses
+
+    monkeypatch.setattr(Adversaries, "step", step)
+    with pytest.raises(
+        GANCollapseError, match="weight of the GAN stopped being finite by step 2.*learning rates"
+    ):
+        train_gan(*toy, TINY, seed=0, checkpoint="gan.pt")
+    assert len(torch.load("gan.pt", weights_only=True)["history"]) == 1
 
 
 def with_losses(monkeypatch, values):
@@ -419,3 +587,45 @@ def test_the_sampler_refuses_what_does_not_fit(toy):
         GANOverSampler(settings=TINY).fit(X[:41], y[:41])
     with pytest.raises(FileNotFoundError):
         GANOverSampler(generator="none.pt").fit(X, y)
+
+
+@pytest.mark.parametrize("settings", ["smoke", {}, {"steps": 4}, 4])
+def test_settings_of_another_type_are_refused(toy, settings):
+    with pytest.raises(TypeError, match="settings must be GANSettings, such as "):
+        GANOverSampler(settings=settings).fit_resample(*toy)
+    with pytest.raises(TypeError, match="settings must be GANSettings"):
+        GANOverSampler(generator=tiny_generator(), settings=settings).fit(*toy)
+    with pytest.raises(TypeError, match="settings must be GANSettings"):
+        train_gan(*toy, settings, seed=0)
+
+
+def test_labels_that_are_no_class_numbers_get_a_message_about_labels(toy):
+    X, y = toy
+    for labels in (y + 100, y * 1000, y + 10**9):
+        with pytest.raises(ValueError, match="Labels run from .* but y has 3 classes.*return_inverse"):
+            GANOverSampler(settings=TINY).fit_resample(X, labels)
+    with pytest.raises(ValueError, match="Labels run from -1 to 1"):
+        GANOverSampler(settings=TINY).fit_resample(X, y - 1)
+
+
+def test_a_class_number_that_is_left_out_is_no_mistake(toy):
+    X, y = toy
+    X_res, y_res = GANOverSampler(settings=TINY, random_state=0).fit_resample(X, y + 1)
+    assert np.bincount(y_res).tolist() == [0, 20, 20, 20]
+
+
+def test_without_a_measure_the_number_of_judged_images_does_not_matter(toy):
+    X, y = toy
+    few = dataclasses.replace(TINY, quality_images=1)
+    assert len(GANOverSampler(settings=few, random_state=0).fit_resample(X, y)[0]) == 60
+
+
+def test_a_mistake_that_shows_without_a_training_is_reported_before_it(toy, monkeypatch):
+    nothing_is_trained(monkeypatch)
+    for truncation in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="truncation is a positive number"):
+            GANOverSampler(settings=TINY, truncation=truncation).fit(*toy)
+    with pytest.raises(MemoryError, match="generated images would take at least"):
+        GANOverSampler(settings=TINY, sampling_strategy={2: 10**9}).fit(*toy)
+    with pytest.raises((MemoryError, ValueError)):
+        GANOverSampler(settings=TINY, sampling_strategy={2: 10**9}).fit_resample(*toy)

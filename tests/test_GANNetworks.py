@@ -188,6 +188,35 @@ def test_wrong_requests_are_refused():
         sample_images(tiny_generator(), [0], seed=0, truncation=0)
 
 
+def broken(network, name, value=float("nan")):
+    """The network with one weight that is not finite."""
+    network.state_dict()[name].view(-1)[0] = value
+    return network
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_generator_whose_images_are_not_finite_makes_none(value):
+    """A cast to uint8 would make a red channel of zeros of this bias."""
+    generator = broken(tiny_generator(), "to_image.bias", value)
+    if value == float("inf"):
+        generator.to_image.weight.data[0] = float("-inf")  # tanh maps infinity alone to a pixel
+    with pytest.raises(ValueError, match="generator's images: NaN or infinity.*train or load it again"):
+        sample_images(generator, [0, 1], seed=0)
+
+
+def test_a_numpy_seed_gives_the_same_images():
+    images = sample_images(tiny_generator(), [0, 1], seed=3)
+    assert np.array_equal(sample_images(tiny_generator(), np.array([0, 1]), seed=np.int64(3)), images)
+
+
+def test_more_images_than_fit_the_memory_are_refused_before_any_is_made(monkeypatch):
+    monkeypatch.setattr(Generator, "forward", lambda *arguments: pytest.fail("an image was made"))
+    labels = np.broadcast_to(np.int64(0), 10**8)  # takes no memory itself
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 16 * 10**9}))
+    with pytest.raises(MemoryError, match="100,000,000 generated images would take at least .* GB"):
+        sample_images(tiny_generator(), labels, seed=0)
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 
@@ -218,7 +247,49 @@ def test_wrong_files_are_refused():
     torch.save(content | {"channels": 8}, "other.pt")
     with pytest.raises(ValueError, match=r"weights in other\.pt do not fit the generator"):
         load_generator("other.pt")
+    for name, value in (
+        ("channels", "many"),
+        ("latent_size", -1),
+        ("generator", [1, 2]),
+        ("num_classes", None),
+    ):
+        torch.save(content | {name: value}, "other.pt")
+        with pytest.raises(
+            ValueError, match=r"weights in other\.pt do not fit the generator.*Remove it"
+        ) as caught:
+            load_generator("other.pt")
+        assert "\n" not in str(caught.value)
     whole = Path("generator.pt").read_bytes()
     Path("half.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.pt is damaged"):
         load_generator("half.pt")
+
+
+@pytest.mark.parametrize(
+    ("network", "save", "load", "name"),
+    [
+        (lambda: tiny_generator(), save_generator, load_generator, "to_image.bias"),
+        (lambda: tiny_generator(), save_generator, load_generator, "norm.running_var"),
+        (lambda: Discriminator(3, channels=4), save_discriminator, load_discriminator, "score.bias"),
+    ],
+)
+def test_weights_that_are_not_finite_are_neither_written_nor_read(network, save, load, name):
+    with pytest.raises(ValueError, match="weights: NaN or infinity.*Train it again"):
+        save(broken(network(), name), "broken.pt")
+    assert not list(Path().iterdir())
+    save(network(), "network.pt")
+    content = torch.load("network.pt", weights_only=True)
+    content["generator" if save is save_generator else "discriminator"][name].view(-1)[0] = float("nan")
+    torch.save(content, "broken.pt")
+    with pytest.raises(
+        ValueError, match=r"weights in broken\.pt: NaN or infinity.*Remove it and train again"
+    ):
+        load("broken.pt", "cpu")
+
+
+def test_numpy_integers_as_sizes_come_back_from_a_file():
+    sizes = np.int64(3), np.int64(8), np.int64(4)
+    save_generator(Generator(*sizes), "generator.pt")
+    save_discriminator(Discriminator(np.int64(3), np.int64(4)), "discriminator.pt")
+    assert load_generator("generator.pt", "cpu").num_classes == 3
+    assert load_discriminator("discriminator.pt", "cpu").channels == 4

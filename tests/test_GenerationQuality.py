@@ -1,5 +1,9 @@
 """Distances, precision, recall and memorisation have the values that their definitions give."""
 
+import os
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +56,101 @@ def test_inception_without_weights_and_network_is_a_clear_error(monkeypatch, tmp
     message = "does not answer. Use the features of a network of your own"
     with pytest.raises(FeaturesUnavailableError, match=message):
         InceptionFeatures("cpu")
+
+
+class Intruder:
+    """Its pickle creates a file when it is loaded."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("intruded"),)
+
+
+def no_weights(kind):
+    """The content of a file that does not hold Inception's weights."""
+    if kind == "another network":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), "other.pt")
+        return Path("other.pt").read_bytes()
+    contents = {"empty": b"", "HTML": b"<!DOCTYPE html><title>Not found</title>", "random": os.urandom(5000)}
+    return contents[kind] if kind in contents else pickle.dumps(Intruder(), protocol=2)
+
+
+BAD_WEIGHTS = ["empty", "HTML", "random", "another network", "code"]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty folder for torch.hub, and the path at which Inception's weights are looked for."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints" / GenerationQuality.INCEPTION_URL.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_a_file_that_does_not_hold_inceptions_weights_is_named_with_what_to_do(hub, kind):
+    hub.parent.mkdir(parents=True)
+    hub.write_bytes(no_weights(kind))
+    with pytest.raises(
+        FeaturesUnavailableError, match="does not hold the weights of.*Remove it and run"
+    ) as caught:
+        InceptionFeatures("cpu")
+    assert str(hub) in str(caught.value) and "\n" not in str(caught.value)
+    assert not Path("intruded").exists()
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_a_download_that_is_not_inception_leaves_nothing_behind(hub, monkeypatch, server, kind):
+    server.files[f"/{hub.name}"] = no_weights(kind)
+    monkeypatch.setattr(GenerationQuality, "INCEPTION_URL", f"{server.url}/{hub.name}")
+    with pytest.raises(FeaturesUnavailableError, match="could not be downloaded from"):
+        InceptionFeatures("cpu")
+    assert not list(hub.parent.iterdir())
+
+
+# --- Numbers that are not finite ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_no_measurement(value):
+    calls = []
+
+    def once(pixels):
+        calls.append(len(pixels))
+        features = quarters(pixels)
+        features[-1, 0] = value
+        return features
+
+    broken, images = ImageFeatures(once, "a network with one NaN", CPU), noise(8, 0)
+    for measure in (
+        lambda: broken(images),
+        lambda: generation_quality(images, images, broken),
+        lambda: memorisation(images, images, broken),
+        lambda: frechet_distance_to(images, broken),
+    ):
+        with pytest.raises(ValueError, match="'a network with one NaN': NaN or infinity.*float32"):
+            measure()
+
+
+def test_given_features_that_are_not_finite_have_no_precision_and_recall():
+    good, bad = torch.rand(8, 3), torch.rand(8, 3)
+    bad[3, 1] = float("nan")
+    for real, generated, name in ((bad, good, "real"), (good, bad, "generated")):
+        with pytest.raises(ValueError, match=f"Features of the {name} images: NaN"):
+            precision_and_recall(real, generated)
+
+
+def test_distances_that_overflow_are_no_measurement():
+    huge = torch.tensor([[1e38], [-3e38], [3e38], [0.0], [2e38]])
+    with pytest.raises(ValueError, match="Distances between features: NaN or infinity"):
+        precision_and_recall(huge, huge)
+    large = ImageFeatures(lambda pixels: quarters(pixels) * 1e30, "large", CPU)
+    with pytest.raises(ValueError, match="distance is"):
+        frechet_distance_to(noise(8, 0), large)(noise(8, 1))
+
+
+def test_a_distance_to_a_single_image_is_refused():
+    with pytest.raises(ValueError, match="at least 2 images in each set, not 1"):
+        frechet_distance_to(noise(1, 0), FEATURES)
+    with pytest.raises(ValueError, match="at least 2 images in each set, not 1"):
+        frechet_distance_to(noise(8, 0), FEATURES)(noise(1, 0))
 
 
 # --- Distances ----------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Seeds, checked arrays, devices, the code's version, safe files, checkpoints and downloads."""
 
+import dataclasses
+import inspect
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -20,6 +23,8 @@ from conftest import REPOSITORY
 import Runtime
 from Runtime import (
     Checkpoint,
+    NotFiniteError,
+    TooLittleMemoryError,
     atomic_path,
     check_images,
     checksum,
@@ -31,13 +36,20 @@ from Runtime import (
     deterministic_convolutions,
     hardware_text,
     is_reachable,
+    let_waiting_threads_sleep,
     load_torch_file,
+    one_process_at_a_time,
+    plain,
+    require_finite,
     require_free_space,
+    require_memory,
     require_same_settings,
+    require_writable,
     save_array,
     save_json,
     save_torch_file,
     seeded,
+    user_path,
 )
 
 
@@ -128,6 +140,61 @@ def test_the_checksum_covers_all_contents_in_order():
     assert checksum(y, X[:, ::-1]) == zlib.crc32(y.tobytes() + X[:, ::-1].tobytes()) != checksum(y, X)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, lambda x: np.array([0, x]), lambda x: torch.tensor([0, x]), lambda x: {"a": torch.ones(1), "b": torch.tensor(x)}],
+)  # fmt: skip
+def test_a_number_that_is_not_finite_is_refused_with_cause_and_cure(kind, bad):
+    with pytest.raises(NotFiniteError, match="Logits: NaN or infinity.*Use float32"):
+        require_finite(kind(bad), "Logits", "Use float32.")
+    require_finite(kind(1.0), "Logits", "Use float32.")
+
+
+def test_the_error_for_numbers_that_are_not_finite_is_caught_as_either_kind():
+    assert issubclass(NotFiniteError, ValueError) and issubclass(NotFiniteError, FloatingPointError)
+    require_finite({"steps": torch.tensor(3), "trained": torch.tensor([True])}, "Weights", "")
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float
+    parts: tuple
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.int64(3), 3),
+        (np.uint8(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.1), 0.1),
+        (np.bool_(True), True),
+        (np.str_("cat"), "cat"),
+        (np.arange(3), [0, 1, 2]),
+        (np.array(2.5), 2.5),
+        (Path("a/b"), "a/b"),
+        ({np.int64(1): [np.float64(0.5), (np.int32(2),)]}, {1: [0.5, (2,)]}),
+        (Settings(np.float64(0.1), (np.int64(1), {"deep": np.int64(2)})), {"rate": 0.1, "parts": (1, {"deep": 2})}),
+        (None, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_numpy_scalars_anywhere_become_plain_values(value, expected):
+    def types(content):
+        if isinstance(content, dict):
+            return {key: (type(key), types(part)) for key, part in content.items()}
+        return [types(part) for part in content] if isinstance(content, (list, tuple)) else type(content)
+
+    assert plain(value) == expected
+    assert types(plain(value)) == types(expected)
+
+
+def test_a_state_dict_stays_what_it_is():
+    weights = torch.nn.BatchNorm1d(2).state_dict()
+    assert plain(weights) is weights
+    assert plain({"model": weights, "step": np.int64(1)})["model"] is weights
+
+
 # --- Device -------------------------------------------------------------------------------------
 
 
@@ -157,6 +224,41 @@ def test_hardware_is_described_for_a_sentence():
     assert (
         hardware_text({"device": "cuda", "name": "H100", "cpu_threads": 16}) == "CUDA (H100, 16 CPU threads)"
     )
+
+
+def test_more_memory_than_the_machine_has_is_refused():
+    require_memory(1000, "10 images")
+    with pytest.raises(
+        TooLittleMemoryError, match="10 images would take at least 1,000,000 GB.*Ask for fewer"
+    ):
+        require_memory(10**15, "10 images")
+    assert issubclass(TooLittleMemoryError, MemoryError) and issubclass(TooLittleMemoryError, ValueError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Only there PyTorch's OpenMP reads these variables.")
+def test_a_program_is_started_again_once_with_threads_that_sleep_and_keeps_its_arguments(tmp_path):
+    # The function's source alone, because importing Runtime twice takes seconds.
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys\n\nPATIENT_THREADS = {Runtime.PATIENT_THREADS}\n\n"
+        + inspect.getsource(let_waiting_threads_sleep)
+        + "\n\nprint('started', os.getpid(), flush=True)\n"
+        "let_waiting_threads_sleep()\n"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'], sys.flags.utf8_mode, sys.argv[1:])\n"
+    )
+    environment = {**os.environ, "GOMP_SPINCOUNT": "7"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    command = [sys.executable, "-X", "utf8", str(program), "--name", "two words"]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == 3 and lines[0] == lines[1], "the same process starts again, once"
+    assert lines[2] == "PASSIVE 7 1 ['--name', 'two words']", "the user's own value stays"
+
+
+def test_a_program_with_the_variables_is_not_started_again(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "of the user")
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail("it was started again"))
+    let_waiting_threads_sleep()
 
 
 # --- What a result says about its origin --------------------------------------------------------
@@ -216,6 +318,8 @@ def test_differences_name_every_setting_that_differs():
 
 def test_a_result_with_other_settings_is_refused():
     require_same_settings("result.json", {"steps": 6}, {"steps": 6})
+    require_same_settings("result.json", {"rates": [1, 2]}, {"rates": np.array([1, 2])})
+    assert describe_differences({"rate": 0.1}, {"rate": np.float64(0.2)}) == "rate: 0.1 there, 0.2 now"
     with pytest.raises(ValueError, match=r"result\.json.*steps: 6 there, 7 now"):
         require_same_settings("result.json", {"steps": 6}, {"steps": 7})
 
@@ -244,6 +348,105 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
         raise error("stop")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_through_a_symbolic_link_changes_its_target_and_keeps_the_link(tmp_path):
+    Path("large disk").mkdir()
+    Path("large disk/cache.json").write_text("old")
+    Path("cache.json").symlink_to(Path("large disk", "cache.json"))
+    Path("to the link.json").symlink_to("cache.json")
+    for name in ("cache.json", "to the link.json"):
+        save_json(name, {"name": name})
+        assert Path(name).is_symlink() and Path("cache.json").is_symlink()
+        assert json.loads(Path("large disk/cache.json").read_text()) == {"name": name}
+    assert [f.name for f in Path("large disk").iterdir()] == ["cache.json"]
+    assert len(list(Path().iterdir())) == 3
+
+
+def test_a_dangling_link_gets_its_target():
+    Path("cache.json").symlink_to("not/there/yet.json")
+    save_json("cache.json", {"x": 1})
+    assert Path("cache.json").is_symlink()
+    assert json.loads(Path("not/there/yet.json").read_text()) == {"x": 1}
+
+
+@pytest.mark.parametrize("write", [lambda path: save_json(path, {}), require_writable])
+def test_links_in_a_circle_are_refused_and_stay(write):
+    Path("a.json").symlink_to("b.json")
+    Path("b.json").symlink_to("a.json")
+    with pytest.raises(OSError, match=r"Cannot write a\.json.*links"):
+        write("a.json")
+    assert Path("a.json").is_symlink() and len(list(Path().iterdir())) == 2
+
+
+def test_a_failed_write_through_a_link_leaves_link_and_target():
+    Path("folder").mkdir()
+    Path("folder/target.txt").write_text("old")
+    Path("link.txt").symlink_to("folder/target.txt")
+    with pytest.raises(RuntimeError), atomic_path("link.txt") as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+    assert Path("link.txt").is_symlink() and Path("link.txt").read_text() == "old"
+    assert [f.name for f in Path("folder").iterdir()] == ["target.txt"]
+
+
+def test_a_name_as_long_as_the_system_allows_can_be_written():
+    name = "ä" * 120 + ".json"  # 245 of the 255 bytes that a name may have
+    save_json(name, {})
+    assert [f.name for f in Path().iterdir()] == [name]
+
+
+def test_a_file_that_a_block_reads_in_vain_is_not_blamed_on_the_disk():
+    with (
+        pytest.raises(FileNotFoundError, match=r"elsewhere/notebook\.ipynb") as caught,
+        atomic_path("copy.ipynb"),
+    ):
+        Path("elsewhere/notebook.ipynb").read_text()
+    assert "disk space" not in str(caught.value)
+    assert not list(Path().iterdir())
+
+
+def test_a_folder_is_tried_before_the_work_and_no_file_stays():
+    Path("old.txt").write_text("old")
+    require_writable("old.txt", "new.txt", "deep/down/new.txt")
+    assert [f.as_posix() for f in Path().rglob("*") if f.is_file()] == ["old.txt"]
+    assert Path("old.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("path", ["old.txt/below.txt", "folder", "old.txt/a/b/c.txt"])
+def test_a_path_that_cannot_be_written_is_noticed_before_the_work(path):
+    Path("old.txt").write_text("old")
+    Path("folder").mkdir()
+    with pytest.raises(OSError, match=f"Cannot write {path}.*Choose a folder"):
+        require_writable("fine.txt", path)
+    assert {f.name for f in Path().iterdir()} == {"old.txt", "folder"}
+
+
+def test_a_folder_without_permission_is_noticed_before_the_work(monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Runtime.tempfile, "mkstemp", refuse)
+    with pytest.raises(OSError, match=r"Cannot write model\.pt: .*Permission denied"):
+        require_writable("model.pt")
+
+
+def test_the_users_home_is_found_in_every_path(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert user_path("~/data") == home / "data"
+    assert user_path(Path("a/~/b")) == Path("a/~/b")
+    save_json("~/a/file.json", {})
+    save_array("~/a/array.npy", X)
+    save_torch_file("~/a/model.pt", {"step": 1})
+    require_writable("~/a/other.pt")
+    require_free_space("~/a", 0)
+    assert load_torch_file("~/a/model.pt", {"step"}) == {"step": 1}
+    Checkpoint("~/a/run.pt", IDENTITY).save(step=7)
+    assert Checkpoint(home / "a/run.pt", IDENTITY).load("step")["step"] == 7
+    assert sorted(f.name for f in (home / "a").iterdir()) == ["array.npy", "file.json", "model.pt", "run.pt"]
+    assert [f.name for f in tmp_path.iterdir()] == ["home"]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -281,6 +484,20 @@ def test_json_refuses_nan_and_infinity_and_keeps_the_old_file(value):
     assert len(list(Path().iterdir())) == 1
 
 
+def test_the_error_for_nan_in_json_names_the_file():
+    with pytest.raises(ValueError, match=r"file\.json was not written.*JSON"):
+        save_json("file.json", {"x": float("nan")})
+
+
+def test_numpy_values_are_saved_as_plain_ones():
+    content = {"seed": np.int64(3), "rates": np.logspace(-1, 0, 2), "deep": [{"right": np.bool_(True)}]}
+    expected = {"seed": 3, "rates": [0.1, 1.0], "deep": [{"right": True}]}
+    save_json("file.json", content)
+    assert json.loads(Path("file.json").read_text()) == expected
+    save_torch_file("file.pt", content)
+    assert load_torch_file("file.pt", {"seed"}) == expected
+
+
 @pytest.mark.parametrize("name", ["images.npy", "images", "images.part", "images.npy.old"])
 def test_an_array_is_saved_under_exactly_the_given_name(name):
     save_array(f"folder/{name}", X)
@@ -312,8 +529,32 @@ def test_an_error_of_torch_save_is_an_oserror_and_the_old_file_stays(monkeypatch
     assert [f.name for f in Path().iterdir()] == ["model.pt"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size.")
+def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_the_old_one_and_one_line():
+    Checkpoint("run.pt", IDENTITY).save(step=7)
+    answer = python(
+        "import resource, torch\n"
+        "from Runtime import Checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        f"    Checkpoint('run.pt', {IDENTITY}).save(step=8, weights=torch.zeros(1_000_000))\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    [line] = answer.stdout.splitlines()
+    assert line.startswith("Could not finish writing run.pt: ") and "Free some disk space" in line
+    assert Checkpoint("run.pt", IDENTITY).load("step")["step"] == 7
+    assert [f.name for f in Path().iterdir()] == ["run.pt"]
+
+
 def test_a_missing_torch_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"model\.pt"):
+        load_torch_file("model.pt", {"step"})
+
+
+def test_a_torch_file_that_may_not_be_read_is_not_called_damaged():
+    Path("model.pt").mkdir()
+    with pytest.raises(OSError, match=r"model\.pt cannot be read: Is a directory"):
         load_torch_file("model.pt", {"step"})
 
 
@@ -361,6 +602,22 @@ def test_a_checkpoint_is_loaded_as_it_was_saved():
     assert content["model"].keys() == {"weight", "bias"}
     for name, tensor in model.state_dict().items():
         assert torch.equal(content["model"][name], tensor)
+
+
+def test_numpy_scalars_in_settings_and_content_come_back_as_plain_numbers():
+    identity = {"seed": np.int64(0), "rate": np.logspace(-1, 0, 2)[0], "scales": (np.float32(0.5),)}
+    Checkpoint("checkpoint.pt", identity).save(step=np.int64(7), history=[{"loss": np.float64(0.5)}])
+    same = {"seed": 0, "rate": 0.1, "scales": (0.5,)}
+    content = Checkpoint("checkpoint.pt", same).load("step", "history")
+    assert (content["identity"], content["step"], content["history"]) == (same, 7, [{"loss": 0.5}])
+    assert Checkpoint("checkpoint.pt", identity).load("step")
+    with pytest.raises(ValueError, match="rate: 0.1 there, 0.2 now"):
+        Checkpoint("checkpoint.pt", identity | {"rate": np.float64(0.2)}).load("step")
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_looked_for_is_none(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # another process finishes and removes it now
+    assert Checkpoint("checkpoint.pt", IDENTITY).load("step") is None
 
 
 def test_saving_again_replaces_the_checkpoint():
@@ -419,6 +676,60 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one():
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.load("step")["step"] == 7
+
+
+# --- Several processes --------------------------------------------------------------------------
+
+
+def in_another_process(work):
+    """Start ``work()`` in a copy of this process; it gets a function that says that it has come so far."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=work, args=(ready.set,))
+    process.start()
+    assert ready.wait(20)
+    return process
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="Processes cannot be copied here.")
+
+
+@forks
+def test_a_second_process_waits_until_the_first_has_made_the_file(capsys):
+    def make(ready):
+        with one_process_at_a_time("folder/gan.pt", "trains the GAN"):
+            ready()
+            time.sleep(0.3)
+            Path("folder/gan.pt").write_text("made by the first")
+
+    first = in_another_process(make)
+    with one_process_at_a_time("folder/gan.pt", "trains the GAN"):
+        assert Path("folder/gan.pt").read_text() == "made by the first"
+    assert "Another process trains the GAN: waiting" in capsys.readouterr().out
+    first.join()
+    assert [f.name for f in Path("folder").iterdir()] == ["gan.pt"], "no lock stays"
+
+
+@forks
+def test_the_lock_of_a_killed_process_blocks_nobody(capsys):
+    def be_killed(ready):
+        with one_process_at_a_time("gan.pt", "trains the GAN"):
+            ready()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_another_process(be_killed).join()
+    assert [f.name for f in Path().iterdir()] == ["gan.pt.lock"]
+    with one_process_at_a_time("gan.pt", "trains the GAN"):
+        pass
+    assert not list(Path().iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_the_lock_ends_with_an_error():
+    for _ in range(2):
+        with pytest.raises(KeyError), one_process_at_a_time("gan.pt", "trains the GAN"):
+            raise KeyError
+    assert not list(Path().iterdir())
 
 
 # --- Downloads ----------------------------------------------------------------------------------
