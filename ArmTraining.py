@@ -15,13 +15,14 @@ import numpy as np
 
 from Arms import find_arm
 from ClassifierNetwork import (
+    EpochEvaluator,
     ResNet18,
     channel_statistics,
     create_classifier,
     evaluate_classifier,
     save_classifier,
 )
-from ClassifierTraining import EpochEvaluator, count_training_flops, train_classifier
+from ClassifierTraining import count_training_flops, train_classifier
 from ImbalancedCIFAR10 import split_from_name
 from Report import save_arm_plots
 from Results import read_result
@@ -72,7 +73,7 @@ def finished_result(study, data, arm_name, seed=0):
     Raises
     ------
     ValueError
-        If the file is damaged, or was obtained with another recipe or network than this study's.
+        If the file is damaged, or was obtained with another recipe, network or generator than this study's.
     """
     path = study.result_path(arm_name, seed)
     if not path.exists():
@@ -81,6 +82,10 @@ def finished_result(study, data, arm_name, seed=0):
     # Arms are compared with each other, so all must have been trained in the same way.
     wanted = _recipe_and_network(arm_recipe(study, data), study.settings)
     require_same_settings(path, result["configuration"], wanted)
+    generator = study.generator_checksum() if find_arm(arm_name).needs_gan else None
+    if generator is not None and result.get("generator", generator) != generator:
+        raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "
+                         "Remove it to run again.")  # fmt: skip
     if not all(plot.exists() for plot in study.plot_paths(arm_name)):
         _save_plots(study, arm_name)  # a kill came between the result and its plots
     return result
@@ -102,7 +107,7 @@ def epoch_evaluator(data, split, recipe, images):
 
     Returns
     -------
-    ClassifierTraining.EpochEvaluator
+    ClassifierNetwork.EpochEvaluator
     """
     evaluations = max(3, int(0.02 * 2 * recipe.steps * recipe.batch_size / len(data.y_test)))
     return EpochEvaluator(
@@ -125,14 +130,13 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
         Nothing of it but its test images is used, except to check ``X``.
     arm_name : str
         A key of :data:`Arms.ARMS`.
-    X : ndarray of uint8, shape (n, 32, 32, 3)
+    X, y : ndarrays of uint8, shape (n, 32, 32, 3), and of int64, shape (n,)
         The arm's training set: the kept real images first, then the synthetic ones.
-    y : ndarray of int64, shape (n,)
     seed : int
         Of the initial weights and the order of the images.
     device : str or torch.device, optional
     processes : accelerate.PartialState, optional
-        If given, all its processes train this one network together, and the main process writes.
+        If given, all of them train this one network together, and the main process writes.
 
     Returns
     -------
@@ -142,12 +146,15 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     ------
     ValueError
         If the first rows of ``X`` and ``y`` are not the images that the split keeps, in order.
+    OSError
+        If an output cannot be written; noticed before the training.
     """
     arm, seed, device = find_arm(arm_name), int(seed), choose_device(device)
     split = split_from_name(study.split, data.y_train, data.class_names)
     recipe, classes = arm_recipe(study, data), len(data.class_names)
     kept = np.arange(len(data.y_train)) if arm.whole_training_set else split.kept_rows(data.y_train)
     _check_real_rows(X, y, data, kept, arm_name)
+    study.require_writable(arm_name, seed)
     real_rows = len(kept)
     rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
 
@@ -164,29 +171,27 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
         after_epoch=epoch_evaluator(data, split, recipe, len(X)),
         checkpoint=checkpoint,
     )
-    result = {
-        "arm": arm_name,
-        "data": study.data,
-        "split": study.split,
-        "seed": seed,
-        "profile": study.profile,
-        "minority_classes": [data.class_names[c] for c in split.minority_classes],
-        "class_names": list(data.class_names),
-        **_evaluate(model, data, split, history),
-        "training_images": _count_images(y, real_rows, classes),
-        "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
-        "configuration": _recipe_and_network(recipe, study.settings)
-        | {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "logit_adjusted": arm.logit_adjusted,
-            "processes": world_size,
-            "bfloat16": uses_bfloat16(device),
-        },
-        "training_pflops": count_training_flops(model, recipe, data.X_test.shape[1:3]) / 1e15,
-        "hardware": describe_hardware(device),
-        "versions": _versions(),
-        "history": history,
-    }
+    result = (
+        {
+            "arm": arm_name,
+            "data": study.data,
+            "split": study.split,
+            "seed": seed,
+            "profile": study.profile,
+            "minority_classes": [data.class_names[c] for c in split.minority_classes],
+            "class_names": list(data.class_names),
+            **_evaluate(model, data, split, history),
+            "training_images": _count_images(y, real_rows, classes),
+            "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
+            "configuration": _recipe_and_network(recipe, study.settings)
+            | _run_settings(model, arm, world_size, device),
+            "training_pflops": count_training_flops(model, recipe, data.X_test.shape[1:3]) / 1e15,
+            "hardware": describe_hardware(device),
+            "versions": _versions(),
+            "history": history,
+        }
+        | ({"generator": study.generator_checksum()} if arm.needs_gan else {})
+    )
     if rank == 0:
         save_classifier(model, study.weights_path(arm_name, seed))
         study.save_test_labels(data.y_test)
@@ -215,6 +220,15 @@ def _check_real_rows(X, y, data, kept, arm_name):
 
 def _recipe_and_network(recipe, settings):
     return recipe.as_json() | {"width": settings.width, "downsampling": ResNet18.downsampling}
+
+
+def _run_settings(model, arm, world_size, device):
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "logit_adjusted": arm.logit_adjusted,
+        "processes": world_size,
+        "bfloat16": uses_bfloat16(device),
+    }
 
 
 def _evaluate(model, data, split, history):

@@ -13,6 +13,8 @@ He et al. (2016), Deep residual learning for image recognition. Zhang (2019), Ma
 shift-invariant again.
 """
 
+import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -302,3 +304,48 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     require_finite(logits, "Logits of the classifier", cure)  # argmax takes NaN for class 0
     loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
     return Evaluation(loss, logits.argmax(1).numpy(), logits.numpy())
+
+
+class EpochEvaluator:
+    """Evaluates on a test set after some epochs, for the learning curves. It decides nothing.
+
+    Parameters
+    ----------
+    X, y : ndarrays
+        Test images and labels, as for :func:`evaluate_classifier`.
+    minority_classes : sequence of int
+        Their mean recall is recorded, 0 if there are none.
+    epochs : int
+        Number of epochs of the training: see :meth:`ClassifierTraining.Recipe.epochs`.
+    evaluations : int
+        After how many epochs to evaluate, evenly spread with the last one among them. More than ``epochs`` means
+        every epoch. The attribute ``epochs`` is the set of these epochs, counted from 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``X`` and ``y`` are not images with labels, or if a minority class has no test image.
+    """
+
+    def __init__(self, X, y, minority_classes, *, epochs, evaluations):
+        self.X, self.y = map(np.ascontiguousarray, check_images(X, y))
+        if missing := set(minority_classes) - set(self.y.tolist()):
+            raise ValueError(f"The test set has no image of the minority classes {sorted(missing)}.")
+        self.minority_classes = tuple(minority_classes)
+        evaluations = min(evaluations, epochs)
+        self.epochs = {math.ceil(i * epochs / evaluations) for i in range(1, evaluations + 1)}
+
+    def __call__(self, model, record):
+        """``test_loss``, ``test_accuracy``, ``test_minority_recall`` and ``seconds_of_test``, or {} if none is due."""
+        if record["epoch"] not in self.epochs:
+            return {}
+        started = time.perf_counter()
+        evaluation = evaluate_classifier(model, self.X, self.y)
+        right = evaluation.predictions == self.y
+        recalls = [right[self.y == c].mean() for c in self.minority_classes]
+        return {
+            "test_loss": evaluation.loss,
+            "test_accuracy": float(right.mean()),
+            "test_minority_recall": float(np.mean(recalls or [0])),  # over classes, not over images
+            "seconds_of_test": time.perf_counter() - started,
+        }

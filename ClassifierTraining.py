@@ -28,7 +28,6 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ClassifierNetwork import evaluate_classifier
 from Muon import KernelMuon
 from Runtime import (
     Checkpoint,
@@ -530,51 +529,6 @@ def _average_over_processes(tensors):
     together /= dist.get_world_size()
     for tensor, mean in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view(tensor.shape))
-
-
-class EpochEvaluator:
-    """Evaluates on a test set after some epochs, for the learning curves. It decides nothing.
-
-    Parameters
-    ----------
-    X, y : ndarrays
-        Test images and labels, as for :func:`ClassifierNetwork.evaluate_classifier`.
-    minority_classes : sequence of int
-        Their mean recall is recorded, 0 if there are none.
-    epochs : int
-        Number of epochs of the training: see :meth:`Recipe.epochs`.
-    evaluations : int
-        After how many epochs to evaluate, evenly spread with the last one among them. More than ``epochs`` means
-        every epoch. The attribute ``epochs`` is the set of these epochs, counted from 1.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``X`` and ``y`` are not images with labels, or if a minority class has no test image.
-    """
-
-    def __init__(self, X, y, minority_classes, *, epochs, evaluations):
-        self.X, self.y = map(np.ascontiguousarray, check_images(X, y))
-        if missing := set(minority_classes) - set(self.y.tolist()):
-            raise ValueError(f"The test set has no image of the minority classes {sorted(missing)}.")
-        self.minority_classes = tuple(minority_classes)
-        evaluations = min(evaluations, epochs)
-        self.epochs = {math.ceil(i * epochs / evaluations) for i in range(1, evaluations + 1)}
-
-    def __call__(self, model, record):
-        """``test_loss``, ``test_accuracy``, ``test_minority_recall`` and ``seconds_of_test``, or {} if none is due."""
-        if record["epoch"] not in self.epochs:
-            return {}
-        started = time.perf_counter()
-        evaluation = evaluate_classifier(model, self.X, self.y)
-        right = evaluation.predictions == self.y
-        recalls = [right[self.y == c].mean() for c in self.minority_classes]
-        return {
-            "test_loss": evaluation.loss,
-            "test_accuracy": float(right.mean()),
-            "test_minority_recall": float(np.mean(recalls or [0])),  # over classes, not over images
-            "seconds_of_test": time.perf_counter() - started,
-        }
 
 
 def count_training_flops(model, recipe, image_size=(32, 32)):

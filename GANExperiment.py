@@ -14,11 +14,10 @@ import numpy as np
 
 from Arms import ArmUnavailableError
 from GANGeneration import GANCollapseError, count_flops, train_gan
-from GANNetworks import load_generator, save_discriminator, save_generator
+from GANNetworks import save_discriminator, save_generator
 from GenerationQuality import frechet_distance_to
 from ImbalancedCIFAR10 import split_from_name
 from QualityExperiment import classifier_features
-from Results import read_json
 from Runtime import (
     choose_device,
     code_version,
@@ -80,18 +79,14 @@ def is_trained(study, data):
     path, record, settings = _generator_path(study), _record_path(study), gan_settings(study, data)
     if not (path.exists() and record.exists()):
         return False
-    require_same_settings(record, read_json(record)["settings"], asdict(settings))
-    try:
-        # All evidence profiles write to the same path, so the file may belong to another one.
-        return load_generator(path, "cpu").channels == settings.channels
-    except FileNotFoundError:  # another process has just removed it to write its own
-        return False
+    require_same_settings(record, study.read_gan_record()["settings"], asdict(settings))
+    return True
 
 
 def gan_lock(study):
     """Context in which only one process at a time trains and keeps the study's GAN. The others wait.
 
-    Look at :func:`is_trained` inside it: another process may have trained the GAN meanwhile.
+    Call :func:`is_trained` inside it: another process may have trained the GAN meanwhile.
 
     Parameters
     ----------

@@ -37,6 +37,7 @@ from Runtime import (
     seeded,
 )
 
+INCEPTION_NAME = "Inception-v3 (ImageNet)"
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 NEIGHBOURS = 3  # of precision and recall, as in Kynkäänniemi et al. (2019)
 SUBSETS_SEED = derive_seed(0, 5)  # of the subsets that the kernel distance averages over
@@ -123,7 +124,7 @@ class InceptionFeatures(ImageFeatures):
                 f"{weights} does not hold the weights of Inception-v3. Remove it and run again: they are then "
                 f"downloaded from {INCEPTION_URL}. ({_first_line(error)})"
             ) from error
-        super().__init__(network, "Inception-v3 (ImageNet)", device, batch_size=100)
+        super().__init__(network, INCEPTION_NAME, device, batch_size=100)
 
     def _features(self, batch):
         return self.network(batch).float()  # float32, as in every published FID

@@ -6,9 +6,16 @@ judged = judge_generated_images(study, data, {"gan": images, "stable": other_ima
 
 import numpy as np
 
-from ClassifierNetwork import channel_statistics, create_classifier, load_classifier, save_classifier
+from ClassifierNetwork import (
+    ResNet18,
+    channel_statistics,
+    create_classifier,
+    load_classifier,
+    save_classifier,
+)
 from ClassifierTraining import train_classifier
 from GenerationQuality import (
+    INCEPTION_NAME,
     FeaturesUnavailableError,
     ImageFeatures,
     InceptionFeatures,
@@ -16,7 +23,6 @@ from GenerationQuality import (
     memorisation,
 )
 from ImbalancedCIFAR10 import split_from_name
-from Results import read_json
 from Runtime import choose_device, one_process_at_a_time, require_writable, save_json
 
 
@@ -47,8 +53,7 @@ def classifier_features(study, data, device=None):
             if not is_trained():
                 _train_network(study, data, device, weights)
     network = load_classifier(weights, device)
-    name = f"ResNet-18 of width {network.width} with {network.downsampling}, trained on {study.split} of {study.data}"
-    return ImageFeatures(network.features, name, device)
+    return ImageFeatures(network.features, _features_name(study), device)
 
 
 def _train_network(study, data, device, weights):
@@ -70,7 +75,7 @@ def judge_generated_images(study, data, generated, device=None):
     chosen by the outcome. Near copies are looked for among the kept training images. New real images (the same
     test images) get the same check, because they too lie near some training image.
 
-    The outcome is kept until the GAN is trained again. Evidence profiles use Inception's features if its
+    The outcome is kept until the GAN is trained again or images of another method are given. Evidence profiles use Inception's features if its
     weights are available, else those of :func:`classifier_features`, as the other profiles do.
 
     Parameters
@@ -88,10 +93,18 @@ def judge_generated_images(study, data, generated, device=None):
         The content of ``results/<profile>/<split>/generated-images.json``: ``class``,
         ``share_of_copies_among_new_real_images``, ``methods`` (arm name -> the dict of
         :func:`GenerationQuality.generation_quality` with ``share_of_copies``).
+
+    Raises
+    ------
+    ValueError
+        If the kept outcome is damaged or was judged by features that this study does not have.
     """
     path = study.record_path("generated-images.json")
     if path.exists():
-        return read_json(path)
+        judged = study.read_judgement()
+        _refuse_other_features(path, judged, study)
+        if generated.keys() <= judged["methods"].keys():
+            return judged
     require_writable(path)
     split = split_from_name(study.split, data.y_train, data.class_names)
     c = split.minority_classes[0]
@@ -112,6 +125,22 @@ def judge_generated_images(study, data, generated, device=None):
         }
     save_json(path, judged)
     return judged
+
+
+def _refuse_other_features(path, judged, study):
+    """Numbers from other features than this study's cannot be compared with its own."""
+    own = (INCEPTION_NAME, _features_name(study))
+    for scores in judged["methods"].values():
+        if scores.get("features") not in own:
+            raise ValueError(
+                f"{path} was judged by other features ({scores.get('features')}) than this study has: {own[1]}, or "
+                f"{own[0]}. Remove it to judge again."
+            )
+
+
+def _features_name(study):
+    network = f"ResNet-18 of width {study.settings.width} with {ResNet18.downsampling}"
+    return f"{network}, trained on {study.split} of {study.data}"
 
 
 def _best_features(study, data, device):

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
-from Results import Study, predictions_of, read_json
+from Results import Study, predictions_of
 from Runtime import atomic_path, describe_differences, hardware_text
 from Utils import (
     markdown_table,
@@ -473,9 +473,9 @@ def generated_parts():
     results, gan = COMMITTED.load_results(), []
     gan_path, judged_path = (COMMITTED.record_path(name) for name in ("gan.json", "generated-images.json"))
     if gan_path.exists():
-        gan.append(f"Profile `{COMMITTED.profile}`. {gan_conditions(read_json(gan_path))}")
+        gan.append(f"Profile `{COMMITTED.profile}`. {gan_conditions(COMMITTED.read_gan_record())}")
     if judged_path.exists():
-        gan.append(generation_table(read_json(judged_path)))
+        gan.append(generation_table(COMMITTED.read_judgement()))
     summary = arms = NOT_RUN
     if results:
         few = {name: results[name] for name in README_ARMS if name in results}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
-from Runtime import atomic_path
+from Runtime import atomic_path, checksum, load_torch_file, require_writable
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,31 @@ class Study:
         paths = self.record_path("").glob(f"{arm_name}-seed*.json")
         return sorted((read_result(path) for path in paths), key=lambda result: result["seed"])
 
+    def read_gan_record(self):
+        """The content of ``gan.json``: settings, history and choice of the study's GAN."""
+        return read_json(self.record_path("gan.json"), GAN_RECORD)
+
+    def read_judgement(self):
+        """The content of ``generated-images.json``: the quality of each method's images."""
+        types = {"class": str, "share_of_copies_among_new_real_images": float, "methods": dict}
+        return read_json(self.record_path("generated-images.json"), types)
+
+    def generator_checksum(self):
+        """CRC-32 of the weights of the study's generator, or None if there is no generator."""
+        path = self.model_path("generator.pt")
+        if not path.exists():
+            return None
+        weights = load_torch_file(path, {"generator"})["generator"]
+        return checksum(*(weights[name].numpy() for name in sorted(weights)))
+
+    # --- Writing ---
+
+    def require_writable(self, arm_name, seed=0):
+        """Raise OSError if the files of a run could not be written. Call it before the training."""
+        require_writable(
+            self.weights_path(arm_name, seed), self.result_path(arm_name, seed), *self.plot_paths(arm_name)
+        )
+
     # --- Test labels: kept beside the predictions, so that results can be judged without the data ---
 
     def save_test_labels(self, y_test):
@@ -119,14 +144,20 @@ class Study:
         return np.array(self.record_path("test-labels.txt").read_text().split(), dtype=int)
 
 
-def read_json(path, names=()):
+GAN_RECORD = {
+    "settings": dict, "parameters": dict, "petaflops": float, "chosen_by": str, "best_step": int, "seconds": dict,
+    "hardware": dict, "history": list,
+}  # fmt: skip
+
+
+def read_json(path, types=None):
     """Content of a JSON file of ``results/``.
 
     Parameters
     ----------
     path : path
-    names : dict or sequence of str
-        What the content must have; a dict says of which type.
+    types : dict, optional
+        Name -> type of what the content must have.
 
     Returns
     -------
@@ -143,10 +174,7 @@ def read_json(path, names=()):
         raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {json.dumps(content)[:40]}, not a record. Remove it and run again.")
-    types = names if isinstance(names, dict) else dict.fromkeys(names, object)
-    wrong = [
-        name for name, kind in types.items() if not isinstance(content.get(name), kind) or name not in content
-    ]
+    wrong = [name for name, kind in (types or {}).items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or wrong. Remove it and run again.")
     return content

@@ -255,27 +255,6 @@ def require_memory(needed, what):
         )
 
 
-# With 0 turns of waiting, an idle machine took up to 1.8 times as long for a step; with 10,000 as long as ever.
-PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-
-
-def let_waiting_threads_sleep():
-    """Let OpenMP's threads soon sleep while they wait for each other. Call it first in a program that trains.
-
-    By default a waiting thread keeps its CPU core busy, also if the thread that it waits for needs that core.
-    OpenMP reads its variables once, when PyTorch is loaded. So this function sets them, for this process and its
-    children, and starts the program again under the same process number. What the user has set stays.
-
-    It belongs under ``if __name__ == "__main__"``. A library must not start its caller again.
-    """
-    missing = {name: value for name, value in PATIENT_THREADS.items() if name not in os.environ}
-    os.environ.update(missing)
-    if missing and sys.platform == "linux":  # elsewhere PyTorch comes with another OpenMP
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 # --- What a result says about its origin --------------------------------------------------------
 
 

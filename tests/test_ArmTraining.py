@@ -9,6 +9,7 @@ import pytest
 from conftest import SPLIT, files, smoke, smoke_study, with_other_removed_images
 
 import ArmTraining
+import ClassifierNetwork
 import ClassifierTraining
 from Arms import ARMS, PROFILES
 from ArmTraining import epoch_evaluator, finished_result, run_arm
@@ -203,14 +204,14 @@ def test_a_finished_arm_is_not_run_again(tiny_data, monkeypatch):
 def test_an_arm_interrupted_in_training_continues_to_the_same_result(
     tiny_data, move_to_another_folder, monkeypatch
 ):
-    evaluate, epochs = ClassifierTraining.EpochEvaluator.__call__, []
+    evaluate, epochs = ClassifierNetwork.EpochEvaluator.__call__, []
 
     def interrupted_evaluation(*arguments):
         epochs.append(None)
         return interrupt() if len(epochs) == 2 else evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassifierTraining.EpochEvaluator, "__call__", interrupted_evaluation)
+        patch.setattr(ClassifierNetwork.EpochEvaluator, "__call__", interrupted_evaluation)
         with pytest.raises(KeyboardInterrupt):
             smoke("logit-adjusted", tiny_data)
     assert files() == {"models/checkpoints/smoke/cat-5/logit-adjusted-seed0.pt"}
@@ -345,3 +346,10 @@ def test_a_damaged_result_of_another_seed_costs_nothing_but_the_plots(content, t
     damaged.unlink()
     assert smoke("imbalanced", tiny_data) == result
     assert all(path.exists() for path in study.plot_paths("imbalanced")), "drawn by the next run"
+
+
+def test_outputs_that_cannot_be_written_are_noticed_before_the_training(tiny_data, monkeypatch):
+    monkeypatch.setattr(ArmTraining, "train_classifier", lambda *a, **o: pytest.fail("it was trained"))
+    Path("results").write_text("a file in the folder's place")
+    with pytest.raises(OSError, match="imbalanced-seed0.json"):
+        smoke("imbalanced", tiny_data)

@@ -27,11 +27,16 @@ from test_ClassifierNetwork import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ClassifierTraining
-from ClassifierNetwork import ResNet18, channel_statistics, create_classifier, evaluate_classifier
+from ClassifierNetwork import (
+    EpochEvaluator,
+    ResNet18,
+    channel_statistics,
+    create_classifier,
+    evaluate_classifier,
+)
 from ClassifierTraining import (
     AugmentedBatches,
     CrossEntropy,
-    EpochEvaluator,
     LogitAdjustedLoss,
     Recipe,
     class_log_priors,
@@ -525,8 +530,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 import Runtime
-from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
-from ClassifierTraining import EpochEvaluator, LogitAdjustedLoss, Recipe, train_classifier
+from ClassifierNetwork import EpochEvaluator, channel_statistics, create_classifier, evaluate_classifier
+from ClassifierTraining import LogitAdjustedLoss, Recipe, train_classifier
 
 state = PartialState(cpu=True)
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """The study's GAN and the quality of generated images: what they may see, what is kept, what a kill leaves."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
@@ -19,10 +20,11 @@ import GANExperiment
 import QualityExperiment
 import Results
 from Arms import ARMS, PROFILES
+from ArmTraining import finished_result
 from Experiment import run_arms
 from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measure, save_gan
 from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
-from GANNetworks import Discriminator, load_generator
+from GANNetworks import load_generator, save_generator
 from GenerationQuality import ImageFeatures
 from ImbalancedCIFAR10 import split_from_name
 from QualityExperiment import classifier_features, judge_generated_images
@@ -255,21 +257,44 @@ def test_a_gan_of_other_settings_is_neither_used_nor_overwritten(tiny_data, monk
     assert path.read_bytes() == content
 
 
-def test_profiles_that_share_a_path_do_not_share_a_generator(tiny_data, monkeypatch):
-    """cpu and full write their generators to the same plain name; each recognises the other's."""
+def test_a_run_of_another_profile_leaves_the_committed_gan_alone(tiny_data, monkeypatch):
+    """cpu writes to models/generator.pt, full to a folder of its own."""
     monkeypatch.setattr(Results, "REFERENCE_SPLIT", "cat-5")
     for name, channels in (("cpu", 4), ("full", 5)):
         settings = dataclasses.replace(PROFILES["smoke"].gan, channels=channels)
         profile = dataclasses.replace(PROFILES["smoke"], evidence=True, width=channels, gan=settings)
         monkeypatch.setitem(PROFILES, name, profile)
-    for name, channels in (("cpu", 4), ("full", 5), ("cpu", 4)):
-        study = Study(name, "cifar10", "cat-5")
-        path = prepare_generator(study, tiny_data, "cpu")
-        assert path == Path("models/generator.pt")
+    paths = [prepare_generator(Study(name, "cifar10", "cat-5"), tiny_data, "cpu") for name in ("cpu", "full")]
+    assert paths == [Path("models/generator.pt"), Path("models/full/cat-5/generator.pt")]
+    for path, name, channels in zip(paths, ("cpu", "full"), (4, 5), strict=True):
         assert load_generator(path).channels == channels
-        assert Path(f"results/{name}/cat-5/gan.json").exists()
-        features = classifier_features(study, tiny_data, "cpu")
+        features = classifier_features(Study(name, "cifar10", "cat-5"), tiny_data, "cpu")
         assert features.name.startswith(f"ResNet-18 of width {channels} with")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"settings": null}'])
+def test_a_damaged_record_is_named(content, tiny_data):
+    study = smoke_study(tiny_data)
+    prepare_generator(study, tiny_data, "cpu")
+    study.record_path("gan.json").write_text(content)
+    with pytest.raises(ValueError, match=r"gan\.json (holds|is damaged).*Remove it"):
+        is_trained(study, tiny_data)
+
+
+def test_the_result_of_a_gan_arm_names_its_generator_and_is_refused_beside_another_one(tiny_data):
+    study = smoke_study(tiny_data)
+    result = smoke("gan", tiny_data)
+    assert result["generator"] == study.generator_checksum() != 0
+    assert "generator" not in smoke("imbalanced", tiny_data)
+    assert finished_result(study, tiny_data, "gan") == result
+    generator = load_generator(study.model_path("generator.pt"))
+    with torch.no_grad():
+        next(generator.parameters()).add_(1)
+    save_generator(generator, study.model_path("generator.pt"))
+    with pytest.raises(ValueError, match=r"gan-seed0\.json was obtained with another generator"):
+        finished_result(study, tiny_data, "gan")
+    study.model_path("generator.pt").unlink()  # as in a fresh clone with committed results
+    assert finished_result(study, tiny_data, "gan") == result
 
 
 def test_a_collapsed_gan_stops_its_own_arms_only(tiny_data, monkeypatch):
@@ -319,6 +344,33 @@ def test_every_method_is_judged_against_unseen_images(tiny_data, tiny_cache):
         assert scores["features"] == "ResNet-18 of width 4 with average pooling, trained on cat-5 of cifar10"
         assert "frechet_distance" in scores and "fid" not in scores
     assert judge_generated_images(study, tiny_data, generated, "cpu") == judged
+    some = {"gan": generated["gan"]}
+    assert judge_generated_images(study, tiny_data, some, "cpu") == judged, "what was judged stays"
+
+
+def test_images_of_a_further_method_are_judged_too(tiny_data, tiny_cache):
+    """Once offline without Stable Diffusion, then with it."""
+    study, split = smoke_study(tiny_data), split_from_name("cat-5", tiny_data.y_train)
+    X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
+    generated = {"non-synthetic": ARMS["non-synthetic"].fit_resample(X, y, seed=0)[0][len(X) :]}
+    assert list(judge_generated_images(study, tiny_data, generated, "cpu")["methods"]) == ["non-synthetic"]
+    generated["stable"] = ARMS["stable"].fit_resample(X, y, seed=0)[0][len(X) :]
+    judged = judge_generated_images(study, tiny_data, generated, "cpu")
+    assert list(judged["methods"]) == ["non-synthetic", "stable"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"methods": []}'])
+def test_a_judgement_by_other_features_or_a_damaged_one_is_refused(content, tiny_data):
+    study = smoke_study(tiny_data)
+    path = study.record_path("generated-images.json")
+    path.parent.mkdir(parents=True)
+    other = {"features": "ResNet-18 of width 4 with strides, trained on cat-5 of cifar10"}
+    judged = {"class": "cat", "share_of_copies_among_new_real_images": 0.5, "methods": {"gan": other}}
+    path.write_text(json.dumps(judged) if content is None else content)
+    with pytest.raises(
+        ValueError, match=r"generated-images\.json (was judged by other features|is damaged).*Remove it"
+    ):
+        judge_generated_images(study, tiny_data, {}, "cpu")
 
 
 def test_a_gan_trained_again_is_judged_again(tiny_data, tiny_cache):

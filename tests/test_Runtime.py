@@ -1,7 +1,6 @@
 """Seeds, checked arrays, devices, the code's version, safe files, checkpoints and downloads."""
 
 import dataclasses
-import inspect
 import json
 import multiprocessing
 import os
@@ -36,7 +35,6 @@ from Runtime import (
     deterministic_convolutions,
     hardware_text,
     is_reachable,
-    let_waiting_threads_sleep,
     load_torch_file,
     one_process_at_a_time,
     plain,
@@ -233,32 +231,6 @@ def test_more_memory_than_the_machine_has_is_refused():
     ):
         require_memory(10**15, "10 images")
     assert issubclass(TooLittleMemoryError, MemoryError) and issubclass(TooLittleMemoryError, ValueError)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Only there PyTorch's OpenMP reads these variables.")
-def test_a_program_is_started_again_once_with_threads_that_sleep_and_keeps_its_arguments(tmp_path):
-    # The function's source alone, because importing Runtime twice takes seconds.
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import os, sys\n\nPATIENT_THREADS = {Runtime.PATIENT_THREADS}\n\n"
-        + inspect.getsource(let_waiting_threads_sleep)
-        + "\n\nprint('started', os.getpid(), flush=True)\n"
-        "let_waiting_threads_sleep()\n"
-        "print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'], sys.flags.utf8_mode, sys.argv[1:])\n"
-    )
-    environment = {**os.environ, "GOMP_SPINCOUNT": "7"}
-    environment.pop("OMP_WAIT_POLICY", None)
-    command = [sys.executable, "-X", "utf8", str(program), "--name", "two words"]
-    lines = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.splitlines()
-    assert len(lines) == 3 and lines[0] == lines[1], "the same process starts again, once"
-    assert lines[2] == "PASSIVE 7 1 ['--name', 'two words']", "the user's own value stays"
-
-
-def test_a_program_with_the_variables_is_not_started_again(monkeypatch):
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "of the user")
-    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail("it was started again"))
-    let_waiting_threads_sleep()
 
 
 # --- What a result says about its origin --------------------------------------------------------
