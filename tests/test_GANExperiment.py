@@ -24,7 +24,7 @@ from ArmTraining import finished_result
 from Experiment import run_arms
 from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measure, save_gan
 from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
-from GANNetworks import load_generator, save_generator
+from GANNetworks import Discriminator, load_generator, save_generator
 from GenerationQuality import ImageFeatures
 from ImbalancedCIFAR10 import split_from_name
 from QualityExperiment import classifier_features, judge_generated_images
