@@ -93,14 +93,18 @@ def make_images(y, seed):
     return np.clip(colours[y][:, None, None, :] + noise, 0, 255).astype(np.uint8)
 
 
-@pytest.fixture
-def tiny_data():
+def make_tiny_data():
     """A learnable data set under CIFAR-10's name: 30 training and 10 test images of each class."""
     y_train = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 30))
     y_test = np.random.default_rng(2).permutation(np.repeat(np.arange(10), 10))
     return ImageDataSet(
         "cifar10", CIFAR10_CLASSES, make_images(y_train, 3), y_train, make_images(y_test, 4), y_test
     )
+
+
+@pytest.fixture
+def tiny_data():
+    return make_tiny_data()
 
 
 @pytest.fixture

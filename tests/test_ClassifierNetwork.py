@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import ClassifierNetwork
 from ClassifierNetwork import (
     ResNet18,
     channel_statistics,
@@ -158,7 +157,7 @@ def test_muon_moves_each_kernel_by_a_nearly_orthogonal_matrix(layout):
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_is_that_of_pytorch_and_exactly_so_in_bfloat16(bfloat16, monkeypatch):
-    monkeypatch.setattr(ClassifierNetwork, "uses_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr("Muon.uses_bfloat16", lambda device: bfloat16)
     random = torch.Generator().manual_seed(0)
     kernels = [
         torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in ((64, 4, 3, 3), (8, 32, 3, 3))

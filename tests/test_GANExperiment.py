@@ -137,17 +137,6 @@ def test_the_lock_of_a_study_lies_beside_its_generator(tiny_data):
     assert not study.model_path("generator.pt.lock").exists()
 
 
-def test_a_generator_that_vanishes_while_it_is_looked_for_is_not_there(tiny_data, monkeypatch):
-    study = smoke_study(tiny_data)
-    prepare_generator(study, tiny_data, "cpu")
-
-    def vanish(*arguments):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(GANExperiment, "load_generator", vanish)
-    assert not is_trained(study, tiny_data)
-
-
 @pytest.mark.parametrize("place", ["models/smoke", "results"])
 def test_an_output_that_cannot_be_written_is_noticed_before_the_training(tiny_data, monkeypatch, place):
     study = smoke_study(tiny_data)

@@ -1,14 +1,16 @@
 """Tables, sentences and figures say what results/ says."""
 
+import contextlib
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, smoke_study
+from conftest import REPOSITORY, make_tiny_data, smoke_study
 
 import Report
 from Arms import ARMS, PROFILES, STORY
@@ -16,13 +18,22 @@ from Experiment import run_arms
 from Results import Study
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder with two seeds of one arm and one of another, under smoke: trained once for all tests."""
+    data, folder = make_tiny_data(), tmp_path_factory.mktemp("trained")
+    study = smoke_study(data, "cat-3")
+    with contextlib.chdir(folder):
+        run_arms([study], data, ["imbalanced", "logit-adjusted"], device="cpu")
+        run_arms([study], data, ["imbalanced"], [1], device="cpu")
+    return folder
+
+
 @pytest.fixture
-def results(tiny_data):
-    """Two seeds of one arm and one of another, under smoke."""
-    study = smoke_study(tiny_data, "cat-3")
-    run_arms([study], tiny_data, ["imbalanced", "logit-adjusted"], device="cpu")
-    run_arms([study], tiny_data, ["imbalanced"], [1], device="cpu")
-    return study.load_results()
+def results(trained, tiny_data):
+    """The results in ``trained``, copied into the test's own folder."""
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+    return smoke_study(tiny_data, "cat-3").load_results()
 
 
 def cells(line):
