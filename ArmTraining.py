@@ -158,7 +158,6 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     study.require_writable(arm_name, seed)
     real_rows = len(kept)
     rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
-
     model = create_classifier(classes, study.settings.width, channel_statistics(X), seed, device)
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
     history = train_classifier(
