@@ -11,7 +11,7 @@ main: $(ENVIRONMENT)  ## run the study: notebooks in order, plots in images/, nu
 	$(RUN) RunNotebooks.py --profile $(PROFILE)
 
 test: $(ENVIRONMENT)  ## check modules, notebooks, and that the documents show what results/ says
-	$(RUN) -m pytest --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope
 	$(RUN) Report.py --check
 	$(RUN) benchmarks/report.py --check
 
