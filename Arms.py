@@ -93,7 +93,7 @@ PROFILES = {
             steps=6, batch_size=20, channels=4, latent_size=16, records=2, quality_images=60
         ),
         evidence=False,
-        purpose="seconds: does it run? Its numbers mean nothing",
+        purpose="does it run? Its numbers mean nothing",
     ),
     "quick": Profile(
         width=16,
