@@ -11,7 +11,6 @@ synthetic images, IEEE Access (MIT licence).
 import hashlib
 import http.client
 import io
-import os
 import re
 import socket
 import tempfile
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from ImageCache import CACHE, check_cache_path, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
-from Runtime import is_reachable, require_free_space
+from Runtime import is_reachable, require_free_space, user_path
 
 IMAGES_PER_CLASS = 5000
 CIFAKE_URL = (
@@ -81,7 +80,7 @@ def import_cifake(source=None, path=CACHE):
         )
     if source is None:
         return _import_download(path)
-    source = Path(os.path.expanduser(source))
+    source = user_path(source)
     if not source.exists():
         raise FileNotFoundError(f"There is no {source}. Pass the path of CIFAKE's folder or zip.")
     images, labels = _read_folder(source) if source.is_dir() else _read_zip(source)

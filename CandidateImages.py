@@ -32,7 +32,7 @@ from Downsampling import METHODS, downsample
 from ImageCache import locked, require_writable
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
-from Runtime import atomic_path, choose_device, derive_seed, save_json, start_processes
+from Runtime import atomic_path, choose_device, derive_seed, save_json, start_processes, user_path
 
 SHARDS = Path("datasets/stable_diffusion_shards")
 SHARD_SIZE = 64  # candidates in a file; a killed process loses at most so many
@@ -237,7 +237,7 @@ class CandidateMaker:
             settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
         self.settings = settings.completed()
         check_drawing(self.settings.steps, self.settings.size, batch_size)
-        self.shards = Path(os.path.expanduser(shards))
+        self.shards = user_path(shards)
         require_writable(self.shards)
         self._device, self._batch_size = device, batch_size
 

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from FiniteNumbers import check_weights, finite_numbers
-from Runtime import choose_device, is_reachable, require_free_space, uses_bfloat16
+from Runtime import choose_device, is_reachable, require_free_space, user_path, uses_bfloat16
 
 # --- Presets ------------------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
         )
     check_weights(pipeline.components, model)
     if lora is not None:
-        _merge_lora(pipeline, Path(os.path.expanduser(lora)))
+        _merge_lora(pipeline, user_path(lora))
     pipeline.to(device)
     if device.type != "mps":
         for network in (pipeline.unet, pipeline.vae):

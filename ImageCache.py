@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from Runtime import atomic_path, check_images, checksum, save_array
+from Runtime import atomic_path, check_images, checksum, save_array, user_path
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
@@ -52,7 +52,7 @@ def locked(path):
     OSError
         If the folder of ``path`` is not writable.
     """
-    path = Path(os.path.realpath(_user_path(path)))
+    path = Path(os.path.realpath(user_path(path)))
     file = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def check_cache_path(path):
     OSError
         If its folder is not writable.
     """
-    path = _user_path(path)
+    path = user_path(path)
     if path.is_dir() or not path.name:
         raise ValueError(f"{path} is a folder. Give the cache a file name, such as {path / CACHE.name}.")
     if path.suffix.lower() == ".csv":
@@ -116,7 +116,7 @@ def check_cache_path(path):
 
 def require_writable(folder):
     """Raise OSError if files cannot be created in ``folder`` or, if it is missing, in its nearest parent."""
-    folder = Path(os.path.realpath(_user_path(folder)))
+    folder = Path(os.path.realpath(user_path(folder)))
     existing = next(p for p in [folder, *folder.parents] if p.exists())
     if not existing.is_dir():
         raise OSError(
@@ -152,7 +152,7 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
     records = _make_records(images, labels)
     check_cache_path(path)
     with locked(path):
-        _write(records, _user_path(path), metadata)
+        _write(records, user_path(path), metadata)
 
 
 def _make_records(images, labels):
@@ -234,7 +234,7 @@ def load_metadata(path=CACHE):
         See :func:`load_generated_images`. Also if the table is damaged or another program has saved it.
     """
     records = _open_cache(path)
-    table = _table_path(_user_path(path))
+    table = _table_path(user_path(path))
     if not table.exists():
         return [dict.fromkeys(METADATA, "") for _ in range(len(records))]
     rows = _read_table(table)
@@ -285,7 +285,7 @@ def count_foreign_images(label, job, path=CACHE):
     int
         0 if there is no cache.
     """
-    if not _user_path(path).exists():
+    if not user_path(path).exists():
         return 0
     labels = _open_cache(path)["label"].tolist()
     metadata = load_metadata(path)
@@ -314,7 +314,7 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
     """
     new = _make_records(images, np.full(len(images), label, dtype=np.int64))
     check_cache_path(path)
-    path = _user_path(path)
+    path = user_path(path)
     with locked(path):  # from reading to writing, or what another process adds meanwhile would be lost
         if job is not None:
             refuse_foreign_images(metadata[0]["class"], label, job, path)
@@ -351,11 +351,6 @@ def refuse_foreign_images(class_name, label, job, path=CACHE, *, replace=False):
 
 
 # --- Files --------------------------------------------------------------------------------------
-
-
-def _user_path(path):
-    """Return a path that a user gave as a :class:`Path`, with ``~`` replaced by the home folder."""
-    return Path(os.path.expanduser(path))
 
 
 def _table_path(path):
@@ -395,7 +390,7 @@ def _is_array_file(path):
 
 def _open_cache(path):
     """Check a cache and return its records. They are mapped into memory and read only when they are used."""
-    path = _user_path(path)
+    path = user_path(path)
     if not path.exists():
         raise FileNotFoundError(
             f"There is no {path}. Make it with import_cifake(), generate_images() or save_generated_images()."

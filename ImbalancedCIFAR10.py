@@ -28,7 +28,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from Runtime import derive_seed, is_reachable, require_free_space
+from Runtime import derive_seed, is_reachable, require_free_space, user_path
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -74,7 +74,7 @@ def default_root():
 
     ``~`` in it is the home folder.
     """
-    return Path(os.path.expanduser(os.environ.get("CIFAR10_ROOT") or "datasets"))
+    return user_path(os.environ.get("CIFAR10_ROOT") or "datasets")
 
 
 def load_cifar10(root=None):
@@ -100,7 +100,7 @@ def load_cifar10(root=None):
     OSError
         If the archive cannot be unpacked.
     """
-    root = default_root() if root is None else Path(os.path.expanduser(root))
+    root = default_root() if root is None else user_path(root)
     folder = root / CIFAR10.base_folder
     if not folder.exists():
         if (root / CIFAR10.filename).exists():

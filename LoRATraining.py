@@ -17,7 +17,6 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from Runtime import (
     mixed_precision,
     require_free_space,
     seeded,
+    user_path,
 )
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
@@ -127,7 +127,7 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     recipe = recipe or LoRARecipe()
     X, _ = check_images(X, np.zeros(len(X), dtype=int))
     _check_arguments(recipe, class_name, seed, folder)
-    folder, device = Path(os.path.expanduser(folder)), choose_device(device)
+    folder, device = user_path(folder), choose_device(device)
     with locked(folder):  # a second run would write its own checkpoints between these
         return _train(X, class_name, folder, recipe, seed, device)
 
