@@ -110,7 +110,7 @@ def development_data(data, split_name, held_out=HELD_OUT):
     held = np.sort(np.concatenate(held))
     rest = np.setdiff1d(np.arange(len(y)), held)
     split = split_from_name(split_name, y[rest], data.class_names)
-    if len(split.minority_classes) != 1 or data.class_names[split.minority_classes[0]] == "cat":
+    if len(split.counts) != 1 or data.class_names[split.minority_classes[0]] == "cat":
         raise ValueError(
             f"{split_name} is no development split: it needs one rare class, and not cat, which the study reports. "
             f"Choose for example {' or '.join(SPLITS)}."

@@ -6,7 +6,7 @@ from PIL import Image
 
 import CIFAKE
 import Downsampling
-from Downsampling import downsample, image_statistics, match_statistics
+from Downsampling import downsample, image_statistics, match_spectrum, match_statistics, mean_power
 from ImageCache import load_generated_images
 
 
@@ -95,3 +95,47 @@ def test_numbers_that_are_not_finite_do_not_become_pixels(monkeypatch):
     monkeypatch.setattr(Downsampling, "_square_root", lambda matrix: np.full((3, 3), np.nan))
     with pytest.raises((FloatingPointError, np.linalg.LinAlgError)):
         match_statistics(noise(2), noise(2, seed=1))
+
+
+# --- Power spectrum -----------------------------------------------------------------------------
+
+
+def smooth(images):
+    """Blurred by 3x3, cyclically, as float."""
+    x = images.astype(float)
+    return sum(np.roll(x, (a, b), axis=(1, 2)) for a in (-1, 0, 1) for b in (-1, 0, 1)) / 9
+
+
+def test_matched_images_have_the_power_of_real_ones_at_each_frequency():
+    real = np.clip(128 + 3 * (smooth(noise(300, 32)) - 128), 0, 255).astype(np.uint8)
+    generated = noise(400, 32, seed=1)
+    before = mean_power(generated) / mean_power(real)
+    after = mean_power(match_spectrum(generated, real)) / mean_power(real)
+    assert np.abs(np.log(before)).max() > 2
+    strong = mean_power(real) > 32 * 32  # weaker than the noise of rounding to whole pixel values
+    strong[0, 0] = False  # the mean of an image stays
+    assert strong.sum() > 500 and np.abs(np.log(after[strong])).max() < 0.7
+
+
+def test_each_image_keeps_its_mean_and_one_map_serves_all_images():
+    real = smooth(noise(50, 32)).astype(np.uint8)
+    generated = (noise(40, 32, seed=1) // 3 + 80).astype(np.uint8)
+    matched = match_spectrum(generated, real)
+    assert np.abs(matched.mean(axis=(1, 2)) - generated.mean(axis=(1, 2))).max() < 0.5
+    # Gains are fixed by the set, so a linear map: the difference of two images is mapped alike.
+    order = np.random.default_rng(0).permutation(40)
+    assert np.array_equal(match_spectrum(generated[order], real), matched[order])
+
+
+def test_images_with_the_same_spectrum_stay_as_they_are():
+    images = noise(30, 32)
+    assert np.abs(match_spectrum(images, images).astype(int) - images).max() <= 1
+
+
+def test_spectra_of_one_image_or_of_other_sizes_are_refused():
+    with pytest.raises(ValueError, match="needs at least 2 real images, but there is 1"):
+        match_spectrum(noise(3, 32), noise(1, 32))
+    with pytest.raises(ValueError, match="Reduce them to the same size first"):
+        match_spectrum(noise(3, 64), noise(3, 32))
+    with pytest.raises(TypeError):
+        match_spectrum(noise(3, 32).astype(float), noise(3, 32))

@@ -15,6 +15,7 @@ from imblearn.over_sampling.base import BaseOverSampler
 from sklearn.base import clone
 from torchvision.transforms import v2
 
+import Downsampling
 import ImageOverSampler
 import NonSyntheticGeneration
 from ImageCache import load_generated_images, save_generated_images
@@ -80,6 +81,22 @@ def test_class_sizes_equal_those_of_imbalanced_learns_own_sampler(make_sampler, 
     _, y_res = make_sampler(random_state=0).fit_resample(X, y)
     _, y_theirs = RandomOverSampler(random_state=0).fit_resample(X.reshape(len(X), -1), y)
     assert Counter(y_res.tolist()) == Counter(y_theirs.tolist())
+
+
+@pytest.mark.parametrize("match", ["spectrum", "statistics"])
+@pytest.mark.parametrize("make_sampler", sorted(SAMPLERS.keys() - {"smote"}), indirect=True)
+def test_new_images_can_be_matched_to_the_given_ones(make_sampler, X, y, match):
+    plain, y_plain = make_sampler(random_state=0).fit_resample(X, y)
+    matched, y_matched = make_sampler(random_state=0, match=match).fit_resample(X, y)
+    assert np.array_equal(y_plain, y_matched) and np.array_equal(matched[:20], X)
+    maps = {"spectrum": Downsampling.match_spectrum, "statistics": Downsampling.match_statistics}
+    assert np.array_equal(matched[20:], maps[match](plain[20:], X))
+    with pytest.raises(
+        ValueError, match="Unknown match 'colour'. Choose None or one of spectrum, statistics"
+    ):
+        make_sampler(match="colour").fit_resample(X, y)
+    balanced = np.arange(20) % 2
+    assert len(make_sampler(match=match).fit_resample(X, balanced)[0]) == 20  # nothing to match
 
 
 def test_the_same_seed_gives_the_same_images_and_another_seed_others(make_sampler, X, y):

@@ -1,0 +1,197 @@
+"""Batches: augmentation, micro-batches of one source, mixed images, and how the training loop uses them."""
+
+import numpy as np
+import pytest
+import torch
+from test_ClassifierNetwork import X, equal_weights, noise, small_model, y
+
+from Batches import AugmentedBatches, MicroBatch, MixedBatches, SourceBatches, split_evenly
+from ClassifierTraining import Recipe, train_classifier
+from Runtime import choose_device
+
+SOURCES = np.repeat([0, 1], [12, 8])  # of 20 rows
+
+
+def source_batches(steps=10, batch_size=8, seed=0, images=X, sources=SOURCES, **options):
+    return SourceBatches(images, sources, batch_size, choose_device(), seed, steps=steps, **options)
+
+
+def all_steps(batches, epochs):
+    return [step for number in range(1, epochs + 1) for step in batches.epoch(number)]
+
+
+# --- Cutout -------------------------------------------------------------------------------------
+
+
+def test_cutout_greys_one_square_of_each_image_and_nothing_else():
+    options = {"batch_size": 20, "device": choose_device(), "seed": 0, "padding": 0, "flip": False}
+    images = noise(20, 16)
+    [(whole, rows)] = AugmentedBatches(images, **options).epoch(1)
+    [(cut, same_rows)] = AugmentedBatches(images, cutout=6, **options).epoch(1)
+    assert torch.equal(rows, same_rows)
+    changed = (whole != cut).any(dim=1).cpu().numpy()
+    grey = np.round(images.mean(axis=(0, 1, 2)))
+    for image, square in zip(cut.cpu().numpy(), changed, strict=True):
+        down, across = np.flatnonzero(square.any(axis=1)), np.flatnonzero(square.any(axis=0))
+        assert np.ptp(down) < 6 and np.ptp(across) < 6  # smaller at the border
+        assert np.abs(image[:, square].mean(axis=1) - grey).max() < 1e-3
+    assert changed.sum(axis=(1, 2)).max() > 30 and len({square.tobytes() for square in changed}) > 15
+
+
+@pytest.mark.parametrize("cutout", [-1, 17])
+def test_a_square_larger_than_the_image_is_refused(cutout):
+    with pytest.raises(ValueError, match="cutout must be from 0 to the images' side, 16 pixels"):
+        AugmentedBatches(X, 8, choose_device(), 0, cutout=cutout)
+
+
+# --- Micro-batches of one source ----------------------------------------------------------------
+
+
+def test_a_micro_batch_holds_one_source_and_only_real_ones_are_tracked():
+    for step in all_steps(source_batches(phases=((1.0, 0.25),), micro_batch_size=4), epochs=5):
+        assert [len(part.rows) for part in step] == [3, 3, 2]  # 6 real images in two equal parts, 2 synthetic
+        assert [part.tracked for part in step] == [True, True, False]
+        for part in step:
+            assert set(SOURCES[part.rows.cpu()]) == {0 if part.tracked else 1}
+            assert len(part.images) == len(part.rows) and part.weight == len(part.rows) / 8
+
+
+def test_each_row_of_a_source_comes_equally_often():
+    steps = all_steps(source_batches(steps=12, phases=((1.0, 0.5),)), epochs=6)
+    counts = np.bincount(torch.cat([part.rows for step in steps for part in step]).cpu(), minlength=20)
+    assert len(steps) == 12 and counts.tolist() == [4] * 12 + [6] * 8  # 48 real and 48 synthetic
+
+
+def test_phases_follow_each_other_and_the_last_one_can_be_real_only():
+    steps = all_steps(source_batches(steps=10, phases=((0.3, 1.0), (0.8, 0.5), (1.0, 0.0))), epochs=5)
+    synthetic = [sum(len(part.rows) for part in step if not part.tracked) for step in steps]
+    assert synthetic == [8] * 3 + [4] * 5 + [0] * 2
+
+
+def test_an_epoch_is_the_same_whatever_was_drawn_before():
+    whole = all_steps(source_batches(), epochs=5)
+    later = [part for step in source_batches().epoch(4) for part in step]
+    expected = [part for step in whole[6:8] for part in step]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(later, expected, strict=True))
+    other = [part for step in source_batches(seed=1).epoch(4) for part in step]
+    assert not all(torch.equal(a.rows, b.rows) for a, b in zip(later, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [(), ((0.5, 0.5),), ((0.5, 0.5), (0.4, 0.1), (1.0, 0.0)), ((1.0, 1.5),), ((1.0, float("nan")),), ((0.0, 1), (1.0, 0))],
+)  # fmt: skip
+def test_impossible_phases_are_refused(phases):
+    with pytest.raises(ValueError, match="phases must be pairs"):
+        source_batches(phases=phases)
+
+
+def test_a_source_without_rows_is_refused_if_it_is_needed():
+    with pytest.raises(ValueError, match="need synthetic images, but no row is synthetic"):
+        source_batches(sources=np.zeros(20, dtype=int))
+    source_batches(sources=np.zeros(20, dtype=int), phases=((1.0, 0.0),))
+
+
+def test_running_statistics_follow_real_images_only():
+    model, images = small_model(), X.copy()
+    images[12:] = 255  # every synthetic image is white
+    recipe = Recipe(steps=10, batch_size=8)
+    batches = source_batches(images=images, phases=((1.0, 0.5),))
+    train_classifier(model, images, y, recipe, seed=0, batches=batches)
+    other, real_only = small_model(), images.copy()
+    real_only[12:] = 0  # or black: the first layer's statistics, which no weight precedes, must not notice
+    batches = source_batches(images=real_only, phases=((1.0, 0.5),))
+    train_classifier(other, real_only, y, Recipe(steps=1, batch_size=8), seed=0, batches=batches)
+    first = small_model()
+    batches = source_batches(images=images, phases=((1.0, 0.5),))
+    train_classifier(first, images, y, Recipe(steps=1, batch_size=8), seed=0, batches=batches)
+    assert torch.equal(first.norm.running_mean, other.norm.running_mean)
+    assert not torch.equal(model.norm.running_mean, first.norm.running_mean)
+    assert all(norm.momentum == 0.1 for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+
+
+def test_a_killed_training_on_micro_batches_continues_to_the_same_weights():
+    recipe, trained, resumed = Recipe(steps=10, batch_size=8), small_model(), small_model()
+    phases = ((0.6, 0.5), (1.0, 0.0))
+    train_classifier(trained, X, y, recipe, seed=0, batches=source_batches(phases=phases))
+
+    def stop(model, record):
+        if record["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    options = {"seed": 0, "checkpoint": "run.pt"}
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(
+            resumed, X, y, recipe, batches=source_batches(phases=phases), after_epoch=stop, **options
+        )
+    with pytest.raises(ValueError, match="belongs to another training"):
+        train_classifier(small_model(), X, y, recipe, batches=source_batches(), **options)
+    resumed = small_model()
+    train_classifier(resumed, X, y, recipe, batches=source_batches(phases=phases), **options)
+    assert equal_weights(trained, resumed)
+
+
+# --- Mixed images -------------------------------------------------------------------------------
+
+
+def mixed(kind, seed=0, alpha=1.0):
+    inner = AugmentedBatches(X, 20, choose_device(), 0, padding=0, flip=False)
+    return MixedBatches(inner, kind, micro_batch_size=10, seed=seed, alpha=alpha)
+
+
+def test_mixup_averages_an_image_and_its_partner():
+    [[first, second]] = mixed("mixup").epoch(1)
+    images = torch.from_numpy(X).permute(0, 3, 1, 2).to(first.images.device).float()
+    for part in (first, second):
+        expected = part.kept * images[part.rows] + (1 - part.kept) * images[part.partners]
+        assert torch.allclose(part.images, expected, atol=1e-3) and 0 < part.kept < 1
+        assert sorted(part.partners.tolist()) == sorted(part.rows.tolist())
+    assert first.kept != second.kept
+
+
+def test_cutmix_pastes_a_box_and_keeps_what_the_box_leaves():
+    boxes = set()
+    for seed in range(6):
+        for part in next(iter(mixed("cutmix", seed).epoch(1))):
+            images = torch.from_numpy(X).permute(0, 3, 1, 2).to(part.images.device)
+            own = (part.images == images[part.rows]).all(dim=1)
+            pasted = (part.images == images[part.partners]).all(dim=1)
+            assert (own | pasted).all()
+            other = part.rows != part.partners
+            kept = own[other].float().mean(dim=(1, 2)).cpu()
+            assert torch.allclose(kept, torch.tensor(part.kept), atol=0.01)
+            boxes.add(round(part.kept, 3))
+    assert len(boxes) > 6
+
+
+def test_the_loss_of_mixed_images_weighs_both_labels():
+    class Fixed:
+        batch_size = 20
+
+        def __init__(self, kept):
+            self.kept = kept
+
+        def epoch(self, number):
+            images = torch.from_numpy(X).permute(0, 3, 1, 2).to(choose_device())
+            rows = torch.arange(20, device=images.device)
+            yield [MicroBatch(images, rows, 1.0, partners=rows.flip(0), kept=self.kept)]
+
+    def loss(kept):
+        recipe = Recipe(steps=1, batch_size=20)
+        return train_classifier(small_model(), X, y, recipe, seed=0, batches=Fixed(kept))[0]["train_loss"]
+
+    assert loss(0.25) == pytest.approx(0.25 * loss(1.0) + 0.75 * loss(0.0), rel=1e-4)
+    assert loss(1.0) != pytest.approx(loss(0.0), rel=1e-4)
+
+
+def test_unknown_kinds_and_impossible_alphas_are_refused():
+    with pytest.raises(ValueError, match="Unknown kind of mixing 'mix': choose 'mixup' or 'cutmix'"):
+        mixed("mix")
+    for alpha in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="alpha must be a positive number"):
+            mixed("mixup", alpha=alpha)
+
+
+def test_an_even_split_weighs_parts_by_their_size():
+    parts = split_evenly(torch.zeros(20, 3, 4, 4), torch.arange(20), 8)
+    assert [part.weight for part in parts] == [0.4, 0.4, 0.2] and all(part.tracked for part in parts)

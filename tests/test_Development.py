@@ -1,0 +1,188 @@
+"""The comparison of methods on development splits: what it may see, what it writes, and its command line."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import Development
+from ClassifierTraining import AugmentedBatches
+from Development import SPLITS, Budget, development_data, development_table, run_method, validation_scores
+from ImageCache import save_generated_images
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
+from Methods import IMAGE_FREE, METHODS, Method, find_method
+
+TINY = Budget(width=4, steps=2)
+
+
+@pytest.fixture
+def few(cifar10):
+    """120 training images of each class, and a test set that nobody may look at."""
+    rows = np.concatenate([np.flatnonzero(cifar10.y_train == c)[:120] for c in range(10)])
+    return dataclasses.replace(
+        cifar10, X_train=cifar10.X_train[rows], y_train=cifar10.y_train[rows], X_test=None, y_test=None
+    )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(
+        Development, "development_data", lambda data, name: development_data(data, name, held_out=40)
+    )
+
+
+@pytest.fixture
+def cache():
+    """Generated images enough for a source-balanced training set of ``few``."""
+    images = np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8)
+    save_generated_images(images, np.repeat(np.arange(10), 120))
+
+
+# --- Data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_validation_images_are_held_out_or_removed(cifar10, name):
+    development = development_data(cifar10, name)
+    rare = CIFAR10_CLASSES.index(name.split("-")[0])
+    assert development.minority == rare
+    assert np.bincount(development.y).tolist() == [50 if c == rare else 4000 for c in range(10)]
+    assert np.bincount(development.y_val).tolist() == [4950 if c == rare else 1000 for c in range(10)]
+    assert np.bincount(development.y_val, development.weights) == pytest.approx(np.full(10, 1000))
+    everything = np.concatenate([development.X, development.X_val])
+    assert {x.tobytes() for x in everything} == {x.tobytes() for x in cifar10.X_train}
+
+
+def test_all_splits_hold_out_the_same_images(cifar10):
+    first, second = (development_data(cifar10, name) for name in SPLITS)
+    held = [{x.tobytes() for x in d.X_val[d.weights == 1]} for d in (first, second)]
+    assert len(held[0] & held[1]) >= 8000
+
+
+@pytest.mark.parametrize("name", ["cat-50", "dog+ship-50", "long-tailed-10"])
+def test_a_split_that_the_study_reports_is_no_development_split(cifar10, name):
+    with pytest.raises(ValueError, match=f"{name.replace('+', '.')} is no development split"):
+        development_data(cifar10, name)
+
+
+def test_a_class_must_have_more_images_than_are_held_out(few):
+    with pytest.raises(ValueError, match="Cannot hold out 120 of the 120 images of class 0"):
+        development_data(few, "dog-50", held_out=120)
+
+
+def test_scores_count_each_class_alike(few):
+    development = development_data(few, "dog-10", held_out=40)
+    predictions = development.y_val.copy()
+    dogs = np.flatnonzero(predictions == 5)
+    assert len(dogs) == 110
+    predictions[dogs[:55]] = 3  # half of the dogs are missed
+    predictions[np.flatnonzero(development.y_val == 0)[:20]] = 5  # and half of 40 airplanes taken for dogs
+    scores = validation_scores(development, predictions)
+    assert scores == pytest.approx(
+        {"recall": 0.5, "precision": 0.5, "f1": 0.5, "balanced_accuracy": 0.9, "accuracy": 0.9}
+    )
+
+
+# --- Runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_without_the_test_set_and_leaves_a_result(few, cache, name):
+    result = run_method(few, name, "dog-10", 0, TINY)
+    path = TINY.path(name, "dog-10", 0)
+    assert json.loads(path.read_text()) == result
+    method = METHODS[name]
+    assert result["training_images"]["real"] == 9 * 80 + 10
+    assert bool(result["training_images"]["synthetic"]) == method.needs_stable_diffusion
+    assert (name in IMAGE_FREE) != method.needs_stable_diffusion
+    assert result["recipe"]["steps"] == round(2 / method.compute)
+    assert not list(path.parent.glob("*.pt"))
+
+
+def test_removed_images_have_no_influence_on_the_training(few, cache):
+    held = development_data(few, "dog-10", held_out=40)
+    result = run_method(few, "stable-spectrum-quarter", "dog-10", 0, TINY)
+    # The validation images, removed ones among them, become noise; the kept ones stay.
+    validation = {x.tobytes() for x in held.X_val}
+    noise = np.random.default_rng(1).integers(0, 256, few.X_train.shape, dtype=np.uint8)
+    changed = np.array([x.tobytes() in validation for x in few.X_train])
+    rest = dataclasses.replace(few, X_train=np.where(changed[:, None, None, None], noise, few.X_train))
+    TINY.path("stable-spectrum-quarter", "dog-10", 0).unlink()
+    other = run_method(rest, "stable-spectrum-quarter", "dog-10", 0, TINY)
+    assert other["final_train_loss"] == result["final_train_loss"]
+    assert changed.sum() == 10 * 40 + 70
+
+
+def test_a_finished_run_is_read_and_one_of_another_recipe_refused(few, monkeypatch):
+    first = run_method(few, "plain", "dog-10", 0, TINY)
+    monkeypatch.setattr(AugmentedBatches, "epoch", None)  # training would fail
+    assert run_method(few, "plain", "dog-10", 0, TINY) == first
+    monkeypatch.setitem(METHODS, "plain", Method("plain", changes={"padding": 4}))
+    with pytest.raises(ValueError, match="other settings .padding: 2 there, 4 now"):
+        run_method(few, "plain", "dog-10", 0, TINY)
+
+
+def test_the_placebo_shuffles_synthetic_labels_only(few, cache):
+    X, y = split_from_name("dog-10", few.y_train).cut(few.X_train, few.y_train)
+    labels = {}
+    for name in ("stable-spectrum-quarter", "stable-placebo"):
+        _, labels[name], sources = METHODS[name].training_set(X, y, seed=0)
+    first, second = labels.values()
+    assert np.array_equal(first[sources == 0], y) and np.array_equal(second[sources == 0], y)
+    assert np.array_equal(np.bincount(first), np.bincount(second))
+    assert np.mean(first[sources == 1] == second[sources == 1]) < 0.4
+
+
+def test_sharpness_aware_steps_cost_twice_and_differ(few):
+    sam, plain = (run_method(few, name, "dog-10", 0, TINY) for name in ("adjusted-sam", "adjusted"))
+    assert (sam["recipe"]["steps"], plain["recipe"]["steps"]) == (1, 2)
+
+
+# --- Tables and the command line ----------------------------------------------------------------
+
+
+def test_the_table_shows_means_over_runs_and_the_best_first(few):
+    results = {
+        name: [run_method(few, name, split, 0, TINY) for split in ("dog-10", "ship-10")]
+        for name in ("plain", "adjusted")
+    }
+    for name, f1 in (("plain", 0.25), ("adjusted", 0.75)):
+        for result, change in zip(results[name], (-0.1, 0.1), strict=True):
+            result["validation"]["f1"] = f1 + change
+            TINY.path(name, result["split"], 0).write_text(json.dumps(result))
+    lines = development_table(TINY).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| adjusted", "| plain"]
+    assert "| 75.0 |" in lines[2] and "dog-10 0, ship-10 0" in lines[2]
+
+
+def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys):
+    monkeypatch.setattr(Development, "load_cifar10", lambda: few)
+    arguments = ["--method", "plain", "--split", "dog-10", "ship-10", "--steps", "2", "--width", "4"]
+    Development.main(arguments)
+    output = capsys.readouterr().out
+    assert "plain, dog-10, seed 0: recall" in output and "| plain | cross-entropy |" in output
+    Development.main(["--table", "--steps", "2", "--width", "4"])
+    assert "| plain | cross-entropy |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "nonsense"], "Unknown method 'nonsense'. Choose one of plain,"),
+        (["--method", "plain", "--split", "cat-50"], "cat-50 is no development split"),
+        (["--method", "plain", "--split", "dog-10", "nonsense"], "Unknown split 'nonsense'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(few, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(Development, "load_cifar10", lambda: few)
+    monkeypatch.setattr(Development, "run_method", None)
+    with pytest.raises(SystemExit) as stop:
+        Development.main(arguments)
+    assert stop.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_methods_are_found_by_name():
+    assert find_method("plain") is METHODS["plain"]
+    assert torch.is_tensor(METHODS["adjusted"].loss(np.arange(10), 10, np.zeros(10, int)).log_prior_of_row)

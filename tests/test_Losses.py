@@ -1,0 +1,95 @@
+"""The losses for rare classes; plain and logit-adjusted ones also in test_ClassifierTraining.py."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ClassifierNetwork import X, small_model
+from test_ClassifierNetwork import y as labels
+
+from ClassifierTraining import Recipe, train_classifier
+from Losses import ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss, class_balanced_weights
+
+Y = np.repeat([0, 1, 2], [100, 10, 1])
+LOGITS, TARGETS = torch.tensor([[0.2, -0.4, 0.9], [0.5, 0.1, -0.3]]), torch.tensor([2, 0])
+ROWS = torch.tensor([110, 0])
+
+
+def test_class_balanced_weights_are_those_of_the_paper():
+    weights = class_balanced_weights(Y, 3, beta=0.9)
+    expected = np.array([0.1 / (1 - 0.9**n) for n in (100, 10, 1)])
+    assert weights.numpy() == pytest.approx(expected * 3 / expected.sum(), rel=1e-5)
+    assert class_balanced_weights(Y, 3, beta=0).tolist() == [1, 1, 1]
+    inverse = 1 / np.array([100, 10, 1])
+    assert class_balanced_weights(Y, 3, beta=1 - 1e-9).numpy() == pytest.approx(
+        3 * inverse / inverse.sum(), rel=1e-3
+    )
+    assert class_balanced_weights(Y, 4, beta=0.9)[3] == 0
+    for beta in (1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="beta must be at least 0 and below 1"):
+            class_balanced_weights(Y, 3, beta=beta)
+
+
+def test_classes_weigh_the_same_until_the_weights_are_due():
+    loss = ClassBalancedLoss(Y, 3, deferred_until=0.8)
+    loss.progress = 0.79
+    assert loss(LOGITS, TARGETS, ROWS) == F.cross_entropy(LOGITS, TARGETS)
+    loss.progress = 0.8
+    expected = F.cross_entropy(LOGITS, TARGETS, weight=class_balanced_weights(Y, 3))
+    assert loss(LOGITS, TARGETS, ROWS) == expected != F.cross_entropy(LOGITS, TARGETS)
+
+
+def test_ldam_lowers_the_true_logit_by_a_margin_that_grows_with_rarity():
+    loss = LDAMLoss(Y, 3, max_margin=0.5, scale=30, deferred_until=0.8)
+    assert loss.margins.numpy() == pytest.approx(0.5 * np.array([0.01, 0.1, 1]) ** 0.25)
+    lowered = LOGITS.clone()
+    lowered[0, 2] -= 0.5
+    lowered[1, 0] -= 0.5 * 0.01**0.25
+    assert loss(LOGITS, TARGETS, ROWS).item() == pytest.approx(
+        float(F.cross_entropy(30 * lowered, TARGETS)), rel=1e-5
+    )
+    loss.progress = 0.9
+    weighted = F.cross_entropy(30 * lowered, TARGETS, weight=class_balanced_weights(Y, 3))
+    assert loss(LOGITS, TARGETS, ROWS).item() == pytest.approx(float(weighted), rel=1e-5)
+    with pytest.raises(
+        ValueError, match=r"LDAM needs an image of every class; the classes have \[100, 10, 1, 0\]"
+    ):
+        LDAMLoss(Y, 4)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 2.0])
+def test_tau_scales_the_adjustment(tau):
+    priors = torch.log(torch.tensor([100, 10, 1]) / 111)
+    expected = F.cross_entropy(LOGITS + tau * priors, TARGETS)
+    assert LogitAdjustedLoss(Y, 3, tau=tau)(LOGITS, TARGETS, ROWS).item() == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+def test_a_class_that_is_missing_stays_impossible_whatever_tau_is():
+    assert LogitAdjustedLoss(Y, 4, tau=0.0).log_prior_of_row[:, 3].eq(-torch.inf).all()
+    for tau in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="tau must be a finite number, 0 or more"):
+            LogitAdjustedLoss(Y, 3, tau=tau)
+
+
+def test_a_loss_is_told_how_far_the_training_is():
+    seen = []
+
+    class Watching(ClassBalancedLoss):
+        def forward(self, logits, targets, rows):
+            seen.append(self.progress)
+            return super().forward(logits, targets, rows)
+
+    loss = Watching(labels, 10)
+    train_classifier(small_model(), X, labels, Recipe(steps=4, batch_size=20), seed=0, loss=loss)
+    assert seen == [0, 0.25, 0.5, 0.75]
+
+
+def test_losses_that_differ_have_different_names_for_checkpoints():
+    losses = [
+        ClassBalancedLoss(Y, 3), ClassBalancedLoss(Y, 3, beta=0.99), ClassBalancedLoss(Y, 3, deferred_until=0.8),
+        ClassBalancedLoss(Y[5:], 3), LDAMLoss(Y, 3), LDAMLoss(Y, 3, scale=10), LDAMLoss(Y[5:], 3), LDAMLoss(Y, 3, max_margin=1),
+        LogitAdjustedLoss(Y, 3), LogitAdjustedLoss(Y, 3, tau=2.0),
+    ]  # fmt: skip
+    assert len({repr(loss) for loss in losses}) == len(losses)
