@@ -13,8 +13,9 @@ their batch-norm statistics, how much each part weighs, and which images were mi
 References
 ----------
 DeVries and Taylor (2017), Improved regularization of convolutional neural networks with Cutout. Hoffer et al. (2017),
-Train longer, generalize better (ghost batch normalisation). Xie et al. (2020), Adversarial examples improve image
-recognition (batch-norm statistics for each source). Yun et al. (2019), CutMix. Zhang et al. (2018), mixup.
+Train longer, generalize better (ghost batch normalisation). Park et al. (2022), The majority can help the minority
+(CMO). Xie et al. (2020), Adversarial examples improve image
+recognition (batch-norm statistics for each source). Ye-Bin et al. (2023), SYNAuG. Yun et al. (2019), CutMix. Zhang et al. (2018), mixup.
 """
 
 import math
@@ -176,18 +177,23 @@ class SourceBatches(AugmentedBatches):
     phases : sequence of pairs of float
         ``(end, fraction)``: until ``end``, a fraction of the training, so much of each batch is synthetic. The
         ends ascend to 1. ``((0.85, 0.25), (1.0, 0.0))`` ends on real images alone.
+    synthetic_weight : float, default 1.0
+        Weight of a synthetic image in the loss of a step, relative to a real one.
 
     Raises
     ------
     ValueError
-        If the phases are not as above, or a source that they need has no row.
+        If the phases are not as above, a source that they need has no row, or the weight is negative or not finite.
     """
 
     def __init__(
-        self, X, sources, batch_size, device, seed, *, steps, phases=((1.0, 0.5),), micro_batch_size=128, **options
+        self, X, sources, batch_size, device, seed, *, steps, phases=((1.0, 0.5),), micro_batch_size=128,
+        synthetic_weight=1.0, **options
     ):  # fmt: skip
         super().__init__(X, batch_size, device, seed, **options)
-        self.micro_batch_size = micro_batch_size
+        if not 0 <= synthetic_weight < math.inf:
+            raise ValueError(f"synthetic_weight must be a finite number, 0 or more: got {synthetic_weight}.")
+        self.micro_batch_size, self.synthetic_weight = micro_batch_size, synthetic_weight
         self.phases = tuple((float(end), float(fraction)) for end, fraction in phases)
         self.pools = [np.flatnonzero(np.asarray(sources) == source) for source in (0, 1)]
         synthetic = np.round(_fractions(self.phases, steps) * self.batch_size).astype(int)
@@ -216,7 +222,10 @@ class SourceBatches(AugmentedBatches):
     def description(self):
         """What the batches of another training must have in common with these."""
         real, synthetic = (checksum(pool) for pool in self.pools)
-        return f"SourceBatches(phases={self.phases}, real={real}, synthetic={synthetic})"
+        return (
+            f"SourceBatches(batch_size={self.batch_size}, phases={self.phases}, "
+            f"synthetic_weight={self.synthetic_weight}, real={real}, synthetic={synthetic})"
+        )
 
     def _rows(self, source, step):
         """The rows of a source in a step. Its pool is run through again and again, each time in another order."""
@@ -239,13 +248,15 @@ class SourceBatches(AugmentedBatches):
 
     def _micro_batches(self, images, rows, real):
         micro_batches = []
+        whole = real + self.synthetic_weight * (len(rows) - real)
         for source, part in ((0, slice(real)), (1, slice(real, None))):
             if count := len(rows[part]):
                 pieces = math.ceil(count / self.micro_batch_size)
+                weight = (1.0, self.synthetic_weight)[source] / whole
                 for x, r in zip(
                     images[part].tensor_split(pieces), rows[part].tensor_split(pieces), strict=True
                 ):
-                    micro_batches.append(MicroBatch(x, r, len(r) / len(rows), tracked=source == 0))
+                    micro_batches.append(MicroBatch(x, r, weight * len(r), tracked=source == 0))
         return micro_batches
 
 
@@ -290,10 +301,7 @@ class MixedBatches:
     """
 
     def __init__(self, batches, kind, *, micro_batch_size, seed, alpha=1.0):
-        if kind not in ("mixup", "cutmix"):
-            raise ValueError(f"Unknown kind of mixing {kind!r}: choose 'mixup' or 'cutmix'.")
-        if not (alpha > 0 and math.isfinite(alpha)):
-            raise ValueError(f"alpha must be a positive number: got {alpha}.")
+        _check_mixing(kind, alpha)
         self.batches, self.kind, self.alpha = batches, kind, alpha
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.batch_size = batches.batch_size
@@ -310,20 +318,92 @@ class MixedBatches:
         rng = np.random.default_rng(derive_seed(self.seed, 3, number))
         for batch in self.batches.epoch(number):
             micro_batches = batch if isinstance(batch, list) else split_evenly(*batch, self.micro_batch_size)
-            yield [self._mix(part, rng) for part in micro_batches]
+            yield [self._mixed(part, rng) for part in micro_batches]
 
-    def _mix(self, part, rng):
+    def _mixed(self, part, rng):
         kept = float(rng.beta(self.alpha, self.alpha))
         order = torch.from_numpy(rng.permutation(len(part.rows))).to(part.rows.device)
-        others = part.images[order]
-        if self.kind == "mixup":
-            images = kept * part.images.float() + (1 - kept) * others.float()
-        else:
-            images, box = part.images.clone(), _box(part.images.shape[2:], 1 - kept, rng)
-            images[:, :, box[0], box[1]] = others[:, :, box[0], box[1]]
-            area = math.prod(side.stop - side.start for side in box)
-            kept = 1 - area / math.prod(part.images.shape[2:])
+        images, kept = _mix(part.images, part.images[order], self.kind, kept, rng)
         return replace(part, images=images, partners=part.rows[order], kept=kept)
+
+
+class PastedBatches:
+    """Pastes a part of each synthetic image into a real one, so that no whole synthetic image is trained on.
+
+    This is context-rich minority oversampling (CMO, Park et al. 2022) with synthetic foregrounds. A step of the
+    given batches has r real and s synthetic images. Then r - s real images stay as they are, and s others each get
+    a box of a synthetic one (CutMix), or are averaged with one (mixup, as in SYNAuG, Ye-Bin et al. 2023). The mixed images
+    have batch-norm statistics of their own.
+
+    Parameters
+    ----------
+    batches : SourceBatches
+    kind : {'mixup', 'cutmix'}
+    seed : int
+    alpha : float, default 1.0
+        The real image keeps a fraction with the distribution Beta(alpha, alpha).
+
+    Raises
+    ------
+    ValueError
+        If the kind is unknown, ``alpha`` is not positive, or a step has fewer real images than synthetic ones.
+    """
+
+    def __init__(self, batches, kind, *, seed, alpha=1.0):
+        self.batches, self.kind, self.alpha, self.seed = batches, kind, alpha, seed
+        _check_mixing(kind, alpha)
+        if (batches.counts[:, 0] < batches.counts[:, 1]).any():
+            raise ValueError(
+                f"A step needs at least as many real images as synthetic ones: {batches.phases}."
+            )
+        self.batch_size = int(batches.counts[0, 0])
+
+    @property
+    def description(self):
+        """What the batches of another training must have in common with these."""
+        return f"PastedBatches({self.batches.description}, {self.kind}, alpha={self.alpha})"
+
+    def epoch(self, number):
+        """Yield a list of :class:`MicroBatch` for each training step, real ones first."""
+        rng = np.random.default_rng(derive_seed(self.seed, 3, number))
+        for step in self.batches.epoch(number):
+            real, synthetic = (
+                [part for part in step if part.tracked == tracked] for tracked in (True, False)
+            )
+            images, rows = _joined(real)
+            images, rows = images[: self.batch_size], rows[: self.batch_size]
+            if not synthetic:
+                yield split_evenly(images, rows, self.batches.micro_batch_size)
+                continue
+            others, partners = _joined(synthetic)
+            clean = len(rows) - len(partners)
+            mixed, kept = _mix(
+                images[clean:], others, self.kind, float(rng.beta(self.alpha, self.alpha)), rng
+            )
+            pasted = MicroBatch(mixed, rows[clean:], len(partners) / len(rows), False, partners, kept)
+            parts = split_evenly(images[:clean], rows[:clean], self.batches.micro_batch_size)
+            yield [replace(part, weight=part.weight * clean / len(rows)) for part in parts] + [pasted]
+
+
+def _joined(parts):
+    return torch.cat([part.images for part in parts]), torch.cat([part.rows for part in parts])
+
+
+def _check_mixing(kind, alpha):
+    if kind not in ("mixup", "cutmix"):
+        raise ValueError(f"Unknown kind of mixing {kind!r}: choose 'mixup' or 'cutmix'.")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a positive number: got {alpha}.")
+
+
+def _mix(images, others, kind, kept, rng):
+    """Mix in ``others``; return the mixed images and the fraction of each image that was really kept."""
+    if kind == "mixup":
+        return kept * images.float() + (1 - kept) * others.float(), kept
+    sides = images.shape[2:]
+    mixed, box = images.clone(), _box(sides, 1 - kept, rng)
+    mixed[:, :, box[0], box[1]] = others[:, :, box[0], box[1]]
+    return mixed, 1 - math.prod(side.stop - side.start for side in box) / math.prod(sides)
 
 
 def _box(sides, fraction, rng):

@@ -21,7 +21,7 @@ import numpy as np
 from imblearn.base import BaseSampler
 from sklearn.base import clone
 
-from Batches import MixedBatches, SourceBatches
+from Batches import MixedBatches, PastedBatches, SourceBatches
 from ImageOverSampler import source_balanced_strategy
 from Losses import ClassBalancedLoss, LogitAdjustedLoss
 from Runtime import derive_seed
@@ -103,12 +103,19 @@ def class_balanced(y, num_classes, sources, *, deferred_until=0.0):
 # --- Batches ------------------------------------------------------------------------------------
 
 
-def by_source(X, sources, recipe, device, seed, *, phases=((1.0, 0.5),)):
-    """Micro-batches of one source, each with batch-norm statistics of its own."""
+def by_source(X, sources, recipe, device, seed, *, phases=((1.0, 0.5),), synthetic_weight=1.0, more=0):
+    """Micro-batches of one source, each with batch-norm statistics of its own; ``more`` enlarges the batch."""
     return SourceBatches(
-        X, sources, recipe.batch_size, device, seed, steps=recipe.steps, phases=phases,
-        micro_batch_size=recipe.micro_batch_size, **recipe.augmentation,
+        X, sources, recipe.batch_size + more, device, seed, steps=recipe.steps, phases=phases,
+        micro_batch_size=recipe.micro_batch_size, synthetic_weight=synthetic_weight, **recipe.augmentation,
     )  # fmt: skip
+
+
+def pasted(X, sources, recipe, device, seed, *, kind, count=64, real_last=0.15, alpha=1.0):
+    """``count`` images of each batch are real ones into which a synthetic one is mixed."""
+    phases = _phases(count / (recipe.batch_size + count), real_last)
+    inner = by_source(X, sources, recipe, device, seed, phases=phases, more=count)
+    return PastedBatches(inner, kind, seed=seed, alpha=alpha)
 
 
 def mixed(X, sources, recipe, device, seed, *, kind, batches=None, alpha=1.0):
@@ -120,8 +127,10 @@ def mixed(X, sources, recipe, device, seed, *, kind, batches=None, alpha=1.0):
 # --- The methods --------------------------------------------------------------------------------
 
 
-def _stable(match="spectrum"):
-    return StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy, match=match)
+def _stable(match="spectrum", share=0.4):
+    return StableDiffusionOverSampler(
+        sampling_strategy=partial(source_balanced_strategy, share=share), match=match
+    )
 
 
 def _phases(fraction, real_last=0.0):
@@ -172,6 +181,28 @@ WITH_STABLE_DIFFUSION = {
     ),
     "stable-spectrum-quarter-real-last": _stable_by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15
+    ),
+    "stable-spectrum-eighth-real-last": _stable_by_source(
+        "spectrum, statistics per source, an eighth synthetic, the last 15 % real only", 0.125, 0.15
+    ),
+    "stable-spectrum-half-real-half": _stable_by_source(
+        "spectrum, statistics per source, half synthetic, the second half of the steps real only", 0.5, 0.5
+    ),
+    "stable-spectrum-all-classes": _stable_by_source(
+        "spectrum, statistics per source, a quarter synthetic, all classes alike, the last 15 % real only", 0.25, 0.15,
+        sampler=_stable(share=1.0),
+    ),
+    "stable-spectrum-light": _stable_by_source(
+        "spectrum, statistics per source, half synthetic with weight 0.3, the last 15 % real only", 0.5, 0.15,
+        batches=partial(by_source, phases=_phases(0.5, 0.15), synthetic_weight=0.3),
+    ),
+    "stable-spectrum-pasted": Method(
+        "spectrum, a box of a synthetic image in a quarter of the real ones (CMO), the last 15 % real only",
+        sampler=_stable(), loss=adjusted, batches=partial(pasted, kind="cutmix"),
+    ),
+    "stable-spectrum-mixed": Method(
+        "spectrum, mixup of a synthetic image and a quarter of the real ones, the last 15 % real only",
+        sampler=_stable(), loss=adjusted, batches=partial(pasted, kind="mixup"),
     ),
     "stable-placebo": _stable_by_source(
         "spectrum, statistics per source, a quarter synthetic, synthetic labels shuffled", 0.25, shuffled=True

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_ClassifierNetwork import X, equal_weights, noise, small_model, y
 
-from Batches import AugmentedBatches, MicroBatch, MixedBatches, SourceBatches, split_evenly
+from Batches import AugmentedBatches, MicroBatch, MixedBatches, PastedBatches, SourceBatches, split_evenly
 from ClassifierTraining import Recipe, train_classifier
 from Runtime import choose_device
 
@@ -195,3 +195,47 @@ def test_unknown_kinds_and_impossible_alphas_are_refused():
 def test_an_even_split_weighs_parts_by_their_size():
     parts = split_evenly(torch.zeros(20, 3, 4, 4), torch.arange(20), 8)
     assert [part.weight for part in parts] == [0.4, 0.4, 0.2] and all(part.tracked for part in parts)
+
+
+# --- Synthetic images in real ones --------------------------------------------------------------
+
+
+def test_synthetic_images_weigh_as_they_are_told():
+    [step, *_] = all_steps(source_batches(phases=((1.0, 0.5),), synthetic_weight=0.25), epochs=1)
+    assert [part.weight for part in step] == pytest.approx([0.8, 0.2])
+    for weight in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="synthetic_weight must be a finite number"):
+            source_batches(synthetic_weight=weight)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_only_parts_of_synthetic_images_are_trained_on(kind):
+    inner = {
+        "batch_size": 10,
+        "phases": ((0.5, 0.2), (1.0, 0.0)),
+        "padding": 0,
+        "flip": False,
+        "micro_batch_size": 4,
+    }
+    batches = PastedBatches(source_batches(**inner), kind, seed=0)
+    images = torch.from_numpy(X).permute(0, 3, 1, 2).to(choose_device()).float()
+    steps = all_steps(batches, epochs=5)
+    assert [sum(len(part.rows) for part in step) for step in steps] == [8] * 10
+    for number, step in enumerate(steps):
+        assert sum(part.weight for part in step) == pytest.approx(1)
+        assert set(SOURCES[torch.cat([part.rows for part in step]).cpu()]) == {0}
+        assert [part.partners is None for part in step] == [True, True] + [False] * (number < 5)
+        for part in step:
+            assert part.tracked == (part.partners is None)
+            if part.tracked:
+                assert torch.equal(part.images.float(), images[part.rows])
+            else:
+                assert set(SOURCES[part.partners.cpu()]) == {1} and len(part.rows) == 2
+                means = [images[rows].mean() for rows in (part.rows, part.partners)]
+                expected = part.kept * means[0] + (1 - part.kept) * means[1]
+                assert part.images.float().mean() == pytest.approx(expected.item(), rel=0.05)
+
+
+def test_more_synthetic_than_real_images_cannot_be_pasted():
+    with pytest.raises(ValueError, match="at least as many real images as synthetic ones"):
+        PastedBatches(source_batches(phases=((1.0, 0.75),)), "cutmix", seed=0)
