@@ -70,6 +70,16 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
+class CosineLinear(nn.Linear):
+    """A linear layer without bias whose input and weights are scaled to length 1, so that it gives cosines."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
 class ResNet18(nn.Module):
     """ResNet-18 with a stem for small images (a 3x3 convolution, no max-pooling), and average pooling
     instead of strides.
@@ -84,6 +94,9 @@ class ResNet18(nn.Module):
     mean_std : pair of sequences of 3 floats
         Mean and standard deviation of each colour channel, in pixel values from 0 to 255. They are kept in
         the state dict.
+    cosine_head : bool, default False
+        Whether logits are cosines of the angle between the features and each class's weights, as
+        :class:`Losses.LDAMLoss` needs them.
 
     Raises
     ------
@@ -95,7 +108,7 @@ class ResNet18(nn.Module):
     # and checkpoints name this.
     downsampling = "average pooling"
 
-    def __init__(self, num_classes=10, width=64, mean_std=((127.5,) * 3, (63.75,) * 3)):
+    def __init__(self, num_classes=10, width=64, mean_std=((127.5,) * 3, (63.75,) * 3), cosine_head=False):
         super().__init__()
         num_classes, width = int(num_classes), int(width)  # a NumPy integer would not come back from a file
         if width < 1 or num_classes < 2:
@@ -114,7 +127,7 @@ class ResNet18(nn.Module):
             blocks.append(ResidualBlock(out_channels, out_channels, halve=False))
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = CosineLinear(channels, num_classes) if cosine_head else nn.Linear(channels, num_classes)
 
     @property
     def num_classes(self):
@@ -136,7 +149,7 @@ class ResNet18(nn.Module):
         return self.head(self.features(x))
 
 
-def create_classifier(num_classes, width, mean_std, seed, device=None):
+def create_classifier(num_classes, width, mean_std, seed, device=None, cosine_head=False):
     """A :class:`ResNet18` whose initial weights depend only on its shape and on ``seed``.
 
     Parameters
@@ -147,13 +160,15 @@ def create_classifier(num_classes, width, mean_std, seed, device=None):
         Of the initial weights. They are the same on every device.
     device : str or torch.device, optional
         Where the network is put, and so where it is trained and evaluated. Default: the fastest there is.
+    cosine_head : bool, default False
+        See :class:`ResNet18`.
 
     Returns
     -------
     ResNet18
     """
     with seeded(derive_seed(seed, 0)):
-        return ResNet18(num_classes, width, mean_std).to(choose_device(device))
+        return ResNet18(num_classes, width, mean_std, cosine_head).to(choose_device(device))
 
 
 def channel_statistics(X):
@@ -200,6 +215,7 @@ def save_classifier(model, path):
         "num_classes": model.num_classes,
         "width": model.width,
         "downsampling": model.downsampling,
+        "cosine_head": isinstance(model.head, CosineLinear),
         "model": model.state_dict(),
     }
     require_finite(content["model"], "The classifier's weights", "Train it again.")
@@ -233,7 +249,10 @@ def load_classifier(path, device=None):
             "Remove it and run again."
         )
     try:
-        model = ResNet18(content["num_classes"], content["width"])
+        # Files from before there was a choice have a linear head.
+        model = ResNet18(
+            content["num_classes"], content["width"], cosine_head=content.get("cosine_head", False)
+        )
         model.load_state_dict(content["model"])
     except Exception as error:  # what PyTorch raises depends on what is wrong
         reason = " ".join(str(error).split())

@@ -195,13 +195,17 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     device, commit = choose_device(device), code_version()
     development, classes = development_data(data, split_name), len(data.class_names)
     X, y, sources = method.training_set(development.X, development.y, seed=seed)
-    model = create_classifier(classes, budget.width, channel_statistics(development.X), seed, device)
+    model = create_classifier(
+        classes, budget.width, channel_statistics(development.X), seed, device, method.cosine_head
+    )
     loss = method.loss and method.loss(y, classes, sources)
     batches = method.batches and method.batches(X, sources, recipe, device, seed)
     checkpoint = Path("models", "checkpoints", *path.parts[1:]).with_suffix(".pt")
     history = train_classifier(
         model, X, y, recipe, seed=seed, loss=loss, batches=batches, checkpoint=checkpoint
     )
+    if method.finish:
+        method.finish(model, X, y, recipe, seed)
     predictions = evaluate_classifier(model, development.X_val, development.y_val).predictions
     result = {
         "method": method_name,

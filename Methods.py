@@ -23,7 +23,8 @@ from sklearn.base import clone
 
 from Batches import MixedBatches, PastedBatches, SourceBatches
 from ImageOverSampler import source_balanced_strategy
-from Losses import ClassBalancedLoss, LogitAdjustedLoss
+from LastLayer import retrain_last_layer
+from Losses import ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss
 from Runtime import derive_seed
 from StableDiffusionGeneration import StableDiffusionOverSampler
 
@@ -46,6 +47,10 @@ class Method:
         Arguments of :class:`ClassifierTraining.Recipe` that differ from the other methods'.
     compute : float
         Cost of a step, relative to the other methods'. The number of steps is divided by it.
+    cosine_head : bool
+        See :class:`ClassifierNetwork.ResNet18`.
+    finish : callable or None
+        ``(model, X, y, recipe, seed) -> None``: changes the trained network in place.
     shuffled : bool
         Whether the labels of the synthetic images are shuffled: the placebo.
     """
@@ -56,6 +61,8 @@ class Method:
     batches: Callable | None = None
     changes: dict = field(default_factory=dict)
     compute: float = 1.0
+    cosine_head: bool = False
+    finish: Callable | None = None
     shuffled: bool = False
 
     @property
@@ -98,6 +105,11 @@ def adjusted(y, num_classes, sources, *, tau=1.0):
 def class_balanced(y, num_classes, sources, *, deferred_until=0.0):
     """Classes weigh by their effective number of images."""
     return ClassBalancedLoss(y, num_classes, deferred_until=deferred_until)
+
+
+def ldam(y, num_classes, sources):
+    """Margins by rarity, and class-balanced weights in the last fifth. It needs a cosine head."""
+    return LDAMLoss(y, num_classes)
 
 
 # --- Batches ------------------------------------------------------------------------------------
@@ -148,6 +160,13 @@ IMAGE_FREE = {
     "class-balanced": Method("class-balanced weights", loss=class_balanced),
     "class-balanced-deferred": Method(
         "class-balanced weights in the last fifth", loss=partial(class_balanced, deferred_until=0.8)
+    ),
+    "ldam-deferred": Method("LDAM with deferred re-weighting", loss=ldam, cosine_head=True),
+    "last-layer": Method("cross-entropy, last layer retrained on balanced classes", finish=retrain_last_layer),
+    "mixup": Method("mixup", batches=partial(mixed, kind="mixup")),
+    "mixup-last-layer": Method(
+        "mixup, last layer retrained on balanced classes",
+        batches=partial(mixed, kind="mixup"), finish=retrain_last_layer,
     ),
     "adjusted": Method("logit-adjusted loss (balanced softmax)", loss=adjusted),
     "adjusted-tau-1.25": Method("logit-adjusted loss, tau 1.25", loss=partial(adjusted, tau=1.25)),

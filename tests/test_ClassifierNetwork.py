@@ -360,3 +360,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch):
         save_classifier(small_model(seed=1), "model.pt")
     assert [path.name for path in Path().iterdir()] == ["model.pt"]
     assert equal_weights(load_classifier("model.pt"), small_model(seed=0))
+
+
+# --- Cosine head --------------------------------------------------------------------------------
+
+
+def test_a_cosine_head_gives_cosines_and_survives_a_file():
+    model = create_classifier(7, 4, channel_statistics(X), 0, "cpu", cosine_head=True).eval()
+    images = torch.from_numpy(noise(3, 32)).permute(0, 3, 1, 2)
+    features, weight = model.features(images), model.head.weight
+    expected = features @ weight.T / features.norm(dim=1, keepdim=True) / weight.norm(dim=1)
+    assert torch.allclose(model(images), expected, atol=1e-5) and model(images).abs().max() <= 1
+    save_classifier(model, "cosine.pt")
+    assert torch.equal(load_classifier("cosine.pt", "cpu")(images), model(images))

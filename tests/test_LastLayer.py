@@ -1,0 +1,37 @@
+"""Retraining of the last layer on balanced classes."""
+
+import numpy as np
+import pytest
+import torch
+from test_ClassifierNetwork import noise, small_model
+
+from ClassifierNetwork import evaluate_classifier
+from ClassifierTraining import Recipe
+from LastLayer import retrain_last_layer
+
+
+def test_a_rare_class_is_found_again_and_the_features_stay():
+    # Two kinds of images that the features can tell apart; the untrained head takes neither class seriously.
+    X = noise(120, 16) // 4
+    X[100:] += 180
+    y = np.repeat([0, 1], [100, 20])
+    model = small_model(num_classes=2)
+    images = torch.from_numpy(X).permute(0, 3, 1, 2).to(model.mean.device)
+    before = model.eval().features(images)
+    retrain_last_layer(model, X, y, Recipe(steps=1, batch_size=40), seed=0)
+    assert torch.equal(model.features(images), before)
+    assert np.mean(evaluate_classifier(model, X, y).predictions == y) == 1
+
+
+def test_classes_weigh_alike():
+    # The features say nothing, so the shares of the classes decide: balanced, each is as likely as the other.
+    X, y = np.full((110, 16, 16, 3), 7, dtype=np.uint8), np.repeat([0, 1], [100, 10])
+    model = small_model(num_classes=2)
+    retrain_last_layer(model, X, y, Recipe(steps=1, batch_size=110), seed=0)
+    logits = evaluate_classifier(model, X[:1], y[:1]).logits[0]
+    assert logits[0] == pytest.approx(logits[1], abs=0.05)
+
+
+def test_a_class_without_an_image_is_refused():
+    with pytest.raises(ValueError, match="needs images of all 10 classes, but y has 2"):
+        retrain_last_layer(small_model(), noise(20), np.arange(20) % 2, Recipe(steps=1), seed=0)
