@@ -19,12 +19,14 @@ from functools import partial
 
 import numpy as np
 from imblearn.base import BaseSampler
+from imblearn.over_sampling import SMOTE
 from sklearn.base import clone
 
 from Batches import MixedBatches, PastedBatches, SourceBatches
 from ImageOverSampler import source_balanced_strategy
 from LastLayer import retrain_last_layer
 from Losses import ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss
+from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import derive_seed
 from StableDiffusionGeneration import StableDiffusionOverSampler
 
@@ -162,6 +164,14 @@ IMAGE_FREE = {
         "class-balanced weights in the last fifth", loss=partial(class_balanced, deferred_until=0.8)
     ),
     "ldam-deferred": Method("LDAM with deferred re-weighting", loss=ldam, cosine_head=True),
+    "augmented": Method("mild augmentation of the rare class, cross-entropy", AugmentationOverSampler()),
+    "augmented-black-corners": Method(
+        "the same with black corners", AugmentationOverSampler(preset="mild-black-corners")
+    ),
+    "augmented-spectrum": Method(
+        "mild augmentation of the rare class, spectrum matched", AugmentationOverSampler(match="spectrum")
+    ),
+    "smote": Method("SMOTE of the rare class, cross-entropy", PixelOverSampler(SMOTE())),
     "last-layer": Method("cross-entropy, last layer retrained on balanced classes", finish=retrain_last_layer),
     "mixup": Method("mixup", batches=partial(mixed, kind="mixup")),
     "mixup-last-layer": Method(

@@ -8,6 +8,8 @@ References
 Chawla et al. (2002), SMOTE: Synthetic minority over-sampling technique.
 """
 
+import math
+
 import numpy as np
 from imblearn.over_sampling.base import BaseOverSampler
 from PIL import Image
@@ -26,7 +28,8 @@ def mild_augmentation(size):
     They were chosen before any result was seen. Crops and rotations are small because the object fills a
     32x32 image. Hue stays because coat colour is a cue. Nothing is solarised or turned upside down, since no
     test image is. There is no flip, because the training loop flips images already and not every data
-    set allows it.
+    set allows it. The corners that a rotation leaves are filled by reflection. Black ones would tell a
+    network which images are copies, and so to which class they belong.
 
     Parameters
     ----------
@@ -36,6 +39,16 @@ def mild_augmentation(size):
     Returns
     -------
     tuple of torchvision transforms
+    """
+    crop, rotation, colours = mild_augmentation_with_black_corners(size)
+    border = math.ceil(0.1 * max(size))  # a rotation by 10 degrees moves a corner by 8 % of the side
+    return crop, v2.Pad(border, padding_mode="reflect"), rotation, v2.CenterCrop(size), colours
+
+
+def mild_augmentation_with_black_corners(size):
+    """As :func:`mild_augmentation`, but the corners that a rotation leaves are black.
+
+    It shows what such a trace costs: see ``CueStrength.py``.
     """
     return (
         v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
@@ -58,7 +71,11 @@ def reference_augmentation(size):
     )
 
 
-PRESETS = {"mild": mild_augmentation, "reference": reference_augmentation}
+PRESETS = {
+    "mild": mild_augmentation,
+    "mild-black-corners": mild_augmentation_with_black_corners,
+    "reference": reference_augmentation,
+}
 
 
 class AugmentationOverSampler(ImageOverSampler):
@@ -68,9 +85,10 @@ class AugmentationOverSampler(ImageOverSampler):
 
     Parameters
     ----------
-    preset : {'mild', 'reference'}, default 'mild'
+    preset : {'mild', 'mild-black-corners', 'reference'}, default 'mild'
         ``'mild'`` suits 32x32 photographs: crop to 70 to 100 % of the area, rotation by up to 10
-        degrees, brightness, contrast and saturation by up to 20 %. ``'reference'`` is the reference
+        degrees, brightness, contrast and saturation by up to 20 %. Corners that a rotation leaves are reflected, or
+        black with ``'mild-black-corners'``. ``'reference'`` is the reference
         study's: brightness 0.5, hue 0.3, perspective 0.2, rotation by 0 to 180 degrees, solarise with
         probability 0.5.
     sampling_strategy : str, dict or callable, default 'auto'

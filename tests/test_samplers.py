@@ -236,7 +236,7 @@ def test_an_impossible_share_of_synthetic_images_is_refused(y, share):
 
 
 def test_an_unknown_preset_is_refused_with_the_valid_ones(X, y):
-    with pytest.raises(ValueError, match=r"'wild'.*mild, reference"):
+    with pytest.raises(ValueError, match=r"'wild'.*mild, mild-black-corners, reference"):
         AugmentationOverSampler(preset="wild").fit_resample(X, y)
 
 
@@ -442,3 +442,17 @@ def test_source_balanced_strategy_may_be_given_as_a_function(make_sampler, X, y)
     for strategy in (source_balanced_strategy, source_balanced_strategy(y)):
         _, y_res = make_sampler(sampling_strategy=strategy).fit_resample(X, y)
         assert np.bincount(y_res).tolist() == [17, 12, 12]  # 0.4 x 12 = 4.8, so 5 for class 0
+
+
+# --- Corners ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "black"), [("mild", False), ("mild-black-corners", True)])
+@pytest.mark.parametrize("side", [32, 8, 50])
+def test_mild_augmentation_leaves_no_black_corner_unless_asked(preset, black, side):
+    X = np.full((12, side, side, 3), 200, dtype=np.uint8)
+    sampler = AugmentationOverSampler(preset=preset, sampling_strategy={1: 100}, random_state=0)
+    X_res, _ = sampler.fit_resample(X, np.repeat([0, 1], [9, 3]))
+    corners = X_res[12:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert X_res.shape[1:] == (side, side, 3)
+    assert bool((corners < 100).any()) == black

@@ -1,0 +1,172 @@
+"""How well can a network tell added images from real ones? A cue that one class alone has is a shortcut to its label.
+
+    python CueStrength.py --split dog-50 ship-50
+
+A small ResNet-18 learns to tell the images of a sampler from real ones, with equally many of each class, and is then
+asked about images of the rare class: new ones of the sampler, and real ones that no sampler and no training has seen.
+The area under the ROC curve (AUC) is the strength of the cue: 0.5 if there is none, 1 if each added image is recognised.
+
+Reference: Geirhos et al. (2020), Shortcut learning in deep neural networks.
+"""
+
+import argparse
+from functools import partial
+
+import numpy as np
+from imblearn.over_sampling import SMOTE
+from sklearn.base import clone
+from sklearn.metrics import roc_auc_score
+
+from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
+from ClassifierTraining import Recipe, train_classifier
+from Development import FOLDER, SPLITS, Budget, development_data
+from Experiment import prepare_stable_diffusion_images
+from ImageOverSampler import source_balanced_strategy
+from ImbalancedCIFAR10 import load_cifar10, split_from_name
+from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
+from Results import read_json
+from Runtime import (
+    choose_device,
+    code_version,
+    derive_seed,
+    describe_hardware,
+    require_same_settings,
+    save_json,
+)
+from StableDiffusionGeneration import StableDiffusionOverSampler
+from Utils import markdown_table
+
+# Name -> sampler, and the method of Methods.py that trains on its images of the rare class.
+SAMPLERS = {
+    "mild augmentation, black corners": (
+        AugmentationOverSampler(preset="mild-black-corners"), "augmented-black-corners",
+    ),
+    "mild augmentation": (AugmentationOverSampler(), "augmented"),
+    "mild augmentation, spectrum matched": (AugmentationOverSampler(match="spectrum"), "augmented-spectrum"),
+    "SMOTE": (PixelOverSampler(SMOTE()), "smote"),
+    "Stable Diffusion": (StableDiffusionOverSampler(), "stable-adjusted"),
+    "Stable Diffusion, statistics matched": (StableDiffusionOverSampler(match="statistics"), None),
+    "Stable Diffusion, spectrum matched": (StableDiffusionOverSampler(match="spectrum"), "stable-spectrum"),
+}  # fmt: skip
+WIDTH, RECIPE = 8, Recipe(steps=300, scales=(1.0,))  # small images would hide fine cues
+TESTED = 500  # images of each source
+
+code_version()  # read and cached now: a commit made during a training is not the code that ran
+
+
+def cue_strength(development, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, tested=TESTED, device=None):
+    """Train a network to tell a sampler's images from real ones, and test it on the rare class.
+
+    Parameters
+    ----------
+    development : Development.DevelopmentData
+    sampler : imbalanced-learn over-sampler
+        Its ``sampling_strategy`` is replaced, so that each class gets images.
+    seed : int
+    recipe : ClassifierTraining.Recipe
+    width : int
+        Of the ResNet-18.
+    tested : int
+        Images of each source to test on.
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    float
+        Area under the ROC curve.
+
+    Raises
+    ------
+    ValueError
+        If there are too few images of the rare class to test on.
+    """
+    strategy = partial(source_balanced_strategy, share=0.25)
+    sampler = clone(sampler).set_params(sampling_strategy=strategy, random_state=derive_seed(seed, 2) % 2**32)
+    X, y = sampler.fit_resample(development.X, development.y)
+    added = np.arange(len(y)) >= len(development.y)
+    rng = np.random.default_rng(derive_seed(seed, 6))
+    rare_added = rng.permutation(np.flatnonzero(added & (y == development.minority)))
+    rare_real = rng.permutation(np.flatnonzero(development.y_val == development.minority))
+    if min(len(rare_added) // 2, len(rare_real)) < tested:
+        raise ValueError(
+            f"{tested} images of each source are to be tested, but there are {len(rare_added)} added and "
+            f"{len(rare_real)} real ones of the rare class. Test fewer."
+        )
+    training = _equally_many(y, added, rng, without=rare_added[:tested])
+    model = create_classifier(2, width, channel_statistics(development.X), seed, device)
+    train_classifier(model, X[training], added[training].astype(np.int64), recipe, seed=seed)
+    images = np.concatenate([X[rare_added[:tested]], development.X_val[rare_real[:tested]]])
+    labels = np.repeat([1, 0], tested)
+    logits = evaluate_classifier(model, images, labels).logits
+    return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+
+
+def _equally_many(y, added, rng, without):
+    """Rows with as many real as added images of each class, so that no class is a cue."""
+    rows = []
+    usable = np.ones(len(y), dtype=bool)
+    usable[without] = False
+    for c in np.unique(y):
+        groups = [rng.permutation(np.flatnonzero((y == c) & (added == source) & usable)) for source in (0, 1)]
+        rows += [group[: min(map(len, groups))] for group in groups]
+    return np.sort(np.concatenate(rows))
+
+
+def measure(data, name, split_name, seed, device=None):
+    """Measure one sampler on one development split, or return the finished result: a dict."""
+    path = FOLDER / "cues" / split_name / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}.json"
+    settings = RECIPE.as_json() | {"width": WIDTH, "tested": TESTED}
+    if path.exists():
+        result = read_json(path)
+        require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], settings)
+        return result
+    commit = code_version()
+    development = development_data(data, split_name)
+    auc = cue_strength(development, SAMPLERS[name][0], seed=seed, device=device)
+    result = {
+        "sampler": name, "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
+        "hardware": describe_hardware(choose_device(device)), "commit": commit,
+    }  # fmt: skip
+    save_json(path, result)
+    return result
+
+
+def cue_table(budget):
+    """Markdown table of all finished measurements: the cue's strength, and the recall of training on such images."""
+    rows = []
+    for name, (_, method_name) in SAMPLERS.items():
+        pattern = name.replace(",", "").replace(" ", "-")
+        results = [read_json(path) for path in sorted((FOLDER / "cues").glob(f"*/{pattern}-seed*.json"))]
+        runs = [read_json(path) for path in sorted(budget.folder.glob(f"*/{method_name}-seed*.json"))]
+        if results:
+            recall = f"{100 * np.mean([run['validation']['recall'] for run in runs]):.1f}" if runs else ""
+            where = ", ".join(f"{r['split']} {r['seed']}" for r in results)
+            rows.append(
+                (name, f"{np.mean([r['auc'] for r in results]):.3f}", recall, method_name or "", where)
+            )
+    return markdown_table(("images", "AUC of the cue", "recall", "method", "split and seed"), rows)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Measure how well added images can be told from real ones.")
+    add = parser.add_argument
+    add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
+    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
+    options = parser.parse_args(arguments)
+    try:
+        data = load_cifar10()
+        splits = [split_from_name(name, data.y_train, data.class_names) for name in options.split]
+        prepare_stable_diffusion_images(data, *splits)
+        for seed in options.seed:
+            for split_name in options.split:
+                for name in SAMPLERS:
+                    result = measure(data, name, split_name, seed, options.device)
+                    print(f"{name}, {split_name}, seed {seed}: AUC {result['auc']:.3f}", flush=True)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(cue_table(Budget(16, 2000)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The strength of the cue by which added images can be told from real ones."""
+
+import json
+
+import numpy as np
+import pytest
+from imblearn.over_sampling import RandomOverSampler
+
+import CueStrength
+from ClassifierTraining import Recipe
+from CueStrength import SAMPLERS, cue_strength, cue_table
+from Development import Budget, DevelopmentData
+from ImageOverSampler import ImageOverSampler
+from Methods import METHODS
+from NonSyntheticGeneration import PixelOverSampler
+
+SHORT = {"recipe": Recipe(steps=12, batch_size=64, scales=(1.0,)), "width": 4, "tested": 20}
+
+
+class MarkedCopies(ImageOverSampler):
+    """Copies with a black corner."""
+
+    def _make_images(self, X, c, count, seed):
+        images = X[np.random.default_rng(seed).integers(len(X), size=count)].copy()
+        images[:, :8, :8] = 0
+        return images
+
+
+@pytest.fixture(scope="module")
+def development():
+    rng = np.random.default_rng(0)
+
+    def images(n):
+        return rng.integers(60, 200, (n, 32, 32, 3), dtype=np.uint8)
+
+    y, y_val = np.repeat([0, 1, 2], [120, 120, 10]), np.repeat([0, 1, 2], [10, 10, 40])
+    return DevelopmentData(images(250), y, images(60), y_val, np.ones(60), minority=2)
+
+
+def test_a_mark_is_a_strong_cue_and_a_plain_copy_is_none(development):
+    assert cue_strength(development, MarkedCopies(), **SHORT) > 0.95
+    # New noise and copies of old noise look alike to a network that has learned nothing about them.
+    assert 0.2 < cue_strength(development, PixelOverSampler(RandomOverSampler()), **SHORT) < 0.8
+
+
+def test_training_images_have_as_many_real_as_added_ones_of_each_class(development, monkeypatch):
+    seen = {}
+
+    def train(model, X, y, recipe, seed):
+        seen["labels"] = y
+
+    monkeypatch.setattr(CueStrength, "train_classifier", train)
+    cue_strength(development, MarkedCopies(), **SHORT)
+    assert np.bincount(seen["labels"]).tolist() == [30 + 30 + 10] * 2
+
+
+def test_too_few_images_to_test_on_are_refused(development):
+    with pytest.raises(
+        ValueError, match="60 images of each source are to be tested, but there are 110 added"
+    ):
+        cue_strength(development, MarkedCopies(), **SHORT | {"tested": 60})
+
+
+def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CueStrength, "development_data", lambda data, name: development)
+    monkeypatch.setattr(CueStrength, "cue_strength", lambda *arguments, **options: 0.75)
+    for split_name in ("dog-50", "ship-50"):
+        CueStrength.measure(None, "SMOTE", split_name, 0)
+    budget = Budget(4, 2)
+    path = budget.path("smote", "dog-50", 0)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"validation": {"recall": 0.125}, "split": "dog-50", "seed": 0}))
+    assert cue_table(budget).splitlines()[2] == "| SMOTE | 0.750 | 12.5 | smote | dog-50 0, ship-50 0 |"
+    monkeypatch.setattr(CueStrength, "cue_strength", None)
+    assert CueStrength.measure(None, "SMOTE", "dog-50", 0)["auc"] == 0.75  # finished
+
+
+def test_the_methods_beside_the_samplers_exist():
+    assert all(method is None or method in METHODS for _, method in SAMPLERS.values())
