@@ -19,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
-from Development import FOLDER, SPLITS, Budget, development_data
+from Development import SPLITS, development_data
+from DevelopmentReport import CUES, cue_table
 from Experiment import prepare_stable_diffusion_images
 from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
@@ -34,7 +35,6 @@ from Runtime import (
     save_json,
 )
 from StableDiffusionGeneration import StableDiffusionOverSampler
-from Utils import markdown_table
 
 # Name -> sampler, and the method of Methods.py that trains on its images of the rare class.
 SAMPLERS = {
@@ -114,7 +114,7 @@ def _equally_many(y, added, rng, without):
 
 def measure(data, name, split_name, seed, device=None):
     """Measure one sampler on one development split, or return the finished result: a dict."""
-    path = FOLDER / "cues" / split_name / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}.json"
+    path = CUES / split_name / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}.json"
     settings = RECIPE.as_json() | {"width": WIDTH, "tested": TESTED}
     if path.exists():
         result = read_json(path)
@@ -124,27 +124,11 @@ def measure(data, name, split_name, seed, device=None):
     development = development_data(data, split_name)
     auc = cue_strength(development, SAMPLERS[name][0], seed=seed, device=device)
     result = {
-        "sampler": name, "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
+        "sampler": name, "method": SAMPLERS[name][1], "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
         "hardware": describe_hardware(choose_device(device)), "commit": commit,
     }  # fmt: skip
     save_json(path, result)
     return result
-
-
-def cue_table(budget):
-    """Markdown table of all finished measurements: the cue's strength, and the recall of training on such images."""
-    rows = []
-    for name, (_, method_name) in SAMPLERS.items():
-        pattern = name.replace(",", "").replace(" ", "-")
-        results = [read_json(path) for path in sorted((FOLDER / "cues").glob(f"*/{pattern}-seed*.json"))]
-        runs = [read_json(path) for path in sorted(budget.folder.glob(f"*/{method_name}-seed*.json"))]
-        if results:
-            recall = f"{100 * np.mean([run['validation']['recall'] for run in runs]):.1f}" if runs else ""
-            where = ", ".join(f"{r['split']} {r['seed']}" for r in results)
-            rows.append(
-                (name, f"{np.mean([r['auc'] for r in results]):.3f}", recall, method_name or "", where)
-            )
-    return markdown_table(("images", "AUC of the cue", "recall", "method", "split and seed"), rows)
 
 
 def main(arguments=None):
@@ -165,7 +149,7 @@ def main(arguments=None):
                     print(f"{name}, {split_name}, seed {seed}: AUC {result['auc']:.3f}", flush=True)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(cue_table(Budget(16, 2000)))
+    print(cue_table())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compare methods on development splits, without the test set and without the class that the study reports.
 
     python Development.py --method adjusted stable-spectrum-quarter --split dog-50 ship-50 --seed 0
-    python Development.py --table
+    python DevelopmentReport.py      # the tables in docs/development.md
 
 1,000 images of each class are held out of the training set first. Another class than the study's is then cut in the
 rest. Methods are compared on the held-out images. Results lie in ``results/development/``. A finished run is not run
@@ -24,6 +24,7 @@ from sklearn.metrics import (
 from Arms import PROFILES
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
+from DevelopmentReport import FOLDER, SCORES, methods_table
 from Experiment import prepare_stable_diffusion_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Methods import METHODS, find_method
@@ -38,12 +39,9 @@ from Runtime import (
     save_json,
     uses_bfloat16,
 )
-from Utils import markdown_table
 
-FOLDER = Path("results", "development")
 SPLITS = ("dog-50", "ship-50")
 HELD_OUT = 1000  # images of each class
-SCORES = ("recall", "precision", "f1", "balanced_accuracy", "accuracy")
 
 code_version()  # read and cached now: a commit made during a training is not the code that ran
 
@@ -229,38 +227,6 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     return result
 
 
-# --- Tables -------------------------------------------------------------------------------------
-
-
-def development_table(budget):
-    """Markdown table of all finished methods of a budget: means over splits and seeds, best F1 first.
-
-    Only splits and seeds that a method has finished count; the last columns say which.
-    """
-    rows = []
-    for name in METHODS:
-        paths = sorted(budget.folder.glob(f"*/{name}-seed*.json"))
-        results = [read_json(path) for path in paths]
-        if results:
-            means = {key: np.mean([r["validation"][key] for r in results]) for key in SCORES}
-            runs = ", ".join(f"{r['split']} {r['seed']}" for r in results)
-            rows.append(
-                (means["f1"], name, METHODS[name].what, *(f"{100 * means[k]:.1f}" for k in SCORES), runs)
-            )
-    rows.sort(key=lambda row: -row[0])
-    columns = (
-        "method",
-        "what",
-        "recall",
-        "precision",
-        "F1",
-        "balanced accuracy",
-        "accuracy",
-        "split and seed",
-    )
-    return markdown_table(columns, [row[1:] for row in rows])
-
-
 # --- Command line -------------------------------------------------------------------------------
 
 
@@ -271,24 +237,22 @@ def main(arguments=None):
         epilog="methods:\n" + "\n".join(f"  {name:36}{method.what}" for name, method in METHODS.items()),
     )
     add = parser.add_argument
-    add("--method", nargs="+", default=[], metavar="METHOD", help="one or more methods, or 'all'")
+    add("--method", nargs="+", required=True, metavar="METHOD", help="one or more methods, or 'all'")
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
     add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
     add("--steps", type=int, default=PROFILES["cpu"].steps, help="training steps (default: those of cpu)")
     add("--width", type=int, default=PROFILES["cpu"].width, help="of the ResNet-18 (default: that of cpu)")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
-    add("--table", action="store_true", help="print the table of what is finished, and run nothing")
     options = parser.parse_args(arguments)
     budget = Budget(options.width, options.steps)
     names = list(METHODS) if options.method == ["all"] else options.method
     try:
         for name in names:
             find_method(name)
-        if not options.table:
-            _run_all(names, options, budget)
+        _run_all(names, options, budget)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(development_table(budget))
+    print(methods_table(budget.folder))
 
 
 def _run_all(names, options, budget):

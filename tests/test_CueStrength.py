@@ -8,8 +8,9 @@ from imblearn.over_sampling import RandomOverSampler
 
 import CueStrength
 from ClassifierTraining import Recipe
-from CueStrength import SAMPLERS, cue_strength, cue_table
+from CueStrength import SAMPLERS, cue_strength
 from Development import Budget, DevelopmentData
+from DevelopmentReport import cue_table
 from ImageOverSampler import ImageOverSampler
 from Methods import METHODS
 from NonSyntheticGeneration import PixelOverSampler
@@ -70,8 +71,10 @@ def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
     budget = Budget(4, 2)
     path = budget.path("smote", "dog-50", 0)
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"validation": {"recall": 0.125}, "split": "dog-50", "seed": 0}))
-    assert cue_table(budget).splitlines()[2] == "| SMOTE | 0.750 | 12.5 | smote | dog-50 0, ship-50 0 |"
+    path.write_text(
+        json.dumps({"method": "smote", "validation": {"recall": 0.125}, "split": "dog-50", "seed": 0})
+    )
+    assert cue_table().splitlines()[2] == "| SMOTE | 0.750 | smote | 12.5 | dog-50 0, ship-50 0 |"
     monkeypatch.setattr(CueStrength, "cue_strength", None)
     assert CueStrength.measure(None, "SMOTE", "dog-50", 0)["auc"] == 0.75  # finished
 

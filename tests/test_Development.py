@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 import Development
 from ClassifierTraining import AugmentedBatches
-from Development import SPLITS, Budget, development_data, development_table, run_method, validation_scores
+from Development import SPLITS, Budget, development_data, run_method, validation_scores
+from DevelopmentReport import main as report
+from DevelopmentReport import methods_table
 from ImageCache import save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
 from Methods import IMAGE_FREE, METHODS, Method, find_method
@@ -152,8 +155,8 @@ def test_the_table_shows_means_over_runs_and_the_best_first(few):
         for result, change in zip(results[name], (-0.1, 0.1), strict=True):
             result["validation"]["f1"] = f1 + change
             TINY.path(name, result["split"], 0).write_text(json.dumps(result))
-    lines = development_table(TINY).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| adjusted", "| plain"]
+    lines = methods_table(TINY.folder).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| `adjusted`", "| `plain`"]
     assert "| 75.0 |" in lines[2] and "dog-10 0, ship-10 0" in lines[2]
 
 
@@ -162,9 +165,21 @@ def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys
     arguments = ["--method", "plain", "--split", "dog-10", "ship-10", "--steps", "2", "--width", "4"]
     Development.main(arguments)
     output = capsys.readouterr().out
-    assert "plain, dog-10, seed 0: recall" in output and "| plain | cross-entropy |" in output
-    Development.main(["--table", "--steps", "2", "--width", "4"])
-    assert "| plain | cross-entropy |" in capsys.readouterr().out
+    assert "plain, dog-10, seed 0: recall" in output and "| `plain` | cross-entropy |" in output
+    document = Path("docs", "development.md")
+    document.parent.mkdir()
+    parts = "".join(
+        f"<!-- {name}:begin (generated) -->\n<!-- {name}:end -->\n" for name in ("methods", "cues")
+    )
+    document.write_text(parts)
+    with pytest.raises(SystemExit):
+        report(["--check"])
+    report([])
+    report(["--check"])
+    assert (
+        "| `plain` | cross-entropy |" in document.read_text()
+        and "Width 4, 2 training steps" in document.read_text()
+    )
 
 
 @pytest.mark.parametrize(
