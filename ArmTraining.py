@@ -23,7 +23,7 @@ from ClassifierNetwork import (
     evaluate_classifier,
     save_classifier,
 )
-from ClassifierTraining import Recipe, count_training_flops, train_classifier
+from ClassifierTraining import Recipe, count_training_flops
 from ImbalancedCIFAR10 import split_from_name
 from Report import save_arm_plots
 from Results import read_result
@@ -161,18 +161,21 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     study.require_writable(arm_name, seed)
     real_rows = len(kept)
     rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
-    model = create_classifier(classes, study.settings.width, channel_statistics(X), seed, device)
+    model = create_classifier(
+        classes, study.settings.width, channel_statistics(X), seed, device, arm.method.cosine_head
+    )
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
-    history = train_classifier(
+    history, method_settings = arm.method.train(
         model,
         X,
         y,
+        real_rows,
         recipe,
         seed=seed,
-        loss=arm.loss(y, classes, real_rows),
-        batches=recipe.batches(X, seed, device, rank, world_size),
         after_epoch=epoch_evaluator(data, split, recipe, len(X)),
         checkpoint=checkpoint,
+        rank=rank,
+        world_size=world_size,
     )
     result = (
         {
@@ -185,6 +188,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
             "class_names": list(data.class_names),
             **_evaluate(model, data, split, history),
             "training_images": _count_images(y, real_rows, classes),
+            "method": method_settings,
             "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
             "configuration": _recipe_and_network(recipe, study.settings)
             | _run_settings(model, arm, world_size, device),
@@ -236,7 +240,7 @@ def _training_flops(num_classes, width, recipe, image_size):
 def _run_settings(model, arm, world_size, device):
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "logit_adjusted": arm.logit_adjusted,
+        "logit_adjusted": arm.method.logit_adjusted,
         "processes": world_size,
         "bfloat16": uses_bfloat16(device),
     }

@@ -3,23 +3,20 @@
     name, settings = resolve_profile("quick")
     X_res, y_res = ARMS["smote"].fit_resample(X, y, seed=0)
 
-An arm is one entry of :data:`ARMS`: a sampler and a loss. Everything else is the same in all arms: the network,
+An arm is one entry of :data:`ARMS`: a :class:`Methods.Method`, which is a sampler, a loss and batches. Everything else is the same in all arms: the network,
 the recipe, the number of training steps, the evaluation.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
-from imblearn.base import BaseSampler
 from imblearn.over_sampling import SMOTE, RandomOverSampler
-from sklearn.base import clone
 
 from ClassifierTraining import Recipe
 from GANGeneration import GANOverSampler, GANSettings
 from ImageOverSampler import UnsuitableImagesError, source_balanced_strategy
-from Losses import LogitAdjustedLoss
+from Methods import Method, adjusted
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
-from Runtime import choose_device, derive_seed
+from Runtime import choose_device
 from StableDiffusionGeneration import StableDiffusionOverSampler
 
 REFERENCE_SPLIT = "cat-50"
@@ -160,10 +157,8 @@ class Arm:
         Part of the file names ``images/cm_<image_tag>.png`` and ``images/test_<image_tag>.png``.
     weights_name : str
         Part of the file name ``models/<weights_name>.pt``.
-    sampler : imbalanced-learn sampler or None
-        Makes the images that are added; its random_state is set for each run. None adds nothing.
-    logit_adjusted : bool
-        Whether the loss is adjusted by the class frequencies of each image's source (real or synthetic).
+    method : Methods.Method
+        Sampler, loss and batches. Default: nothing is added, and the loss is cross-entropy.
     whole_training_set : bool
         Whether it trains on all images of the data set, none removed: the ceiling.
     story : bool
@@ -173,18 +168,17 @@ class Arm:
     title: str
     image_tag: str
     weights_name: str
-    sampler: BaseSampler | None = None
-    logit_adjusted: bool = False
+    method: Method = Method()
     whole_training_set: bool = False
     story: bool = False
 
     @property
     def needs_gan(self):
-        return isinstance(self.sampler, GANOverSampler)
+        return self.method.needs_gan
 
     @property
     def needs_stable_diffusion(self):
-        return isinstance(self.sampler, StableDiffusionOverSampler)
+        return self.method.needs_stable_diffusion
 
     def fit_resample(self, X, y, *, seed, generator=None):
         """Rebalance an imbalanced training set as this arm does.
@@ -215,87 +209,57 @@ class Arm:
             raise ValueError(
                 f"The arm {self.title!r} trains on data.X_train and data.y_train, not on a cut set."
             )
-        if self.sampler is None:
-            return X, y
-        parameters = {"random_state": sampling_seed(seed)}
-        if self.needs_gan:
-            if generator is None:
-                raise ValueError(
-                    f"The arm {self.title!r} needs a generator: pass generator=prepare_generator(study, data)."
-                )
-            parameters["generator"] = generator
+        if self.needs_gan and generator is None:
+            raise ValueError(
+                f"The arm {self.title!r} needs a generator: pass generator=prepare_generator(study, data)."
+            )
         try:
-            return clone(self.sampler).set_params(**parameters).fit_resample(X, y)
+            return self.method.fit_resample(X, y, seed=seed, generator=generator)
         except UnsuitableImagesError as error:
             raise ArmUnavailableError(str(error)) from error
-
-    def loss(self, y, num_classes, real_rows):
-        """The loss of this arm, or None for plain cross-entropy.
-
-        Parameters
-        ----------
-        y : ndarray of int64, shape (n,)
-            Labels of the arm's training set.
-        num_classes : int
-        real_rows : int
-            The first rows up to this one are real, the others synthetic.
-
-        Returns
-        -------
-        Losses.LogitAdjustedLoss or None
-        """
-        if not self.logit_adjusted:
-            return None
-        sources = (np.arange(len(y)) >= real_rows).astype(np.int64)
-        return LogitAdjustedLoss(y, num_classes, sources)
-
-
-def sampling_seed(seed):
-    """The ``random_state`` of a run's sampler: derived from the run's seed, but not equal to it."""
-    return derive_seed(seed, 2) % 2**32
 
 
 ARMS = {
     "imbalanced": Arm("Imbalanced", "imbalanced", "resnet_imbalanced", story=True),
     "random-oversampling": Arm(
         "Random oversampling", "random_oversampling", "resnet_random_oversampling",
-        PixelOverSampler(RandomOverSampler()),
+        Method(PixelOverSampler(RandomOverSampler())),
     ),
-    "smote": Arm("SMOTE", "smote", "resnet_smote", PixelOverSampler(SMOTE())),
+    "smote": Arm("SMOTE", "smote", "resnet_smote", Method(PixelOverSampler(SMOTE()))),
     "non-synthetic-reference": Arm(
         "Non-synthetic, reference's augmentation", "nsd_reference", "resnet_non_synthetic_reference",
-        AugmentationOverSampler(preset="reference"),
+        Method(AugmentationOverSampler(preset="reference")),
     ),
     "non-synthetic": Arm(
         "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
-        AugmentationOverSampler(), story=True,
+        Method(AugmentationOverSampler()), story=True,
     ),
-    "gan": Arm("GAN, minority only", "gan", "resnet_gan", GANOverSampler()),
+    "gan": Arm("GAN, minority only", "gan", "resnet_gan", Method(GANOverSampler())),
     "gan-source-balanced": Arm(
         "GAN, source-balanced", "gan_source_balanced", "resnet_gan_source_balanced",
-        GANOverSampler(sampling_strategy=source_balanced_strategy),
+        Method(GANOverSampler(sampling_strategy=source_balanced_strategy)),
     ),
     "gan-source-balanced-adjusted": Arm(
         "GAN, source-balanced, logit-adjusted per source", "gan_source_balanced_adjusted",
         "resnet_gan_source_balanced_adjusted",
-        GANOverSampler(sampling_strategy=source_balanced_strategy), logit_adjusted=True,
+        Method(GANOverSampler(sampling_strategy=source_balanced_strategy), adjusted),
     ),
     "stable": Arm(
         "Stable Diffusion, minority only", "stable", "resnet_stable_diffusion",
-        StableDiffusionOverSampler(), story=True,
+        Method(StableDiffusionOverSampler()), story=True,
     ),
     "stable-source-balanced": Arm(
         "Stable Diffusion, source-balanced", "stable_source_balanced", "resnet_stable_diffusion_source_balanced",
-        StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy),
+        Method(StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy)),
     ),
     "logit-adjusted": Arm(
         "Logit-adjusted loss, no added image", "logit_adjusted", "resnet_logit_adjusted",
-        logit_adjusted=True, story=True,
+        Method(loss=adjusted), story=True,
     ),
     "stable-source-balanced-adjusted": Arm(
         "Stable Diffusion, source-balanced, logit-adjusted per source", "stable_source_balanced_adjusted",
         "resnet_stable_diffusion_source_balanced_adjusted",
-        StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy), logit_adjusted=True, story=True,
+        Method(StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy), adjusted), story=True,
     ),
     "balanced": Arm(
         "Balanced (ceiling: no image removed)", "balanced", "resnet_balanced", whole_training_set=True,

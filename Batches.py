@@ -117,6 +117,11 @@ class AugmentedBatches:
             mean = torch.from_numpy(X.mean(axis=(0, 1, 2)))
             self.grey = mean.round().to(torch.uint8).view(3, 1, 1).to(device)
 
+    @property
+    def description(self):
+        """What the batches of another training must have in common with these, besides the recipe."""
+        return type(self).__name__
+
     def __len__(self):
         return self.n // self.batch_size
 

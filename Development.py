@@ -23,7 +23,7 @@ from sklearn.metrics import (
 
 from Arms import PROFILES
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
-from ClassifierTraining import Recipe, train_classifier
+from ClassifierTraining import Recipe
 from DevelopmentReport import FOLDER, SCORES, methods_table
 from Experiment import prepare_stable_diffusion_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
@@ -192,18 +192,13 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     require_writable(path)
     device, commit = choose_device(device), code_version()
     development, classes = development_data(data, split_name), len(data.class_names)
-    X, y, sources = method.training_set(development.X, development.y, seed=seed)
+    X, y = method.fit_resample(development.X, development.y, seed=seed)
     model = create_classifier(
         classes, budget.width, channel_statistics(development.X), seed, device, method.cosine_head
     )
-    loss = method.loss and method.loss(y, classes, sources)
-    batches = method.batches and method.batches(X, sources, recipe, device, seed)
     checkpoint = Path("models", "checkpoints", *path.parts[1:]).with_suffix(".pt")
-    history = train_classifier(
-        model, X, y, recipe, seed=seed, loss=loss, batches=batches, checkpoint=checkpoint
-    )
-    if method.finish:
-        method.finish(model, X, y, recipe, seed)
+    real = len(development.y)
+    history, settings = method.train(model, X, y, real, recipe, seed=seed, checkpoint=checkpoint)
     predictions = evaluate_classifier(model, development.X_val, development.y_val).predictions
     result = {
         "method": method_name,
@@ -213,9 +208,8 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         "validation": validation_scores(development, predictions),
         "width": budget.width,
         "recipe": recipe.as_json(),
-        "loss": repr(loss),
-        "batches": getattr(batches, "description", None),
-        "training_images": {"real": int(np.sum(sources == 0)), "synthetic": int(np.sum(sources == 1))},
+        **settings,
+        "training_images": {"real": real, "synthetic": len(y) - real},
         "final_train_loss": history[-1]["train_loss"],
         "seconds": sum(epoch["seconds"] for epoch in history),
         "bfloat16": uses_bfloat16(device),

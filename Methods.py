@@ -1,10 +1,13 @@
-"""Candidates for the study: ways to train with a rare class, with and without synthetic images.
+"""Ways to train with a rare class, with and without synthetic images.
 
-    method = METHODS["stable-spectrum-statistics"]
-    X_res, y_res, sources = method.training_set(X, y, seed=0)
+    method = METHODS["stable-spectrum-quarter"]
+    X_res, y_res = method.fit_resample(X, y, seed=0)
+    model = create_classifier(10, 16, channel_statistics(X), seed=0, cosine_head=method.cosine_head)
+    history, settings = method.train(model, X_res, y_res, len(X), recipe, seed=0)
 
-``Development.py`` compares them on development splits, and only there. What is chosen becomes an arm of ``Arms.py``.
-Methods whose names begin with ``stable`` use the cached Stable Diffusion images; the others use no generated image.
+:data:`METHODS` are the candidates. ``Development.py`` compares them on development splits, and only there. What the study
+compares is in ``Arms.py``. Methods whose names begin with ``stable`` use the cached Stable Diffusion images; the others
+use no generated image.
 
 References
 ----------
@@ -23,9 +26,11 @@ from imblearn.over_sampling import SMOTE
 from sklearn.base import clone
 
 from Batches import MixedBatches, PastedBatches, SourceBatches
+from ClassifierTraining import train_classifier
+from GANGeneration import GANOverSampler
 from ImageOverSampler import source_balanced_strategy
 from LastLayer import retrain_last_layer
-from Losses import ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss
+from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import derive_seed
 from StableDiffusionGeneration import StableDiffusionOverSampler
@@ -37,12 +42,10 @@ class Method:
 
     Attributes
     ----------
-    what : str
-        For tables.
     sampler : imbalanced-learn sampler or None
         Makes the images that are added; its ``random_state`` is set for each run.
     loss : callable or None
-        ``(y, num_classes, sources) -> loss``; None for cross-entropy.
+        ``(y, num_classes, sources) -> loss``; None for cross-entropy. ``sources`` is 0 for real rows, 1 for synthetic ones.
     batches : callable or None
         ``(X, sources, recipe, device, seed) -> batches``; None for the recipe's own.
     changes : dict
@@ -55,9 +58,10 @@ class Method:
         ``(model, X, y, recipe, seed) -> None``: changes the trained network in place.
     shuffled : bool
         Whether the labels of the synthetic images are shuffled: the placebo.
+    what : str
+        For the table of the candidates.
     """
 
-    what: str
     sampler: BaseSampler | None = None
     loss: Callable | None = None
     batches: Callable | None = None
@@ -66,34 +70,112 @@ class Method:
     cosine_head: bool = False
     finish: Callable | None = None
     shuffled: bool = False
+    what: str = ""
+
+    @property
+    def logit_adjusted(self):
+        """Whether the loss is adjusted by the class frequencies of each image's source (real or synthetic)."""
+        return getattr(self.loss, "func", self.loss) is adjusted
+
+    @property
+    def needs_gan(self):
+        return isinstance(self.sampler, GANOverSampler)
 
     @property
     def needs_stable_diffusion(self):
         return isinstance(self.sampler, StableDiffusionOverSampler)
 
-    def training_set(self, X, y, *, seed):
+    def fit_resample(self, X, y, *, seed, generator=None):
         """Rebalance a training set as this method does.
 
         Parameters
         ----------
-        X, y : ndarrays
-            As for ``fit_resample``.
+        X : ndarray of uint8, shape (n, height, width, 3)
+        y : ndarray of int64, shape (n,)
         seed : int
+            Of the run; the sampler gets ``sampling_seed(seed)``.
+        generator : GANNetworks.Generator or path, optional
+            The trained generator; only a method that needs a GAN uses it.
 
         Returns
         -------
-        X, y : ndarrays
-            The given images first, then the synthetic ones.
-        sources : ndarray of int64, shape (n,)
-            0 for given rows, 1 for synthetic ones.
+        X_res, y_res : ndarrays of shape (m, height, width, 3) and (m,)
+            The first n rows are the input, unchanged and in order; the others are synthetic.
+
+        Raises
+        ------
+        ImageOverSampler.UnsuitableImagesError
+            If the sampler cannot make the images from these, or there are too few of them.
         """
-        real = len(y)
-        if self.sampler is not None:
-            sampler = clone(self.sampler).set_params(random_state=derive_seed(seed, 2) % 2**32)
-            X, y = sampler.fit_resample(X, y)
+        if self.sampler is None:
+            return X, y
+        parameters = {"random_state": sampling_seed(seed)} | (
+            {"generator": generator} if self.needs_gan else {}
+        )
+        X_res, y_res = clone(self.sampler).set_params(**parameters).fit_resample(X, y)
         if self.shuffled:
-            np.random.default_rng(derive_seed(seed, 4)).shuffle(y[real:])
-        return X, y, (np.arange(len(y)) >= real).astype(np.int64)
+            np.random.default_rng(derive_seed(seed, 4)).shuffle(y_res[len(y) :])
+        return X_res, y_res
+
+    def train(
+        self, model, X, y, real_rows, recipe, *, seed, after_epoch=None, checkpoint=None, rank=0, world_size=1
+    ):
+        """Train a network in place, on its device, with this method's loss and batches.
+
+        It has the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method
+        itself decides, and three more.
+
+        Parameters
+        ----------
+        real_rows : int
+            The first rows up to this one are real, the others synthetic.
+        rank, world_size : int
+            Of the processes that train this network together.
+
+        Returns
+        -------
+        history : list of dict
+        settings : dict
+            ``loss`` and ``batches`` in words, for the result.
+
+        Raises
+        ------
+        ValueError
+            If several processes are to train by a method with batches of its own.
+        """
+        device = next(model.parameters()).device
+        sources = (np.arange(len(y)) >= real_rows).astype(np.int64)
+        loss = CrossEntropy(recipe.label_smoothing)
+        if self.loss is not None:
+            loss = self.loss(y, model.num_classes, sources)
+        if self.batches is None:
+            batches = recipe.batches(X, seed, device, rank, world_size)
+        elif world_size > 1:
+            raise ValueError(
+                f"{world_size} processes cannot train one network by this method ({self.batches}). Run it without "
+                "--data-parallel."
+            )
+        else:
+            batches = self.batches(X, sources, recipe, device, seed)
+        history = train_classifier(
+            model,
+            X,
+            y,
+            recipe,
+            seed=seed,
+            loss=loss,
+            batches=batches,
+            after_epoch=after_epoch,
+            checkpoint=checkpoint,
+        )
+        if self.finish is not None:
+            self.finish(model, X, y, recipe, seed)
+        return history, {"loss": repr(loss), "batches": batches.description}
+
+
+def sampling_seed(seed):
+    """The ``random_state`` of a run's sampler: derived from the run's seed, but not equal to it."""
+    return derive_seed(seed, 2) % 2**32
 
 
 # --- Losses -------------------------------------------------------------------------------------
@@ -154,52 +236,52 @@ def _phases(fraction, real_last=0.0):
 
 def _stable_by_source(what, fraction, real_last=0.0, **options):
     batches = partial(by_source, phases=_phases(fraction, real_last))
-    return Method(what, **{"sampler": _stable(), "loss": adjusted, "batches": batches} | options)
+    return Method(what=what, **{"sampler": _stable(), "loss": adjusted, "batches": batches} | options)
 
 
 IMAGE_FREE = {
-    "plain": Method("cross-entropy"),
-    "class-balanced": Method("class-balanced weights", loss=class_balanced),
+    "plain": Method(what="cross-entropy"),
+    "class-balanced": Method(what="class-balanced weights", loss=class_balanced),
     "class-balanced-deferred": Method(
-        "class-balanced weights in the last fifth", loss=partial(class_balanced, deferred_until=0.8)
+        what="class-balanced weights in the last fifth", loss=partial(class_balanced, deferred_until=0.8)
     ),
-    "ldam-deferred": Method("LDAM with deferred re-weighting", loss=ldam, cosine_head=True),
-    "augmented": Method("mild augmentation of the rare class, cross-entropy", AugmentationOverSampler()),
+    "ldam-deferred": Method(what="LDAM with deferred re-weighting", loss=ldam, cosine_head=True),
+    "augmented": Method(what="mild augmentation of the rare class, cross-entropy", sampler=AugmentationOverSampler()),
     "augmented-black-corners": Method(
-        "the same with black corners", AugmentationOverSampler(preset="mild-black-corners")
+        what="the same with black corners", sampler=AugmentationOverSampler(preset="mild-black-corners")
     ),
     "augmented-spectrum": Method(
-        "mild augmentation of the rare class, spectrum matched", AugmentationOverSampler(match="spectrum")
+        what="mild augmentation of the rare class, spectrum matched", sampler=AugmentationOverSampler(match="spectrum")
     ),
-    "smote": Method("SMOTE of the rare class, cross-entropy", PixelOverSampler(SMOTE())),
-    "last-layer": Method("cross-entropy, last layer retrained on balanced classes", finish=retrain_last_layer),
-    "mixup": Method("mixup", batches=partial(mixed, kind="mixup")),
+    "smote": Method(what="SMOTE of the rare class, cross-entropy", sampler=PixelOverSampler(SMOTE())),
+    "last-layer": Method(what="cross-entropy, last layer retrained on balanced classes", finish=retrain_last_layer),
+    "mixup": Method(what="mixup", batches=partial(mixed, kind="mixup")),
     "mixup-last-layer": Method(
-        "mixup, last layer retrained on balanced classes",
+        what="mixup, last layer retrained on balanced classes",
         batches=partial(mixed, kind="mixup"), finish=retrain_last_layer,
     ),
-    "adjusted": Method("logit-adjusted loss (balanced softmax)", loss=adjusted),
-    "adjusted-tau-1.25": Method("logit-adjusted loss, tau 1.25", loss=partial(adjusted, tau=1.25)),
-    "adjusted-tau-1.5": Method("logit-adjusted loss, tau 1.5", loss=partial(adjusted, tau=1.5)),
-    "adjusted-cutout": Method("logit-adjusted loss, cutout of 8 pixels", loss=adjusted, changes={"cutout": 8}),
+    "adjusted": Method(what="logit-adjusted loss (balanced softmax)", loss=adjusted),
+    "adjusted-tau-1.25": Method(what="logit-adjusted loss, tau 1.25", loss=partial(adjusted, tau=1.25)),
+    "adjusted-tau-1.5": Method(what="logit-adjusted loss, tau 1.5", loss=partial(adjusted, tau=1.5)),
+    "adjusted-cutout": Method(what="logit-adjusted loss, cutout of 8 pixels", loss=adjusted, changes={"cutout": 8}),
     "adjusted-mixup": Method(
-        "logit-adjusted loss, mixup", loss=adjusted, batches=partial(mixed, kind="mixup")
+        what="logit-adjusted loss, mixup", loss=adjusted, batches=partial(mixed, kind="mixup")
     ),
     "adjusted-cutmix": Method(
-        "logit-adjusted loss, CutMix", loss=adjusted, batches=partial(mixed, kind="cutmix")
+        what="logit-adjusted loss, CutMix", loss=adjusted, batches=partial(mixed, kind="cutmix")
     ),
     "adjusted-sam": Method(
-        "logit-adjusted loss, sharpness-aware, half of the steps",
+        what="logit-adjusted loss, sharpness-aware, half of the steps",
         loss=adjusted, changes={"sam_radius": 0.1}, compute=2.0,
     ),
 }  # fmt: skip
 
 WITH_STABLE_DIFFUSION = {
     "stable-adjusted": Method(
-        "source-balanced, prior per source (the study's best arm until now)",
+        what="source-balanced, prior per source (the study's best arm until now)",
         sampler=_stable(match=None), loss=adjusted,
     ),
-    "stable-spectrum": Method("the same, spectrum matched", sampler=_stable(), loss=adjusted),
+    "stable-spectrum": Method(what="the same, spectrum matched", sampler=_stable(), loss=adjusted),
     "stable-statistics": _stable_by_source(
         "statistics per source, half of each batch synthetic", 0.5, sampler=_stable(match=None)
     ),
@@ -226,11 +308,11 @@ WITH_STABLE_DIFFUSION = {
         batches=partial(by_source, phases=_phases(0.5, 0.15), synthetic_weight=0.3),
     ),
     "stable-spectrum-pasted": Method(
-        "spectrum, a box of a synthetic image in a quarter of the real ones (CMO), the last 15 % real only",
+        what="spectrum, a box of a synthetic image in a quarter of the real ones (CMO), the last 15 % real only",
         sampler=_stable(), loss=adjusted, batches=partial(pasted, kind="cutmix"),
     ),
     "stable-spectrum-mixed": Method(
-        "spectrum, mixup of a synthetic image and a quarter of the real ones, the last 15 % real only",
+        what="spectrum, mixup of a synthetic image and a quarter of the real ones, the last 15 % real only",
         sampler=_stable(), loss=adjusted, batches=partial(pasted, kind="mixup"),
     ),
     "stable-placebo": _stable_by_source(

@@ -184,10 +184,10 @@ def arms_table(names):
     for name in names:
         arm = ARMS[name]
         sampler, classes = "none", ""
-        if arm.sampler is not None:
-            sampler = f"`{type(arm.sampler).__name__}`"
-            classes = "every class" if callable(arm.sampler.sampling_strategy) else "the minority"
-        loss = "logit-adjusted cross-entropy" if arm.logit_adjusted else "cross-entropy"
+        if (made_by := arm.method.sampler) is not None:
+            sampler = f"`{type(made_by).__name__}`"
+            classes = "every class" if callable(made_by.sampling_strategy) else "the minority"
+        loss = "logit-adjusted cross-entropy" if arm.method.logit_adjusted else "cross-entropy"
         rows.append((arm.title, sampler, classes, loss))
     return markdown_table(("arm", "sampler", "adds images to", "loss"), rows)
 

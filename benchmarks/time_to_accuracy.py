@@ -118,7 +118,8 @@ def _training_set_and_loss(arm_name, data, seed, device):
     if not ARMS[arm_name].whole_training_set:
         split = split_from_name(REFERENCE_SPLIT, data.y_train, data.class_names)
         real_rows = len(split.kept_rows(data.y_train))
-    return X, y, ARMS[arm_name].loss(y, 10, real_rows)
+    make_loss, sources = ARMS[arm_name].method.loss, np.arange(len(y)) >= real_rows
+    return X, y, make_loss and make_loss(y, 10, sources)
 
 
 # --- Report -------------------------------------------------------------------------------------

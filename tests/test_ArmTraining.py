@@ -11,7 +11,9 @@ from conftest import SPLIT, files, smoke, smoke_study, with_other_removed_images
 import ArmTraining
 import Batches
 import ClassifierNetwork
+import ClassifierTraining
 import Losses
+import Methods
 from Arms import ARMS, PROFILES
 from ArmTraining import epoch_evaluator, finished_result, run_arm
 from ClassifierNetwork import Evaluation, ResNet18, evaluate_classifier, load_classifier
@@ -149,13 +151,13 @@ def test_the_training_gets_the_loss_of_the_arm_and_the_source_of_each_row(
         calls.append((y, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ArmTraining, "train_classifier", spy)
+    monkeypatch.setattr(Methods, "train_classifier", spy)
     with pytest.raises(KeyboardInterrupt):
         smoke(arm_name, tiny_data)
     [(y, options)] = calls
     assert len(y) == 275 + synthetic
     sources = np.array([0] * 275 + [1] * synthetic)
-    expected = Losses.LogitAdjustedLoss(y, 10, sources) if adjusted else None
+    expected = Losses.LogitAdjustedLoss(y, 10, sources) if adjusted else Losses.CrossEntropy()
     assert repr(options["loss"]) == repr(expected)  # names the priors of every row
 
 
@@ -197,7 +199,7 @@ def test_a_finished_arm_is_not_run_again(tiny_data, monkeypatch):
     def fail(*arguments, **options):
         pytest.fail("it was trained again")
 
-    monkeypatch.setattr(ArmTraining, "train_classifier", fail)
+    monkeypatch.setattr(Methods, "train_classifier", fail)
     assert smoke("imbalanced", tiny_data) == result
     assert {name: Path(name).stat().st_mtime_ns for name in files()} == written
 
@@ -300,7 +302,7 @@ def test_the_walk_of_the_notebook_gives_the_result_that_run_arm_gives(tiny_data,
     recipe = ArmTraining.arm_recipe(study, tiny_data)
     assert finished_result(study, tiny_data, "non-synthetic") is None
     model = ArmTraining.create_classifier(10, 4, ArmTraining.channel_statistics(X_res), seed=0)
-    history = ArmTraining.train_classifier(
+    history = ClassifierTraining.train_classifier(
         model, X_res, y_res, recipe, seed=0,
         after_epoch=epoch_evaluator(tiny_data, split, recipe, len(X_res)),
         checkpoint=study.checkpoint_path("non-synthetic-seed0"),
@@ -350,7 +352,7 @@ def test_a_damaged_result_of_another_seed_costs_nothing_but_the_plots(content, t
 
 
 def test_outputs_that_cannot_be_written_are_noticed_before_the_training(tiny_data, monkeypatch):
-    monkeypatch.setattr(ArmTraining, "train_classifier", lambda *a, **o: pytest.fail("it was trained"))
+    monkeypatch.setattr(Methods, "train_classifier", lambda *a, **o: pytest.fail("it was trained"))
     Path("results").write_text("a file in the folder's place")
     with pytest.raises(OSError, match="imbalanced-seed0.json"):
         smoke("imbalanced", tiny_data)

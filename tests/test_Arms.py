@@ -16,12 +16,12 @@ from Arms import (
     default_split,
     find_arm,
     resolve_profile,
-    sampling_seed,
 )
 from Experiment import make_training_set, run_arms
 from GANGeneration import GANSettings
 from ImageCache import save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
+from Methods import Method, sampling_seed
 from NonSyntheticGeneration import PixelOverSampler
 from Results import Study
 
@@ -83,7 +83,7 @@ def test_the_notebooks_use_cat_50_and_8_of_the_digits(tiny_data, digits):
 def test_a_new_arm_is_one_entry(tiny_data, monkeypatch):
     """As docs/contributing.md says."""
     entry = Arms.Arm(
-        "SMOTE, 2 neighbours", "smote_2", "resnet_smote_2", PixelOverSampler(SMOTE(k_neighbors=2))
+        "SMOTE, 2 neighbours", "smote_2", "resnet_smote_2", Method(PixelOverSampler(SMOTE(k_neighbors=2)))
     )
     monkeypatch.setitem(ARMS, "smote-2", entry)
     result = smoke("smote-2", tiny_data)
@@ -121,7 +121,7 @@ def test_the_kept_images_come_first_and_unchanged(arm_name, tiny_data, tiny_cach
     assert np.array_equal(y_res[:275], y)
 
 
-@pytest.mark.parametrize("arm_name", [name for name, arm in ARMS.items() if arm.sampler])
+@pytest.mark.parametrize("arm_name", [name for name, arm in ARMS.items() if arm.method.sampler])
 def test_samplers_follow_the_seed(arm_name, tiny_data, tiny_cache):
     study = smoke_study(tiny_data)
     first, same, other = (make_training_set(study, tiny_data, arm_name, seed)[0] for seed in (0, 0, 1))
@@ -137,13 +137,13 @@ def test_the_sampler_does_not_get_the_seed_of_the_network():
 def test_an_arms_sampler_is_left_as_it_is(tiny_data):
     X, y = split_from_name(SPLIT, tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
     ARMS["non-synthetic"].fit_resample(X, y, seed=3)
-    assert ARMS["non-synthetic"].sampler.random_state is None
+    assert ARMS["non-synthetic"].method.sampler.random_state is None
 
 
 def test_the_loss_of_an_adjusted_arm_knows_the_source_of_each_row():
     y = np.array([0, 0, 1, 1, 1])
-    assert ARMS["stable-source-balanced"].loss(y, 2, real_rows=3) is None
-    loss = ARMS["stable-source-balanced-adjusted"].loss(y, 2, real_rows=3)
+    assert ARMS["stable-source-balanced"].method.loss is None
+    loss = ARMS["stable-source-balanced-adjusted"].method.loss(y, 2, np.array([0, 0, 0, 1, 1]))
     logits, targets = torch.zeros(5, 2), torch.from_numpy(y)
     # Real rows: 2 of class 0, 1 of class 1. Synthetic rows: class 1 alone, so its loss is 0.
     expected = [-np.log(2 / 3), -np.log(2 / 3), -np.log(1 / 3), 0, 0]

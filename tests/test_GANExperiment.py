@@ -370,4 +370,4 @@ def test_a_gan_trained_again_is_judged_again(tiny_data, tiny_cache):
     study.model_path("generator.pt").unlink()
     prepare_generator(study, tiny_data, "cpu")
     assert not judged.exists()
-    assert Arms.ARMS["gan"].sampler.generator is None, "the arm itself holds no generator"
+    assert Arms.ARMS["gan"].method.sampler.generator is None, "the arm itself holds no generator"

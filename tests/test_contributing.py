@@ -48,6 +48,6 @@ def test_a_sampler_is_a_file_and_a_line(tiny_data, monkeypatch):
     name, arm = entry(line, names)
     monkeypatch.setitem(ARMS, name, arm)
     X, y = np.full((12, 8, 8, 3), 100, dtype=np.uint8), np.repeat([0, 1], [9, 3])
-    X_res, y_res = arm.sampler.fit_resample(X, y)
+    X_res, y_res = arm.fit_resample(X, y, seed=0)
     assert np.bincount(y_res).tolist() == [9, 9] and 2 < X_res[12:].std() < 16
     assert smoke(name, tiny_data)["training_images"]["synthetic"][CAT] == 25
