@@ -81,7 +81,7 @@ def finished_result(study, data, arm_name, seed=0):
         return None
     result = read_result(path)
     # Arms are compared with each other, so all must have been trained in the same way.
-    wanted = _recipe_and_network(arm_recipe(study, data), study.settings)
+    wanted = _recipe_and_network(arm_recipe(study, data), study.settings, data)
     require_same_settings(path, result["configuration"], wanted)
     generator = study.generator_checksum() if find_arm(arm_name).needs_gan else None
     if generator is not None and result.get("generator", generator) != generator:
@@ -183,7 +183,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
             **_evaluate(model, data, split, history),
             "training_images": _count_images(y, real_rows, classes),
             "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
-            "configuration": _recipe_and_network(recipe, study.settings)
+            "configuration": _recipe_and_network(recipe, study.settings, data)
             | _run_settings(model, arm, world_size, device),
             "training_pflops": _training_flops(model.num_classes, model.width, recipe, data.X_test.shape[1:3])
             / 1e15,
@@ -219,8 +219,12 @@ def _check_real_rows(X, y, data, kept, arm_name):
         )
 
 
-def _recipe_and_network(recipe, settings):
-    return recipe.as_json() | {"width": settings.width, "downsampling": ResNet18.downsampling}
+def _recipe_and_network(recipe, settings, data):
+    return recipe.as_json() | {
+        "width": settings.width,
+        "downsampling": ResNet18.downsampling,
+        "most_images_a_class": data.most_images_a_class,
+    }
 
 
 @cache

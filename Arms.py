@@ -59,6 +59,9 @@ class Profile:
     evidence : bool
         Whether its results are meant to be quoted.
     purpose : str
+    most_images_a_class : int or None
+        How many training images and how many test images of each class are used, see
+        :meth:`ImbalancedCIFAR10.ImageDataSet.part`. None: all.
     """
 
     width: int
@@ -66,6 +69,7 @@ class Profile:
     gan: GANSettings
     evidence: bool
     purpose: str
+    most_images_a_class: int | None = None
 
     def recipe(self, real_images, flip):
         """The training recipe of every arm.
@@ -94,6 +98,7 @@ PROFILES = {
         ),
         evidence=False,
         purpose="does it run? Its numbers mean nothing",
+        most_images_a_class=100,
     ),
     "quick": Profile(
         width=16,

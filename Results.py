@@ -133,11 +133,21 @@ class Study:
     # --- Test labels: kept beside the predictions, so that results can be judged without the data ---
 
     def save_test_labels(self, y_test):
-        """Write the true classes of the test set once, int array of shape (n,)."""
+        """Write the true classes of the test set once, int array of shape (n,).
+
+        Raises
+        ------
+        ValueError
+            If the results beside them were obtained on other test images.
+        """
         path = self.record_path("test-labels.txt")
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(" ".join(map(str, y_test)) + "\n", encoding="utf-8")
+        elif not np.array_equal(self.load_test_labels(), y_test):
+            raise ValueError(
+                f"{path} and the results beside it are of other test images. Remove the folder {path.parent} to run again."
+            )
 
     def load_test_labels(self):
         """True classes of the test set, int array of shape (n,), in the order of the predictions."""

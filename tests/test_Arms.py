@@ -45,6 +45,11 @@ def test_small_data_sets_are_not_passed_over_more_than_sixty_times(profile, step
     assert recipe.steps == steps and recipe.flip is False
 
 
+def test_smoke_uses_a_part_of_the_data_that_still_has_50_cats_and_evidence_uses_all():
+    assert PROFILES["smoke"].most_images_a_class > 50
+    assert all(p.most_images_a_class is None for p in PROFILES.values() if p.evidence)
+
+
 def test_the_gan_of_the_cpu_profile_has_the_default_settings():
     assert PROFILES["cpu"].gan == GANSettings()
 

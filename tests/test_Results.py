@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -76,7 +77,11 @@ def test_results_are_read_by_arm_and_ascending_seed():
 def test_test_labels_are_written_once_and_read_back():
     study = Study("smoke", "cifar10", "cat-5")
     study.save_test_labels([3, 1, 2])
-    study.save_test_labels([0, 0, 0])
+    written = study.record_path("test-labels.txt").stat().st_mtime_ns
+    study.save_test_labels(np.array([3, 1, 2]))
+    assert study.record_path("test-labels.txt").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"test-labels\.txt .* of other test images. Remove the folder"):
+        study.save_test_labels([0, 0, 0])
     assert study.load_test_labels().tolist() == [3, 1, 2]
     assert predictions_of({"test_predictions": "3 1 9"}).tolist() == [3, 1, 9]
 

@@ -395,7 +395,7 @@ def test_a_disk_that_fills_up_costs_only_the_shard_that_does_not_fit(loaded, sma
 
 @pytest.fixture
 def no_cifake(monkeypatch):
-    def refuse():
+    def refuse(images_per_class):
         raise DataUnavailableError("no CIFAKE here.")
 
     monkeypatch.setattr(ImageSources, "import_cifake", refuse)
@@ -418,7 +418,7 @@ def test_a_cache_comes_first_and_is_described(tiny_cache, no_cifake):
 
 
 def test_cifake_comes_second(monkeypatch):
-    monkeypatch.setattr(ImageSources, "import_cifake", lambda: 50_000)
+    monkeypatch.setattr(ImageSources, "import_cifake", lambda images_per_class: 50_000)
     assert prepare_images({"cat": 5}) == f"CIFAKE, 50,000 images imported into {CACHE}"
 
 
