@@ -14,6 +14,7 @@ import numpy as np
 
 from Arms import ARMS, PROFILES, STORY, ArmUnavailableError, default_split, find_arm, resolve_profile
 from ArmTraining import finished_result, run_arm
+from BusyMachine import start_again_if_busy
 from GANExperiment import prepare_generator
 from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
@@ -275,4 +276,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    start_again_if_busy()
     main()

@@ -17,6 +17,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_core.utils import run_sync
 
 from Arms import PROFILES, resolve_profile
+from BusyMachine import passive_waiting
 from ImbalancedCIFAR10 import load_data
 from Runtime import atomic_path
 
@@ -152,6 +153,7 @@ def main(arguments=None):
     # Without this, a library's hint about progress bars and its path on this machine would be in the copies.
     warnings_of_user = os.environ.get("PYTHONWARNINGS", "")
     os.environ["PYTHONWARNINGS"] = f"{warnings_of_user},ignore:IProgress not found".lstrip(",")
+    os.environ |= passive_waiting()  # for the kernels; PyTorch is loaded here already
     try:
         run_notebooks(NOTEBOOKS, profile_name, data.name)
     except (ValueError, OSError, RuntimeError) as error:
