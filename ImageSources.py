@@ -13,13 +13,12 @@ from ImageCache import (
     describe_cache,
     load_generated_images,
     load_metadata,
-    locked,
     save_generated_images,
 )
 from ImageGeneration import generate_images
 from ImageSelection import CLIP_MODEL, SelectionError
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
-from Runtime import choose_device
+from Runtime import choose_device, one_process_at_a_time
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
 
@@ -56,7 +55,7 @@ def prepare_images(counts, *, no_more=False):
     if CACHE.exists() and not _is_too_small_a_part(counts):
         return f"the cache {CACHE}: {describe_cache()}"
     try:
-        with locked(CACHE.with_name("stable_diffusion_sources")):
+        with one_process_at_a_time(CACHE.with_name("stable_diffusion_sources"), "fetches these images"):
             if CACHE.exists() and not _is_too_small_a_part(counts):  # another process has made it meanwhile
                 return f"the cache {CACHE}: {describe_cache()}"
             return _fill_cache(counts, max(counts.values()) if no_more else None)

@@ -134,8 +134,8 @@ def test_two_processes_at_once_train_one_gan_and_both_get_it(tiny_data, monkeypa
 def test_the_lock_of_a_study_lies_beside_its_generator(tiny_data):
     study = smoke_study(tiny_data)
     with gan_lock(study):
-        assert study.model_path("generator.pt.lock").exists()
-    assert not study.model_path("generator.pt.lock").exists()
+        assert study.model_path(".generator.pt.lock").exists()
+    assert not study.model_path(".generator.pt.lock").exists()
 
 
 @pytest.mark.parametrize("place", ["models/smoke", "results"])

@@ -42,14 +42,13 @@ from ImageCache import (
     describe_cache,
     load_generated_images,
     load_metadata,
-    locked,
     save_generated_images,
 )
 from ImageOverSampler import source_balanced_strategy
 from ImageSelection import Selection, SelectionError
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
-from Runtime import derive_seed
+from Runtime import derive_seed, one_process_at_a_time
 from StableDiffusionGeneration import StableDiffusionOverSampler, generate_images, main
 
 
@@ -479,7 +478,7 @@ def test_a_second_study_waits_for_the_images_of_the_first(no_cifake, monkeypatch
     monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: pytest.fail("it did not wait"))
 
     def first_study():
-        with locked(CACHE.with_name("stable_diffusion_sources")):
+        with one_process_at_a_time(CACHE.with_name("stable_diffusion_sources"), "imports"):
             started.set()
             time.sleep(0.3)
             save_generated_images(real(3), np.full(3, 3))
@@ -798,7 +797,7 @@ def test_a_second_run_of_a_job_waits_and_leaves_the_files_of_the_first_alone(loa
     seen = []
 
     def first_run():
-        with locked(folder):
+        with one_process_at_a_time(folder, "draws"):
             folder.mkdir(parents=True)
             unfinished.write_bytes(b"half")
             started.set()
