@@ -98,7 +98,7 @@ PROFILES = {
         ),
         evidence=False,
         purpose="does it run? Its numbers mean nothing",
-        most_images_a_class=100,
+        most_images_a_class=150,  # 50 or 1 % of a class leave two images or more, also of the small digits
     ),
     "quick": Profile(
         width=16,
