@@ -81,11 +81,9 @@ def finished_result(study, data, arm_name, seed=0):
         return None
     result = read_result(path)
     # Arms are compared with each other, so all must have been trained in the same way.
-    wanted = _recipe_and_network(arm_recipe(study, data), study.settings)
-    defaults = Recipe(
-        steps=1
-    ).as_json()  # of settings that could not be chosen yet when the result was obtained
-    require_same_settings(path, defaults | result["configuration"], wanted)
+    wanted = _recipe_and_network(arm_recipe(study, data), study.settings, data)
+    # An old result lacks settings that could not be chosen when it was obtained.
+    require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], wanted)
     generator = study.generator_checksum() if find_arm(arm_name).needs_gan else None
     if generator is not None and result.get("generator", generator) != generator:
         raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "
@@ -190,7 +188,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
             "training_images": _count_images(y, real_rows, classes),
             "method": method_settings,
             "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
-            "configuration": _recipe_and_network(recipe, study.settings)
+            "configuration": _recipe_and_network(recipe, study.settings, data)
             | _run_settings(model, arm, world_size, device),
             "training_pflops": _training_flops(model.num_classes, model.width, recipe, data.X_test.shape[1:3])
             / 1e15,
@@ -226,8 +224,12 @@ def _check_real_rows(X, y, data, kept, arm_name):
         )
 
 
-def _recipe_and_network(recipe, settings):
-    return recipe.as_json() | {"width": settings.width, "downsampling": ResNet18.downsampling}
+def _recipe_and_network(recipe, settings, data):
+    return recipe.as_json() | {
+        "width": settings.width,
+        "downsampling": ResNet18.downsampling,
+        "most_images_a_class": data.most_images_a_class,
+    }
 
 
 @cache

@@ -57,6 +57,9 @@ class Profile:
     evidence : bool
         Whether its results are meant to be quoted.
     purpose : str
+    most_images_a_class : int or None
+        How many training images and how many test images of each class are used, see
+        :meth:`ImbalancedCIFAR10.ImageDataSet.part`. None: all.
     """
 
     width: int
@@ -64,6 +67,7 @@ class Profile:
     gan: GANSettings
     evidence: bool
     purpose: str
+    most_images_a_class: int | None = None
 
     def recipe(self, real_images, flip):
         """The training recipe of every arm.
@@ -92,6 +96,7 @@ PROFILES = {
         ),
         evidence=False,
         purpose="does it run? Its numbers mean nothing",
+        most_images_a_class=150,  # 50 or 1 % of a class leave two images or more, also of the small digits
     ),
     "quick": Profile(
         width=16,

@@ -45,8 +45,8 @@ LARGEST_FILE = 65_536  # bytes; CIFAKE's largest image has 1,187
 DESKTOP_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 
-def import_cifake(source=None, path=CACHE):
-    """Fill the cache with CIFAKE's Stable Diffusion v1.4 images, 5,000 of each class of CIFAR-10.
+def import_cifake(source=None, path=CACHE, images_per_class=None):
+    """Fill the cache with CIFAKE's Stable Diffusion v1.4 images of each class of CIFAR-10.
 
     Only ``train/FAKE`` is read. CIFAKE's ``REAL`` folders hold CIFAR-10 itself, including the images that
     an imbalanced split removed. Importing them would be a leak.
@@ -59,6 +59,8 @@ def import_cifake(source=None, path=CACHE):
         (about 110 MB) and removed after use: from Kaggle, or from a mirror if this fails.
     path : path
         The cache to write.
+    images_per_class : int, optional
+        The first so many images of each class are imported. Default: all 5,000. Of a downloaded archive, all are.
 
     Returns
     -------
@@ -74,27 +76,43 @@ def import_cifake(source=None, path=CACHE):
         If there is no source and no archive can be downloaded.
     """
     check_cache_path(path)
-    if source is None:
-        source = next(
-            (f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None
-        )
+    source = source or local_cifake()
     if source is None:
         return _import_download(path)
-    source = user_path(source)
-    if not source.exists():
-        raise FileNotFoundError(f"There is no {source}. Pass the path of CIFAKE's folder or zip.")
-    images, labels = _read_folder(source) if source.is_dir() else _read_zip(source)
-    save_generated_images(np.stack(images), np.asarray(labels), path)
+    images, labels = read_cifake(source, images_per_class)
+    save_generated_images(images, labels, path)
     return len(images)
 
 
-def _read_folder(source):
+def local_cifake():
+    """Path of the first ``cifake.zip`` in ``$CIFAR10_ROOT`` and ``datasets``, or None."""
+    return next((f for f in (default_root() / "cifake.zip", Path("datasets/cifake.zip")) if f.exists()), None)
+
+
+def read_cifake(source, images_per_class=None):
+    """Read images and labels, class after class; see :func:`import_cifake`, also for the errors.
+
+    Returns
+    -------
+    images : ndarray of uint8, shape (n, 32, 32, 3)
+    labels : ndarray of int64, shape (n,)
+    """
+    source = user_path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"There is no {source}. Pass the path of CIFAKE's folder or zip.")
+    read = _read_folder if source.is_dir() else _read_zip
+    images, labels = read(source, images_per_class)
+    return np.stack(images), np.asarray(labels)
+
+
+def _read_folder(source, images_per_class):
     """Images (list of arrays) and labels (list of int) of an unpacked CIFAKE."""
     files = [f for f in (source / "train" / "FAKE").glob("*") if f.is_file() and not _is_desktop_file(f.name)]
-    return _read_images(source, {f.name: (f.stat().st_size, partial(open, f, "rb")) for f in files})
+    readers = {f.name: (f.stat().st_size, partial(open, f, "rb")) for f in files}
+    return _read_images(source, readers, images_per_class)
 
 
-def _read_zip(source):
+def _read_zip(source, images_per_class):
     """The same from a zip, which is not unpacked."""
     try:
         archive = zipfile.ZipFile(source)
@@ -105,7 +123,7 @@ def _read_zip(source):
             f"{source} is truncated, damaged or no zip archive ({error}). Get it again."
         ) from error
     with archive:
-        return _read_images(source, _find_members(source, archive))
+        return _read_images(source, _find_members(source, archive), images_per_class)
 
 
 def _find_members(source, archive):
@@ -134,9 +152,9 @@ def _find_members(source, archive):
     return found["train/FAKE"] or found["FAKE"]
 
 
-def _read_images(source, readers):
+def _read_images(source, readers, images_per_class):
     """Images and labels, class after class; ``readers`` maps a file's name to its size and what opens it."""
-    chosen = _choose(source, readers)
+    chosen = _choose(source, readers, images_per_class)
     images = [
         _decode(source, name, *readers[name])
         for name in tqdm(chosen, desc="reading CIFAKE", unit="image", mininterval=2)
@@ -148,8 +166,8 @@ def _cifake_class(name):
     return int(CIFAKE_FILE_NAME.fullmatch(name)[2] or 1) - 1
 
 
-def _choose(source, names):
-    """Names of the first :data:`IMAGES_PER_CLASS` files of each class by number, class after class."""
+def _choose(source, names, images_per_class):
+    """Names of the first files of each class by number, class after class."""
     foreign = sorted(n for n in names if not CIFAKE_FILE_NAME.fullmatch(n))
     if foreign:
         raise ValueError(
@@ -166,7 +184,7 @@ def _choose(source, names):
                 f"{source} has {len(of_class)} images of class {class_name} in train/FAKE, but "
                 f"{IMAGES_PER_CLASS} are needed. Get it again."
             )
-        chosen += of_class[:IMAGES_PER_CLASS]
+        chosen += of_class[: images_per_class or IMAGES_PER_CLASS]
     return chosen
 
 

@@ -29,10 +29,18 @@ from DiffusionPipelines import (
     load_pipeline,
 )
 from Downsampling import METHODS, downsample
-from ImageCache import locked, require_writable
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
-from Runtime import atomic_path, choose_device, derive_seed, save_json, start_processes, user_path
+from Runtime import (
+    atomic_path,
+    choose_device,
+    derive_seed,
+    one_process_at_a_time,
+    require_writable,
+    save_json,
+    start_processes,
+    user_path,
+)
 
 SHARDS = Path("datasets/stable_diffusion_shards")
 SHARD_SIZE = 64  # candidates in a file; a killed process loses at most so many
@@ -238,7 +246,7 @@ class CandidateMaker:
         self.settings = settings.completed()
         check_drawing(self.settings.steps, self.settings.size, batch_size)
         self.shards = user_path(shards)
-        require_writable(self.shards)
+        require_writable(self.shards / "settings.json")
         self._device, self._batch_size = device, batch_size
 
     @cached_property
@@ -343,7 +351,7 @@ def open_shards(folder, job):
         See :func:`describe_job`.
     """
     folder = Path(folder)
-    with locked(folder):
+    with one_process_at_a_time(folder, "draws these candidates"):
         if not (folder / "settings.json").exists():
             save_json(folder / "settings.json", job)
         for unfinished in folder.glob(".*.npz"):

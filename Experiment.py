@@ -14,6 +14,7 @@ import numpy as np
 
 from Arms import ARMS, PROFILES, STORY, ArmUnavailableError, default_split, find_arm, resolve_profile
 from ArmTraining import finished_result, run_arm
+from BusyMachine import start_again_if_busy
 from GANExperiment import prepare_generator
 from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
@@ -57,7 +58,7 @@ def prepare_stable_diffusion_images(data, *splits):
             name = data.class_names[c]
             counts[name] = max(counts.get(name, 0), wanted - int(np.sum(y == c)))
     try:
-        return prepare_images(counts)
+        return prepare_images(counts, no_more=data.most_images_a_class is not None)
     except ImagesUnavailableError as error:
         raise ArmUnavailableError(str(error)) from error
 
@@ -229,7 +230,7 @@ def main(arguments=None):
     parser, options = _parse(arguments)
     try:
         # What was typed is checked before any data is loaded or downloaded.
-        profile, _ = resolve_profile(options.profile)
+        profile, settings = resolve_profile(options.profile)
         choose_device(options.device)
         for name in options.arms:
             find_arm(name)
@@ -239,7 +240,7 @@ def main(arguments=None):
                 "--data-parallel needs several processes: start it with torchrun or accelerate launch"
             )
         with processes.main_process_first():
-            data = load_data()
+            data = load_data().part(settings.most_images_a_class)
             names = options.split or [default_split(data)]
             splits = [split_from_name(name, data.y_train, data.class_names) for name in names]
             studies = [Study(profile, data.name, split.name) for split in splits]
@@ -275,4 +276,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    start_again_if_busy()
     main()

@@ -12,6 +12,8 @@ import contextlib
 
 import torch
 
+from Runtime import require_finite
+
 
 def check_weights(networks, model):
     """Raise FloatingPointError if a weight of a network is not finite. The message names the weight.
@@ -27,16 +29,11 @@ def check_weights(networks, model):
         if not isinstance(network, torch.nn.Module):
             continue
         for name, weight in network.state_dict().items():
-            if weight.is_meta or not weight.is_floating_point() or bool(torch.isfinite(weight).all()):
-                continue
-            dtype = str(weight.dtype).removeprefix("torch.")
-            cure = "Get the model again, because its files are damaged."
-            if dtype != "float32":
-                cure = f"Choose float32 (--dtype float32). If that does not help: {cure[0].lower()}{cure[1:]}"
-            raise FloatingPointError(
-                f"The model {model} has a weight that is not finite (NaN or infinity) in {dtype}: {part}.{name}. "
-                f"{cure}"
-            )
+            if not weight.is_meta:
+                what = f"The model {model} has a weight that is not finite, {part}.{name} in {_name(weight)}"
+                require_finite(
+                    weight, what, _cure(weight, "Get the model again, because its files are damaged.")
+                )
 
 
 def check_finite(values, what, networks, model):
@@ -50,17 +47,24 @@ def check_finite(values, what, networks, model):
     networks, model
         Where to look for the cause, see :func:`check_weights`.
     """
-    if bool(torch.isfinite(values).all()):
-        return
-    check_weights(networks, model)
-    dtype = str(values.dtype).removeprefix("torch.")
-    cure = "Get the model again, or choose another one."
-    if dtype != "float32":
-        cure = "Choose float32 (--dtype float32), which has more range or precision."
-    raise FloatingPointError(
-        f"{what} by the model {model} in {dtype} has numbers that are not finite (NaN or infinity). Nothing of it "
-        f"was kept. {cure}"
-    )
+    what = f"{what} by the model {model} in {_name(values)} has numbers that are not finite"
+    cure = _cure(values, "Get the model again, or choose another one.")
+    try:
+        require_finite(values, what, f"Nothing of it was kept. {cure}")
+    except FloatingPointError:
+        check_weights(networks, model)  # a weight is the cause if it is not finite itself
+        raise
+
+
+def _name(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _cure(tensor, otherwise):
+    """What to do: half precision may be the cause, float32 never is."""
+    if tensor.dtype == torch.float32:
+        return otherwise
+    return f"Choose float32 (--dtype float32), which has more range. If that does not help: {otherwise[0].lower()}{otherwise[1:]}"
 
 
 @contextlib.contextmanager

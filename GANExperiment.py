@@ -76,10 +76,10 @@ def is_trained(study, data):
     ValueError
         If the kept GAN was trained with other settings.
     """
-    path, record, settings = _generator_path(study), _record_path(study), gan_settings(study, data)
+    path, record, settings = _generator_path(study), _record_path(study), _settings_and_data(study, data)
     if not (path.exists() and record.exists()):
         return False
-    require_same_settings(record, study.read_gan_record()["settings"], asdict(settings))
+    require_same_settings(record, study.read_gan_record()["settings"], settings)
     return True
 
 
@@ -113,7 +113,7 @@ def save_gan(study, data, run, quality_name):
         "split": study.split,
         "profile": study.profile,
         "class_names": list(data.class_names),
-        "settings": asdict(settings),
+        "settings": _settings_and_data(study, data),
         "parameters": {
             "generator": sum(p.numel() for p in run.generator.parameters()),
             "discriminator": sum(p.numel() for p in run.discriminator.parameters()),
@@ -200,6 +200,11 @@ def _train_and_save(study, data, X, y, device):
             f"remove {checkpoint}"
         ) from error
     save_gan(study, data, run, features.name)
+
+
+def _settings_and_data(study, data):
+    """What two trainings must have in common to give the same GAN, a dict of plain values."""
+    return asdict(gan_settings(study, data)) | {"most_images_a_class": data.most_images_a_class}
 
 
 def _without_nan(record):

@@ -402,6 +402,10 @@ def _draw_latents(shape, seed, truncation):
 
 # --- Files --------------------------------------------------------------------------------------
 
+# What a network is built from again.
+GENERATOR_SIZES = ("num_classes", "latent_size", "channels")
+DISCRIMINATOR_SIZES = ("num_classes", "channels")
+
 
 def save_generator(generator, path):
     """Write a generator's weights, with what :func:`load_generator` needs to build the network again.
@@ -418,14 +422,7 @@ def save_generator(generator, path):
     ValueError
         If a weight is not finite. Nothing is written.
     """
-    content = {
-        "num_classes": generator.num_classes,
-        "latent_size": generator.latent_size,
-        "channels": generator.channels,
-        "generator": generator.state_dict(),
-    }
-    require_finite(content["generator"], "The generator's weights", "Train it again.")
-    save_torch_file(path, content)
+    _save(generator, GENERATOR_SIZES, path)
 
 
 def load_generator(path, device=None):
@@ -449,8 +446,7 @@ def load_generator(path, device=None):
         If the file is damaged, holds something else, or has a weight that is not finite. It is never unpickled
         as code.
     """
-    content = load_torch_file(path, {"num_classes", "latent_size", "channels", "generator"})
-    return _with_weights(Generator, content, ("num_classes", "latent_size", "channels"), path, device)
+    return _load(Generator, GENERATOR_SIZES, path, device)
 
 
 def save_discriminator(discriminator, path):
@@ -468,13 +464,7 @@ def save_discriminator(discriminator, path):
     ValueError
         If a weight is not finite. Nothing is written.
     """
-    content = {
-        "num_classes": discriminator.num_classes,
-        "channels": discriminator.channels,
-        "discriminator": discriminator.state_dict(),
-    }
-    require_finite(content["discriminator"], "The discriminator's weights", "Train it again.")
-    save_torch_file(path, content)
+    _save(discriminator, DISCRIMINATOR_SIZES, path)
 
 
 def load_discriminator(path, device=None):
@@ -498,13 +488,20 @@ def load_discriminator(path, device=None):
         If the file is damaged, holds something else, or has a weight that is not finite. It is never unpickled
         as code.
     """
-    content = load_torch_file(path, {"num_classes", "channels", "discriminator"})
-    return _with_weights(Discriminator, content, ("num_classes", "channels"), path, device)
+    return _load(Discriminator, DISCRIMINATOR_SIZES, path, device)
 
 
-def _with_weights(network_class, content, sizes, path, device):
+def _save(network, sizes, path):
+    name = type(network).__name__.lower()
+    content = {size: getattr(network, size) for size in sizes} | {name: network.state_dict()}
+    require_finite(content[name], f"The {name}'s weights", "Train it again.")
+    save_torch_file(path, content)
+
+
+def _load(network_class, sizes, path, device):
     """The network that a file describes, on a device and in evaluation mode."""
     name = network_class.__name__.lower()
+    content = load_torch_file(path, {*sizes, name})
     try:
         network = network_class(*(content[size] for size in sizes))
         network.load_state_dict(content[name])

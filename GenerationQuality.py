@@ -22,8 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from Runtime import (
     atomic_path,
@@ -111,6 +109,8 @@ class InceptionFeatures(ImageFeatures):
     is_inception = True
 
     def __init__(self, device=None):
+        from torchmetrics.image.fid import FrechetInceptionDistance  # imported here because it takes seconds
+
         device = choose_device(device)
         weights = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
         if not weights.exists():
@@ -185,6 +185,8 @@ def frechet_distance_to(real, features):
 
 
 def _frechet_distance_to(of_real):
+    from torchmetrics.image.fid import FrechetInceptionDistance  # imported here because it takes seconds
+
     _require_two(of_real)
     metric = FrechetInceptionDistance(feature=_given_features(of_real), reset_real_features=False)
     metric.update(of_real, real=True)
@@ -217,6 +219,8 @@ def _given_features(features):
 
 
 def _kernel_distance(real, generated):
+    from torchmetrics.image.kid import KernelInceptionDistance  # imported here because it takes seconds
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")  # says: uses memory
         metric = KernelInceptionDistance(

@@ -11,7 +11,6 @@ Several processes may write one cache: each waits until the others have finished
 folder.
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -19,11 +18,17 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import filelock
 import numpy as np
-from tqdm import tqdm
 
-from Runtime import atomic_path, check_images, checksum, save_array, user_path
+from Runtime import (
+    atomic_path,
+    check_images,
+    checksum,
+    one_process_at_a_time,
+    require_writable,
+    save_array,
+    user_path,
+)
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
@@ -31,46 +36,6 @@ METADATA = (
     "class", "label", "index", "prompt", "seed", "model", "preset", "steps", "guidance_scale", "lora",
     "source", "strength", "clip_margin", "job", "crc32",
 )  # fmt: skip
-
-
-# --- Locks --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Run a block while no other process runs a block of the same path.
-
-    The operating system releases the lock of a killed process, so such a process never blocks the next run.
-
-    Parameters
-    ----------
-    path : path
-        A file or folder. It need not exist. A symbolic link and its target have the same lock.
-
-    Raises
-    ------
-    OSError
-        If the folder of ``path`` is not writable.
-    """
-    path = Path(os.path.realpath(user_path(path)))
-    file = path.with_name(f".{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(file)
-        try:
-            lock.acquire(timeout=2)
-        except filelock.Timeout:
-            tqdm.write(f"Waiting for another process that is writing {path}.")
-            lock.acquire()
-    except OSError as error:
-        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
-    try:
-        yield
-    finally:
-        # Removed while the lock is held. A process that waits for the removed file notices this and starts over.
-        with contextlib.suppress(OSError):
-            file.unlink()
-        lock.release()
 
 
 # --- The cache ----------------------------------------------------------------------------------
@@ -111,19 +76,7 @@ def check_cache_path(path):
                 raise ValueError(
                     f"{path} and {other} would share the table {table}. Choose another name for the cache."
                 )
-    require_writable(path.parent)
-
-
-def require_writable(folder):
-    """Raise OSError if files cannot be created in ``folder`` or, if it is missing, in its nearest parent."""
-    folder = Path(os.path.realpath(user_path(folder)))
-    existing = next(p for p in [folder, *folder.parents] if p.exists())
-    if not existing.is_dir():
-        raise OSError(
-            f"{existing} is a file, so nothing can be written into {folder}. Choose another folder."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"Cannot write into {existing}. Choose a folder that you may write to.")
+    require_writable(path)
 
 
 def save_generated_images(images, labels, path=CACHE, metadata=None):
@@ -151,7 +104,7 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
     """
     records = _make_records(images, labels)
     check_cache_path(path)
-    with locked(path):
+    with one_process_at_a_time(path, "writes this cache"):
         _write(records, user_path(path), metadata)
 
 
@@ -315,7 +268,8 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
     new = _make_records(images, np.full(len(images), label, dtype=np.int64))
     check_cache_path(path)
     path = user_path(path)
-    with locked(path):  # from reading to writing, or what another process adds meanwhile would be lost
+    # From reading to writing, or what another process adds meanwhile would be lost.
+    with one_process_at_a_time(path, "writes this cache"):
         if job is not None:
             refuse_foreign_images(metadata[0]["class"], label, job, path)
         if path.exists():

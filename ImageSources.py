@@ -3,20 +3,22 @@
 print(prepare_images({"cat": 4950}))
 """
 
+import numpy as np
+
 from CandidateImages import CandidateMaker, GenerationSettings
-from CIFAKE import import_cifake
+from CIFAKE import IMAGES_PER_CLASS, import_cifake, local_cifake, read_cifake
 from DiffusionPipelines import PRESETS, is_on_this_machine
 from ImageCache import (
     CACHE,
     describe_cache,
     load_generated_images,
     load_metadata,
-    locked,
     save_generated_images,
 )
 from ImageGeneration import generate_images
 from ImageSelection import CLIP_MODEL, SelectionError
-from Runtime import choose_device
+from ImbalancedCIFAR10 import CIFAR10_CLASSES
+from Runtime import choose_device, one_process_at_a_time
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
 
@@ -25,7 +27,7 @@ class ImagesUnavailableError(RuntimeError):
     """There are no Stable Diffusion images, and none can be obtained here. The message says why."""
 
 
-def prepare_images(counts):
+def prepare_images(counts, *, no_more=False):
     """Make sure that the cache exists, and say where its images come from.
 
     The sources are tried in this order: an existing cache; CIFAKE, from this machine or downloaded;
@@ -35,7 +37,10 @@ def prepare_images(counts):
     Parameters
     ----------
     counts : dict
-        Class name of CIFAR-10 -> number of images, at least 1. Only generation uses it.
+        Class name of CIFAR-10 -> number of images that are needed, at least 1.
+    no_more : bool, default False
+        Whether to import no more images of a class than the largest of ``counts``, for a quick trial. A later call
+        that needs more imports again.
 
     Returns
     -------
@@ -47,20 +52,37 @@ def prepare_images(counts):
     ImagesUnavailableError
         If every source fails.
     """
-    if CACHE.exists():
+    if CACHE.exists() and not _is_too_small_a_part(counts):
         return f"the cache {CACHE}: {describe_cache()}"
     try:
-        with locked(CACHE.with_name("stable_diffusion_sources")):
-            if CACHE.exists():  # another process has made it meanwhile
+        with one_process_at_a_time(CACHE.with_name("stable_diffusion_sources"), "fetches these images"):
+            if CACHE.exists() and not _is_too_small_a_part(counts):  # another process has made it meanwhile
                 return f"the cache {CACHE}: {describe_cache()}"
-            return _fill_cache(counts)
+            return _fill_cache(counts, max(counts.values()) if no_more else None)
     except OSError as error:  # the folder of the cache is not writable
         raise ImagesUnavailableError(f"no Stable Diffusion images can be kept: {error}") from error
 
 
-def _fill_cache(counts):
+def _is_too_small_a_part(counts):
+    """Whether the cache holds the first images of CIFAKE, and fewer than are needed.
+
+    The images themselves are compared, so that a cache of the user's own is never replaced.
+    """
+    source = local_cifake()
+    if source is None:
+        return False
+    images, labels = load_generated_images(CACHE)
+    sizes = np.bincount(labels, minlength=len(CIFAR10_CLASSES))
+    is_enough = all(sizes[CIFAR10_CLASSES.index(name)] >= count for name, count in counts.items())
+    if is_enough or sizes.min() != sizes.max() or sizes[0] >= IMAGES_PER_CLASS:
+        return False
+    first, _ = read_cifake(source, sizes[0])
+    return np.array_equal(first, images)
+
+
+def _fill_cache(counts, images_per_class):
     try:
-        imported = import_cifake()
+        imported = import_cifake(images_per_class=images_per_class)
     except OSError as error:
         reason = error
     else:

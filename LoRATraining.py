@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
-from ImageCache import locked, require_writable
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import with_article
 from Runtime import (
@@ -36,7 +35,9 @@ from Runtime import (
     choose_device,
     derive_seed,
     mixed_precision,
+    one_process_at_a_time,
     require_free_space,
+    require_writable,
     seeded,
     user_path,
 )
@@ -128,7 +129,8 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     X, _ = check_images(X, np.zeros(len(X), dtype=int))
     _check_arguments(recipe, class_name, seed, folder)
     folder, device = user_path(folder), choose_device(device)
-    with locked(folder):  # a second run would write its own checkpoints between these
+    # A second run would write its own checkpoints between these.
+    with one_process_at_a_time(folder, "trains this adapter"):
         return _train(X, class_name, folder, recipe, seed, device)
 
 
@@ -174,7 +176,7 @@ def _check_arguments(recipe, class_name, seed, folder):
     with_article(class_name)
     if seed < 0:
         raise ValueError(f"The seed must not be negative: got {seed}.")
-    require_writable(folder)
+    require_writable(user_path(folder) / WEIGHTS)
 
 
 def _check_loss(loss, step, recipe):

@@ -53,7 +53,7 @@ def classifier_features(study, data, device=None):
             if not is_trained():
                 _train_network(study, data, device, weights)
     network = load_classifier(weights, device)
-    return ImageFeatures(network.features, _features_name(study), device)
+    return ImageFeatures(network.features, _features_name(study, data), device)
 
 
 def _train_network(study, data, device, weights):
@@ -102,7 +102,7 @@ def judge_generated_images(study, data, generated, device=None):
     path = study.record_path("generated-images.json")
     if path.exists():
         judged = study.read_judgement()
-        _refuse_other_features(path, judged, study)
+        _refuse_other_features(path, judged, _features_name(study, data))
         if generated.keys() <= judged["methods"].keys():
             return judged
     require_writable(path)
@@ -127,20 +127,21 @@ def judge_generated_images(study, data, generated, device=None):
     return judged
 
 
-def _refuse_other_features(path, judged, study):
+def _refuse_other_features(path, judged, own):
     """Numbers from other features than this study's cannot be compared with its own."""
-    own = (INCEPTION_NAME, _features_name(study))
     for scores in judged["methods"].values():
-        if scores.get("features") not in own:
+        if scores.get("features") not in (INCEPTION_NAME, own):
             raise ValueError(
-                f"{path} was judged by other features ({scores.get('features')}) than this study has: {own[1]}, or "
-                f"{own[0]}. Remove it to judge again."
+                f"{path} was judged by other features ({scores.get('features')}) than this study has: {own}, or "
+                f"{INCEPTION_NAME}. Remove it to judge again."
             )
 
 
-def _features_name(study):
+def _features_name(study, data):
     network = f"ResNet-18 of width {study.settings.width} with {ResNet18.downsampling}"
-    return f"{network}, trained on {study.split} of {study.data}"
+    most = data.most_images_a_class
+    part = "" if most is None else f", at most {most} images a class"
+    return f"{network}, trained on {study.split} of {study.data}{part}"
 
 
 def _best_features(study, data, device):

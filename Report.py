@@ -310,13 +310,15 @@ def conditions(results):
     torch_versions = ", ".join(dict.fromkeys(run["versions"]["torch"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
     uneven = "" if len(runs) == len(seeds) * len(results) else " (not every arm has all of them)"
+    most = configuration.get("most_images_a_class")  # older results do not have it: they are of all images
+    part = "" if most is None else f"At most {most:,} images of each class were used, also of the test set. "
     minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
     time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
     support = sum(first["metrics"]["per_class"][c]["support"] for c in first["minority_classes"])
     recall = binomtest(support // 2, support).proportion_ci(method="wilson")
     return (
         f"Split `{first['split']}` of {'CIFAR-10' if first['data'] == 'cifar10' else first['data']} "
-        f"(minority: {', '.join(first['minority_classes'])}), profile `{first['profile']}`. "
+        f"(minority: {', '.join(first['minority_classes'])}), profile `{first['profile']}`. {part}"
         f"Every arm trains a ResNet-18 of width {configuration['width']} with {configuration['downsampling']} "
         f"({configuration['parameters']:,} parameters) for {configuration['steps']:,} steps of "
         f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). "

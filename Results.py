@@ -9,6 +9,7 @@ results["smote"][0]["metrics"]["minority"]["recall"]
 
 import json
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -107,12 +108,23 @@ class Study:
 
     def read_gan_record(self):
         """The content of ``gan.json``: settings, history and choice of the study's GAN."""
-        return read_json(self.record_path("gan.json"), GAN_RECORD)
+        path = self.record_path("gan.json")
+        record = read_json(path, GAN_RECORD)
+        is_known = record["best_step"] in [entry["step"] for entry in record["history"]]
+        refuse_damage(path, [] if is_known else ["best_step"])
+        return record
 
     def read_judgement(self):
         """The content of ``generated-images.json``: the quality of each method's images."""
-        types = {"class": str, "share_of_copies_among_new_real_images": float, "methods": dict}
-        return read_json(self.record_path("generated-images.json"), types)
+        path = self.record_path("generated-images.json")
+        judged = read_json(path, JUDGEMENT)
+        methods = judged["methods"]
+        distances = ("frechet_distance", "kernel_distance")
+        if any("fid" in scores for scores in methods.values()):
+            distances = ("fid", "kid")
+        wrong = wrong_parts(methods, {str: dict.fromkeys(distances, Real)}, "methods")
+        refuse_damage(path, wrong if methods else ["methods"])
+        return judged
 
     def generator_checksum(self):
         """CRC-32 of the weights of the study's generator, or None if there is no generator."""
@@ -133,31 +145,92 @@ class Study:
     # --- Test labels: kept beside the predictions, so that results can be judged without the data ---
 
     def save_test_labels(self, y_test):
-        """Write the true classes of the test set once, int array of shape (n,)."""
+        """Write the true classes of the test set once, int array of shape (n,).
+
+        Raises
+        ------
+        ValueError
+            If the results beside them were obtained on other test images.
+        """
         path = self.record_path("test-labels.txt")
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(" ".join(map(str, y_test)) + "\n", encoding="utf-8")
+        elif not np.array_equal(self.load_test_labels(), y_test):
+            raise ValueError(
+                f"{path} and the results beside it are of other test images. Remove the folder {path.parent} to run again."
+            )
 
     def load_test_labels(self):
         """True classes of the test set, int array of shape (n,), in the order of the predictions."""
         return np.array(self.record_path("test-labels.txt").read_text().split(), dtype=int)
 
 
+# --- What the files must hold: every part that some reader asks for --------------------------------
+
+_MISSING = object()  # is of no type that a shape names, not even of None's
+HARDWARE = {"device": str, "name": str, "cpu_threads": int}
+
+RESULT = {
+    "arm": str, "seed": int, "profile": str, "data": str, "split": str,
+    "minority_classes": [str],
+    "class_names": [str],
+    "metrics": {
+        "minority": {"recall": Real},
+        "balanced_accuracy": Real,
+        "accuracy": Real,
+        "per_class": {str: {"support": int}},
+        "confusion_matrix": [[int]],
+    },
+    "best_look_at_test": dict,
+    "training_images": {"real": [int], "synthetic": [int]},
+    "configuration": {"width": int, "downsampling": str, "parameters": int, "steps": int, "batch_size": int},
+    "training_pflops": Real,
+    "seconds": {"training": Real},
+    "hardware": HARDWARE,
+    "versions": {"torch": str},
+    "history": [{"images_seen": int, "train_loss": Real, "train_accuracy": Real}],
+    "test_predictions": str,
+}  # fmt: skip
+
 GAN_RECORD = {
-    "settings": dict, "parameters": dict, "petaflops": float, "chosen_by": str, "best_step": int, "seconds": dict,
-    "hardware": dict, "history": list,
+    "settings": {"steps": int, "batch_size": int},
+    "parameters": {"generator": int, "discriminator": int},
+    "petaflops": Real,
+    "chosen_by": str,
+    "best_step": int,
+    "seconds": {"training": Real},
+    "hardware": HARDWARE,
+    "history": [
+        {
+            "step": int, "images_seen": int, "discriminator_loss": Real, "generator_loss": Real,
+            "score_of_real": Real, "score_of_generated": Real, "quality": Real | None,
+        }
+    ],
+}  # fmt: skip
+
+JUDGEMENT = {
+    "class": str,
+    "share_of_copies_among_new_real_images": Real,
+    "methods": {
+        str: {
+            "features": str, "real_images": int, "generated_images": int, "precision": Real, "recall": Real,
+            "share_of_copies": Real,
+        }
+    },
 }  # fmt: skip
 
 
-def read_json(path, types=None):
+def read_json(path, shape=None):
     """Content of a JSON file of ``results/``.
 
     Parameters
     ----------
     path : path
-    types : dict, optional
-        Name -> type of what the content must have.
+    shape : dict, optional
+        What the content must have, at every level: name -> type, or the shape of a dict of its own. ``{str: shape}``
+        is a dict of any names with values of one shape,
+        in which others may be required too, ``[shape]`` a list of such values. More is allowed.
 
     Returns
     -------
@@ -166,7 +239,7 @@ def read_json(path, types=None):
     Raises
     ------
     ValueError
-        If the file is damaged or holds something else; the message says what to do.
+        If the file is damaged or holds something else; the message names what is wrong and says what to do.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -174,21 +247,52 @@ def read_json(path, types=None):
         raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {json.dumps(content)[:40]}, not a record. Remove it and run again.")
-    wrong = [name for name, kind in (types or {}).items() if not isinstance(content.get(name), kind)]
-    if wrong:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or wrong. Remove it and run again.")
+    refuse_damage(path, wrong_parts(content, shape or {}))
     return content
+
+
+def wrong_parts(content, shape, name=""):
+    """Names of the parts of a record that are missing or wrong, a list such as ``["metrics.minority.recall"]``.
+
+    See :func:`read_json` for ``shape``. ``name`` is the record's own name.
+    """
+    if isinstance(shape, list) and isinstance(content, list):
+        parts = [(f"{name}[{k}]", value, shape[0]) for k, value in enumerate(content)]
+    elif isinstance(shape, dict) and isinstance(content, dict):
+        prefix = f"{name}." if name else ""
+        shapes = dict.fromkeys(content, shape[str]) if str in shape else {}
+        shapes |= {key: of_key for key, of_key in shape.items() if key is not str}
+        parts = [(f"{prefix}{key}", content.get(key, _MISSING), of_key) for key, of_key in shapes.items()]
+    else:
+        is_right = not isinstance(shape, list | dict) and isinstance(content, shape)
+        return [] if is_right else [name]
+    return [wrong for part, value, of_part in parts for wrong in wrong_parts(value, of_part, part)]
+
+
+def refuse_damage(path, wrong):
+    """Raise ValueError with the path and the names of its wrong parts, a list of str, if there are any."""
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{path} is damaged: {', '.join(wrong[:3])}{more} missing or wrong. Remove it and run again."
+        )
 
 
 def read_result(path):
     """Content of the result file of one run, with the same errors as :func:`read_json`."""
-    types = {
-        "arm": str, "seed": int, "profile": str, "data": str, "split": str, "minority_classes": list,
-        "class_names": list, "metrics": dict, "best_look_at_test": dict, "training_images": dict,
-        "configuration": dict, "training_pflops": float, "seconds": dict, "hardware": dict, "versions": dict,
-        "history": list, "test_predictions": str,
-    }  # fmt: skip
-    return read_json(path, types)
+    result = read_json(path, RESULT)
+    metrics, names = result["metrics"], result["class_names"]
+    is_right = {
+        "arm": f"{result['arm']}-seed{result['seed']}.json" == path.name,
+        "minority_classes": set(result["minority_classes"]) <= set(names) & metrics["per_class"].keys(),
+        "metrics.confusion_matrix": [len(row) for row in metrics["confusion_matrix"]]
+        == len(names) * [len(names)],
+        # Older results do not have it.
+        "metrics_with_averaged_flips": isinstance(result.get("metrics_with_averaged_flips"), dict | None),
+        "test_predictions": all(number.isdecimal() for number in result["test_predictions"].split()),
+    }
+    refuse_damage(path, [name for name, right in is_right.items() if not right])
+    return result
 
 
 def predictions_of(result):

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from jupyter_client import AsyncKernelManager
+from jupyter_core.utils import run_sync
 
 from Arms import PROFILES, resolve_profile
+from BusyMachine import passive_waiting
 from ImbalancedCIFAR10 import load_data
 from Runtime import atomic_path
 
@@ -22,7 +25,54 @@ NOTEBOOKS = ("Main.ipynb", "GAN_Main.ipynb", "GAN_Classification.ipynb")
 MOST_BYTES = 1_000_000  # an executed notebook stays small enough to be read on the web
 
 
-def run_notebook(name, profile_name, data_name):
+class Kernel:
+    """A Jupyter kernel that imports the study's modules, which takes seconds, while this program goes on.
+
+    It is the kernel of this environment, whatever kernel a notebook was last saved with.
+
+    Attributes
+    ----------
+    manager : jupyter_client.AsyncKernelManager
+    """
+
+    def __init__(self):
+        self.manager = AsyncKernelManager(kernel_name="python3")
+        # Without the argument it warns about connections inside this machine.
+        run_sync(self.manager.start_kernel)(extra_arguments=["--log-level=ERROR"])
+        self._client = self.manager.blocking_client()
+        self._client.start_channels()
+        # If this fails, the notebook's own import says why.
+        self._client.execute("import Experiment, Report", silent=True)
+
+    def stop(self):
+        self._client.stop_channels()
+        run_sync(self.manager.shutdown_kernel)(now=True)
+
+
+def run_notebooks(names, profile_name, data_name):
+    """Execute several notebooks in order. While one runs, the kernel of the next one imports.
+
+    Parameters
+    ----------
+    names : sequence of str
+    profile_name, data_name
+        See :func:`run_notebook`, also for the errors.
+    """
+    following = Kernel()
+    try:
+        for name in names:
+            kernel, following = following, Kernel() if name != names[-1] else None
+            print(f"Executing {name} ...", flush=True)
+            try:
+                print(f"Executed copy: {run_notebook(name, profile_name, data_name, kernel)}", flush=True)
+            finally:
+                kernel.stop()
+    finally:
+        if following is not None:
+            following.stop()
+
+
+def run_notebook(name, profile_name, data_name, kernel):
     """Execute one notebook and return the path of the executed copy.
 
     Parameters
@@ -33,6 +83,8 @@ def run_notebook(name, profile_name, data_name):
         A key of :data:`Arms.PROFILES`.
     data_name : str
         Part of the copy's file name unless it is ``"cifar10"``.
+    kernel : Kernel
+        Not used before.
 
     Returns
     -------
@@ -66,9 +118,8 @@ def run_notebook(name, profile_name, data_name):
                 # Cell output goes to the terminal at once, so that progress bars stay bars. In the copy, the
                 # many small pieces of a cell's output are joined.
                 stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
-                # The kernel of this environment, whatever kernel the notebook was last saved with.
-                kernel_name="python3", language="python",
-                extra_arguments=["--log-level=ERROR"],  # no warning about connections inside this machine
+                kernel_name="python3", language="python", km=kernel.manager,
+                start_timeout=600,  # of the imports, which a slow disk can make long
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             temporary.replace(failed)
@@ -102,10 +153,9 @@ def main(arguments=None):
     # Without this, a library's hint about progress bars and its path on this machine would be in the copies.
     warnings_of_user = os.environ.get("PYTHONWARNINGS", "")
     os.environ["PYTHONWARNINGS"] = f"{warnings_of_user},ignore:IProgress not found".lstrip(",")
+    os.environ |= passive_waiting()  # for the kernels; PyTorch is loaded here already
     try:
-        for name in NOTEBOOKS:
-            print(f"Executing {name} ...", flush=True)
-            print(f"Executed copy: {run_notebook(name, profile_name, data.name)}", flush=True)
+        run_notebooks(NOTEBOOKS, profile_name, data.name)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 

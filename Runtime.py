@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import urllib.request
@@ -326,8 +325,11 @@ def user_path(path):
     return Path(os.path.expanduser(path))
 
 
-def _temporary_beside(path):
-    """The file that writing ``path`` replaces, and a new empty file beside it."""
+def _temporary_beside(path, make_folders=True):
+    """The file that writing ``path`` replaces, and a new empty file beside it.
+
+    Without ``make_folders`` the new file is in the nearest folder that exists.
+    """
     # A symbolic link is kept, and what it points to is written, also if that does not exist yet.
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
@@ -335,9 +337,13 @@ def _temporary_beside(path):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = target.parent
+        if make_folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = next(f for f in (folder, *folder.parents) if os.path.exists(f))
         # Cut, because a name that just fits would be too long with the additions.
-        descriptor, temporary = tempfile.mkstemp(target.suffix, f".{target.stem[:40]}-", target.parent)
+        descriptor, temporary = tempfile.mkstemp(target.suffix, f".{target.stem[:40]}-", folder)
         os.close(descriptor)
     except OSError as error:
         raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
@@ -347,19 +353,15 @@ def _temporary_beside(path):
 def require_writable(*paths):
     """Notice before the work that a file cannot be written after it.
 
-    Missing parent folders are created. No file is left behind, and existing files stay as they are.
-
-    Parameters
-    ----------
-    *paths : path
+    A file is made for a moment, in the nearest folder that exists. Existing files stay as they are, and nothing is left.
 
     Raises
     ------
     OSError
-        If a folder cannot be created or written to, or a path is itself a folder.
+        If a folder cannot be written to, or one of the ``paths`` is itself a folder.
     """
     for path in paths:
-        _, temporary = _temporary_beside(user_path(path))
+        _, temporary = _temporary_beside(user_path(path), make_folders=False)
         temporary.unlink()
 
 
@@ -404,28 +406,40 @@ def atomic_path(path):
 def one_process_at_a_time(path, work):
     """Run a block while no other process runs its block for the same ``path``; the others wait.
 
-    The lock ends with its process, also if that is killed.
+    The operating system releases the lock of a killed process, so such a process never blocks the next run.
 
     Parameters
     ----------
     path : path
-        What the block makes. The lock is a file beside it, removed at the end.
+        What the block makes, a file or a folder. It need not exist. A symbolic link and its target have the same lock.
     work : str
         What is done, for the line that a waiting process prints, such as ``"trains the GAN"``.
+
+    Raises
+    ------
+    OSError
+        If the folder of ``path`` is not writable.
     """
     path = user_path(path)
-    require_writable(path)
-    lock = filelock.FileLock(path.with_name(f"{path.name}.lock"))
+    target = Path(os.path.realpath(path))
+    file = target.with_name(f".{target.name}.lock")
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"Another process {work}: waiting until {path} is there.", flush=True)
-        lock.acquire()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"Another process {work}: waiting until {path} is there.", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error}. Choose a folder that you may write to.") from error
     try:
         yield
     finally:
-        if sys.platform != "win32":  # there an open file cannot be removed, and filelock removes it itself
-            Path(lock.lock_file).unlink(missing_ok=True)
+        # Removed while the lock is held. A process that waits for the removed file notices this and starts over.
+        # Windows does not remove an open file; filelock does it there.
+        with contextlib.suppress(OSError):
+            file.unlink()
         lock.release()
 
 

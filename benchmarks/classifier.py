@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,17 @@ from resnet_variants import strided_downsampling
 from ClassifierNetwork import channel_statistics, create_classifier
 from ClassifierTraining import Recipe, train_classifier
 from ImbalancedCIFAR10 import default_root, load_cifar10
+from Results import HARDWARE
 from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
+LOOPS = ("reference", "ours, full size", "ours")
+RECORD = {  # what :func:`table` asks of a result, see Results.read_json
+    "median": {name: {"images_per_second": Real, "peak_memory_gib": Real} for name in LOOPS},
+    "ratios_to_the_reference": {name: [Real] for name in LOOPS},
+    "width": int, "hardware": HARDWARE, "torch": str,
+}  # fmt: skip
 WIDTH = 42  # the reference's
 BATCH = 128
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from Arms import PROFILES
 from GANGeneration import Adversaries, BalancedBatches, count_flops
+from Results import HARDWARE
 from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json, uses_bfloat16
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
+NAMES = ("reference", "ours")
+RECORD = {  # what :func:`table` asks of a result, see Results.read_json
+    "rows": {name: {"name": str, "batch_size": int, "gigaflops_per_image": Real} for name in NAMES},
+    "median_images_per_second": {name: Real for name in NAMES},
+    "ratio": Real, "ratio_of_each_turn": [Real], "hardware": HARDWARE, "torch": str,
+}  # fmt: skip
 LATENT, MAPS = 100, 64
 IMAGES = 5000  # speed does not depend on what they show
 

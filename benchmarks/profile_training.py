@@ -9,6 +9,7 @@ Prints the fraction of each part of a step, the most expensive operators and wha
 import argparse
 import sys
 import time
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
 from ImbalancedCIFAR10 import load_cifar10
+from Results import HARDWARE
 from Runtime import choose_device, code_version, describe_hardware, save_json
 from Utils import markdown_table
 
@@ -30,6 +32,12 @@ PARTS = {  # name in the table -> name in the profile
     "SGD": "Optimizer.step#SGD.step",
     "Muon": "Optimizer.step#KernelMuon.step",
 }
+REST = "everything else"
+EVALUATION = "training_images_at_the_cost_of_evaluating_one"
+RECORD = {  # what :func:`table` asks of a result, see Results.read_json
+    "width": int, "images_per_second": Real, "shares": {part: Real for part in (*PARTS, REST)}, EVALUATION: Real,
+    "hardware": HARDWARE,
+}  # fmt: skip
 
 
 class NamedBatches(AugmentedBatches):
@@ -47,10 +55,9 @@ class NamedBatches(AugmentedBatches):
 
 def table(results):
     """Markdown table of results, one column each."""
-    cost = "training_images_at_the_cost_of_evaluating_one"
-    rows = [(part, *(f"{r['shares'][part]:.1%}" for r in results)) for part in results[0]["shares"]]
+    rows = [(part, *(f"{r['shares'][part]:.1%}" for r in results)) for part in (*PARTS, REST)]
     rows.append(("images/s", *(f"{r['images_per_second']:,.0f}" for r in results)))
-    rows.append(("evaluating a test image, in training images", *(f"{r[cost]:.2f}" for r in results)))
+    rows.append(("evaluating a test image, in training images", *(f"{r[EVALUATION]:.2f}" for r in results)))
     return markdown_table(
         (
             "share of a training step",
@@ -82,7 +89,7 @@ def main():
     events = profiler.key_averages()
     time_of = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in events}
     shares = {part: time_of.get(key, 0) / 1e6 / seconds for part, key in PARTS.items()}
-    shares["everything else"] = 1 - sum(shares.values())
+    shares[REST] = 1 - sum(shares.values())
 
     evaluate_classifier(model, data.X_test[:1000], data.y_test[:1000])
     started = time.perf_counter()
@@ -92,7 +99,7 @@ def main():
     result = {
         "width": options.width, "steps": options.steps, "images_per_second": images_per_second, "shares": shares,
         "seconds_to_evaluate_the_test_set": seconds_of_evaluation,
-        "training_images_at_the_cost_of_evaluating_one": (
+        EVALUATION: (
             seconds_of_evaluation / len(data.y_test) * images_per_second
         ),
         "hardware": describe_hardware(device), "torch": torch.__version__, "commit": code_version(),

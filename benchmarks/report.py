@@ -7,7 +7,6 @@ A table whose benchmark has not been run yet reads "Not run yet".
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,30 +19,35 @@ import stable_diffusion
 import time_to_accuracy
 
 from Report import NOT_RUN, update_documents
+from Results import read_json
 
 README = Path("benchmarks", "README.md")
 
 
-def _read(paths):
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+def _read(paths, shape=None):
+    return [read_json(path, shape) for path in paths if path.exists()]
 
 
-def _tables(paths, table):
-    return "\n\n".join(map(table, _read(paths))) or NOT_RUN
+def _tables(paths, table, shape=None):
+    return "\n\n".join(map(table, _read(paths, shape))) or NOT_RUN
 
 
 def generated_parts():
     """Name of each generated part of the README -> its text, made from ``results/benchmarks/``."""
-    profiles = _read(sorted(profile_training.FOLDER.glob("profile-*-width*.json")))
+    profiles = _read(sorted(profile_training.FOLDER.glob("profile-*-width*.json")), profile_training.RECORD)
     return {
-        "speed": _tables(sorted(classifier.FOLDER.glob("classifier-*.json")), classifier.table),
+        "speed": _tables(
+            sorted(classifier.FOLDER.glob("classifier-*.json")), classifier.table, classifier.RECORD
+        ),
         "parts": profile_training.table(profiles) if profiles else NOT_RUN,
         **{
             series: time_to_accuracy.table(series) if time_to_accuracy.load_runs(series) else NOT_RUN
             for series in time_to_accuracy.SERIES
         },
-        "gan": _tables(sorted(gan.FOLDER.glob("gan-*.json")), gan.table),
-        "stable-diffusion": _tables([Path(stable_diffusion.RESULT)], stable_diffusion.table),
+        "gan": _tables(sorted(gan.FOLDER.glob("gan-*.json")), gan.table, gan.RECORD),
+        "stable-diffusion": _tables(
+            [Path(stable_diffusion.RESULT)], stable_diffusion.table, stable_diffusion.RECORD
+        ),
     }
 
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from statistics import median
 
@@ -53,6 +54,9 @@ from Runtime import describe_hardware, save_json
 from Utils import markdown_table
 
 RESULT = Path("results/benchmarks/stable_diffusion.json")
+COST = {"unet_passes": int, "tflops": Real, "seconds": Real | None}
+# What :func:`table` asks of a result, see Results.read_json.
+RECORD = {"presets": {"reference": COST, str: COST}}
 LATENTS = SIZE // 8
 TOKENS = 77
 

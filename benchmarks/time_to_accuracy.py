@@ -14,6 +14,7 @@ balanced data set, which is the ceiling's. No other arm of the study took part i
 import argparse
 import sys
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from ClassifierTraining import count_training_flops
 from Experiment import make_training_set
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Report import percent
-from Results import Study, read_json
+from Results import HARDWARE, Study, read_json
 from Runtime import (
     choose_device,
     code_version,
@@ -41,6 +42,10 @@ from Runtime import (
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")
+RECORD = {  # what :func:`table` asks of a run, see Results.read_json
+    "seed": int, "width": int, "passes": Real, "pflops": Real, "accuracy": Real, "accuracy_with_averaged_flips": Real,
+    "seconds": Real, "bfloat16": bool, "hardware": HARDWARE,
+}  # fmt: skip
 
 
 # --- Running ------------------------------------------------------------------------------------
@@ -72,7 +77,7 @@ def run(name, candidate, data, seed, device=None):
     path = FOLDER / f"{name}-seed{seed}.json"
     recipe = candidate.recipe(len(data.y_train))
     if path.exists():
-        result = read_json(path)
+        result = read_json(path, RECORD)
         candidate.require_same_settings(path, result, recipe)
         return result
     device, commit = choose_device(device), code_version()
@@ -130,7 +135,7 @@ def load_runs(series):
     found = {}
     for name in SERIES[series]:
         paths = FOLDER.glob(f"{name}-seed*.json")
-        runs = [read_json(path) for path in paths]
+        runs = [read_json(path, RECORD) for path in paths]
         if runs:
             found[name] = sorted(runs, key=lambda run: run["seed"])
     return found

@@ -19,7 +19,7 @@ from ArmTraining import epoch_evaluator, finished_result, run_arm
 from ClassifierNetwork import Evaluation, ResNet18, evaluate_classifier, load_classifier
 from ClassifierTraining import Recipe
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
-from Report import caption
+from Report import caption, conditions
 from Results import predictions_of
 
 CAT = CIFAR10_CLASSES.index("cat")
@@ -243,6 +243,19 @@ def test_a_result_of_another_recipe_is_neither_used_nor_overwritten(tiny_data, m
         ValueError, match="imbalanced-seed0.json was obtained with other settings .steps: 6 there, 7"
     ):
         smoke("imbalanced", tiny_data)
+
+
+def test_a_result_of_a_part_of_the_data_says_so_and_is_never_mixed_with_others(tiny_data):
+    part = tiny_data.part(20)
+    assert smoke("imbalanced", part)["configuration"]["most_images_a_class"] == 20
+    for other, found in ((tiny_data, None), (tiny_data.part(9), 9)):
+        with pytest.raises(ValueError, match=f"most_images_a_class: 20 there, {found} now.*Remove it to run"):
+            smoke("imbalanced", other)
+    results = {"imbalanced": smoke_study(part).load_runs("imbalanced")}
+    assert "At most 20 images of each class were used" in conditions(results)
+    Path("results/smoke/cat-5/imbalanced-seed0.json").unlink()
+    with pytest.raises(ValueError, match=r"test-labels\.txt and the results .* of other test images. Remove"):
+        smoke("imbalanced", tiny_data.part(9))
 
 
 def test_a_result_of_a_network_with_strides_is_not_used(tiny_data, monkeypatch):

@@ -45,6 +45,21 @@ def test_small_data_sets_are_not_passed_over_more_than_sixty_times(profile, step
     assert recipe.steps == steps and recipe.flip is False
 
 
+@pytest.mark.parametrize(("data", "kept"), [("cifar10", 50), ("digits", 2)])
+def test_smoke_uses_a_part_of_the_data_in_which_the_default_split_leaves_enough_for_a_gan(
+    data, kept, request
+):
+    part = request.getfixturevalue(data).part(PROFILES["smoke"].most_images_a_class)
+    _, y = split_from_name(default_split(part), part.y_train, part.class_names).cut(
+        part.X_train, part.y_train
+    )
+    assert np.bincount(y).min() == kept
+
+
+def test_evidence_uses_all_data():
+    assert all(profile.most_images_a_class is None for profile in PROFILES.values() if profile.evidence)
+
+
 def test_the_gan_of_the_cpu_profile_has_the_default_settings():
     assert PROFILES["cpu"].gan == GANSettings()
 

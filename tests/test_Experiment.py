@@ -70,7 +70,7 @@ def test_digits_results_say_so_everywhere_and_skip_stable_diffusion(digits):
 
 
 def test_without_stable_diffusion_images_the_other_arms_still_run(tiny_data, monkeypatch):
-    def refuse():
+    def refuse(images_per_class):
         raise DataUnavailableError("no network")
 
     monkeypatch.setattr(ImageSources, "import_cifake", refuse)
@@ -81,7 +81,9 @@ def test_without_stable_diffusion_images_the_other_arms_still_run(tiny_data, mon
 
 def test_generation_is_asked_for_what_the_most_demanding_split_needs(tiny_data, monkeypatch):
     asked = []
-    monkeypatch.setattr(Experiment, "prepare_images", lambda counts: asked.append(counts) or "somewhere")
+    monkeypatch.setattr(
+        Experiment, "prepare_images", lambda counts, no_more: asked.append(counts) or "somewhere"
+    )
     splits = [split_from_name(name, tiny_data.y_train) for name in ("cat-5", "dog-3")]
     assert Experiment.prepare_stable_diffusion_images(tiny_data, *splits) == "somewhere"
     # 0.4 x 30 of each class; 30 - 5 cats for the first split, 30 - 3 dogs for the second.
@@ -188,7 +190,9 @@ def test_finished_arms_need_no_images(tiny_data, monkeypatch):
     """A clone with committed results downloads nothing for them."""
     monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
     prepared = []
-    monkeypatch.setattr(Experiment, "prepare_images", lambda counts: prepared.append(counts) or "somewhere")
+    monkeypatch.setattr(
+        Experiment, "prepare_images", lambda counts, no_more: prepared.append(counts) or "somewhere"
+    )
     monkeypatch.setattr(Experiment, "_run", lambda *run: "not run here")
     path = smoke_study(tiny_data).result_path("stable")
     for expected in (1, 0):
@@ -201,7 +205,7 @@ def test_finished_arms_need_no_images(tiny_data, monkeypatch):
 
 def test_the_data_can_be_prepared_without_running_an_arm(tiny_data, monkeypatch, capsys):
     monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
-    monkeypatch.setattr(Experiment, "prepare_images", lambda counts: "the cache")
+    monkeypatch.setattr(Experiment, "prepare_images", lambda counts, no_more: "the cache")
     Experiment.main(["--prepare-data", "--split", SPLIT])
     assert "Stable Diffusion images: the cache." in capsys.readouterr().out
     assert files() == set()

@@ -26,6 +26,7 @@ from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measu
 from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
 from GANNetworks import Discriminator, load_generator, save_generator
 from GenerationQuality import ImageFeatures
+from ImageCache import load_generated_images
 from ImbalancedCIFAR10 import split_from_name
 from QualityExperiment import classifier_features, judge_generated_images
 from Results import Study, read_json
@@ -133,8 +134,8 @@ def test_two_processes_at_once_train_one_gan_and_both_get_it(tiny_data, monkeypa
 def test_the_lock_of_a_study_lies_beside_its_generator(tiny_data):
     study = smoke_study(tiny_data)
     with gan_lock(study):
-        assert study.model_path("generator.pt.lock").exists()
-    assert not study.model_path("generator.pt.lock").exists()
+        assert study.model_path(".generator.pt.lock").exists()
+    assert not study.model_path(".generator.pt.lock").exists()
 
 
 @pytest.mark.parametrize("place", ["models/smoke", "results"])
@@ -244,6 +245,19 @@ def test_a_gan_of_other_settings_is_neither_used_nor_overwritten(tiny_data, monk
     ):
         prepare_generator(study, tiny_data, "cpu")
     assert path.read_bytes() == content
+
+
+def test_what_was_made_from_a_part_of_the_data_is_not_used_for_another_part(tiny_data, tiny_cache):
+    study, part = smoke_study(tiny_data), tiny_data.part(20)
+    prepare_generator(study, part, "cpu")
+    assert is_trained(study, part)
+    with pytest.raises(ValueError, match=r"gan\.json .*most_images_a_class: 20 there, None now"):
+        is_trained(study, tiny_data)
+    generated = {"stable": load_generated_images()[0][:9]}
+    judged = judge_generated_images(study, part, generated, "cpu")
+    assert "at most 20 images a class" in judged["methods"]["stable"]["features"]
+    with pytest.raises(ValueError, match="was judged by other features"):
+        judge_generated_images(study, tiny_data, generated, "cpu")
 
 
 def test_a_run_of_another_profile_leaves_the_committed_gan_alone(tiny_data, monkeypatch):

@@ -22,11 +22,10 @@ from ImageCache import (
     describe_cache,
     load_generated_images,
     load_metadata,
-    locked,
     replace_class,
-    require_writable,
     save_generated_images,
 )
+from Runtime import one_process_at_a_time, require_writable
 
 
 @pytest.fixture
@@ -313,7 +312,7 @@ def test_a_folder_or_a_file_in_the_way_is_refused_before_anything_is_written(ima
     with pytest.raises(ValueError, match=r"folder is a folder.*folder/stable_diffusion_dataset\.npy"):
         save_generated_images(images, labels, "folder")
     Path("file").write_text("text")
-    with pytest.raises(OSError, match="file is a file"):
+    with pytest.raises(OSError, match=r"Cannot write file/x\.npy: .*Choose a folder"):
         check_cache_path("file/x.npy")
     assert list(Path("folder").iterdir()) == []
 
@@ -321,8 +320,8 @@ def test_a_folder_or_a_file_in_the_way_is_refused_before_anything_is_written(ima
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_refused():
     Path("folder").mkdir(mode=0o500)
-    with pytest.raises(OSError, match="Cannot write into .*folder"):
-        require_writable("folder/deeper")
+    with pytest.raises(OSError, match="Cannot write folder/deeper/x: .*Choose a folder"):
+        require_writable("folder/deeper/x")
 
 
 def test_a_tilde_is_the_home_folder(images, labels, monkeypatch, tmp_path):
@@ -375,7 +374,7 @@ def test_classes_that_are_written_at_the_same_time_are_all_kept(images, monkeypa
 
 def test_a_lock_that_a_killed_process_held_does_not_block_the_next_one(images, labels):
     def die_with_the_lock():
-        with locked(CACHE):
+        with one_process_at_a_time(CACHE, "writes"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = fork.Process(target=die_with_the_lock)
@@ -394,10 +393,10 @@ def test_a_second_block_waits_until_the_first_has_ended_also_through_a_link():
     order, entered = [], threading.Event()
 
     def second():
-        with locked("link"):
+        with one_process_at_a_time("link", "writes"):
             order.append("second")
 
-    with locked("target"):
+    with one_process_at_a_time("target", "writes"):
         waiting = threading.Thread(target=second)
         waiting.start()
         entered.wait(0.2)

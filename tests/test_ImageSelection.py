@@ -188,7 +188,7 @@ def test_a_clip_file_with_a_weight_that_is_not_finite_is_refused_by_name(models,
     weights[name].view(-1)[0] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        FloatingPointError, match=rf"clip has a weight .*not finite.*CLIP\.{name}\. Get the model"
+        FloatingPointError, match=rf"clip has a weight .*not finite, CLIP\.{name} in .*Get the model"
     ):
         ClipFilter(folder, device="cpu")
 

@@ -483,6 +483,29 @@ def test_load_data_with_a_damaged_copy_still_raises(small_cifar, tmp_path):
         load_data(tmp_path)
 
 
+# --- A part -------------------------------------------------------------------------------------
+
+
+def test_a_part_holds_the_first_images_of_each_class_in_their_order(tiny_data):
+    part = tiny_data.part(8)
+    assert part.most_images_a_class == 8 and tiny_data.most_images_a_class is None
+    for X, y, whole_X, whole_y in [
+        (part.X_train, part.y_train, tiny_data.X_train, tiny_data.y_train),
+        (part.X_test, part.y_test, tiny_data.X_test, tiny_data.y_test),
+    ]:
+        rows = [row for row, c in enumerate(whole_y) if np.sum(whole_y[:row] == c) < 8]
+        assert np.bincount(y).tolist() == [8] * 10
+        assert np.array_equal(X, whole_X[rows]) and np.array_equal(y, whole_y[rows])
+        assert not np.shares_memory(X, whole_X)
+    assert (part.name, part.class_names) == (tiny_data.name, tiny_data.class_names)
+
+
+def test_a_class_with_fewer_images_keeps_them_all_and_none_means_all(tiny_data):
+    part = tiny_data.part(20)
+    assert np.bincount(part.y_train).tolist() == [20] * 10 and np.array_equal(part.X_test, tiny_data.X_test)
+    assert tiny_data.part(None) is tiny_data
+
+
 # --- Digits -------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import LoRATraining
 from CandidateImages import GenerationSettings, describe_job, name_job
 from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
-from ImageCache import locked
 from ImbalancedCIFAR10 import minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, main, train_lora
+from Runtime import one_process_at_a_time
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_second_training_in_the_same_folder_waits_for_the_first(X, recipe, mon
     monkeypatch.setattr(LoRATraining, "_load_base_model", lambda *rest: pytest.fail("it did not wait"))
 
     def first_training():
-        with locked("adapter"):
+        with one_process_at_a_time("adapter", "trains this adapter"):
             started.set()
             time.sleep(0.3)
             Path("adapter").mkdir()
@@ -225,7 +225,7 @@ def test_a_negative_seed_or_a_file_in_the_way_is_refused_before_a_model_is_loade
     with pytest.raises(ValueError, match="seed must not be negative: got -1"):
         train(X, recipe, seed=-1)
     Path("file").write_text("text")
-    with pytest.raises(OSError, match="file is a file"):
+    with pytest.raises(OSError, match="Cannot write file/adapter.*Choose a folder"):
         train(X, recipe, "file/adapter")
 
 

@@ -1,8 +1,11 @@
 """Where results, plots and weights lie, and how results are read."""
 
 import json
+import re
+from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -10,11 +13,68 @@ from Arms import ARMS, PROFILES, REFERENCE_SPLIT
 from ClassifierTraining import Recipe
 from Results import Study, predictions_of, read_json
 
+HARDWARE = {"device": "cpu", "name": "AMD", "cpu_threads": 1}
 COMPLETE = {  # what a result file must have, as short as possible
-    "arm": "stable", "seed": 0, "profile": "cpu", "data": "cifar10", "split": "cat-50", "minority_classes": [],
-    "class_names": [], "metrics": {}, "best_look_at_test": {}, "training_images": {}, "configuration": {},
-    "training_pflops": 0.1, "seconds": {}, "hardware": {}, "versions": {}, "history": [], "test_predictions": "",
+    "arm": "stable", "seed": 0, "profile": "cpu", "data": "cifar10", "split": "cat-50", "minority_classes": ["cat"],
+    "class_names": ["cat"],
+    "metrics": {
+        "minority": {"recall": 0.5}, "balanced_accuracy": 0.5, "accuracy": 0.5, "per_class": {"cat": {"support": 2}},
+        "confusion_matrix": [[2]],
+    },
+    "best_look_at_test": {}, "training_images": {"real": [50], "synthetic": [0]},
+    "configuration": {"width": 4, "downsampling": "strides", "parameters": 9, "steps": 6, "batch_size": 8},
+    "training_pflops": 0.1, "seconds": {"training": 3}, "hardware": HARDWARE, "versions": {"torch": "2"},
+    "history": [{"images_seen": 48, "train_loss": 2.3, "train_accuracy": 0}], "test_predictions": "0 0",
 }  # fmt: skip
+GAN = {
+    "settings": {"steps": 6, "batch_size": 8}, "parameters": {"generator": 1, "discriminator": 2}, "petaflops": 0.1,
+    "chosen_by": "Fréchet distance", "best_step": 6, "seconds": {"training": 3}, "hardware": HARDWARE,
+    "history": [
+        {
+            "step": 6, "images_seen": 48, "discriminator_loss": 2.0, "generator_loss": 0.1, "score_of_real": 0.2,
+            "score_of_generated": -0.2, "quality": 1.5,
+        }
+    ],
+}  # fmt: skip
+JUDGEMENT = {
+    "class": "cat", "share_of_copies_among_new_real_images": 0.1,
+    "methods": {
+        "gan": {
+            "features": "Inception", "real_images": 9, "generated_images": 9, "fid": 1.0, "kid": 0.1, "precision": 0.5,
+            "recall": 0.5, "share_of_copies": 0,
+        }
+    },
+}  # fmt: skip
+STUDY = Study("cpu", "cifar10", "cat-50")
+
+
+def save(file_name, content):
+    """Write a file of the committed study's results; return its path."""
+    path = STUDY.record_path(file_name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def paths_into(content):
+    """The keys that lead to every part of a record, at every level."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        yield (key,)
+        if isinstance(value, dict | list):
+            yield from ((key, *deeper) for deeper in paths_into(value))
+
+
+def damaged(content, keys, value):
+    """A copy of a record in which the part at ``keys`` is ``value``, or missing if that is None."""
+    copy = json.loads(json.dumps(content))
+    *others, last = keys
+    part = reduce(lambda part, key: part[key], others, copy)
+    if value is None and isinstance(part, dict):
+        del part[last]
+    else:
+        part[last] = value
+    return copy
 
 
 def test_the_committed_results_have_the_references_file_names():
@@ -76,7 +136,11 @@ def test_results_are_read_by_arm_and_ascending_seed():
 def test_test_labels_are_written_once_and_read_back():
     study = Study("smoke", "cifar10", "cat-5")
     study.save_test_labels([3, 1, 2])
-    study.save_test_labels([0, 0, 0])
+    written = study.record_path("test-labels.txt").stat().st_mtime_ns
+    study.save_test_labels(np.array([3, 1, 2]))
+    assert study.record_path("test-labels.txt").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"test-labels\.txt .* of other test images. Remove the folder"):
+        study.save_test_labels([0, 0, 0])
     assert study.load_test_labels().tolist() == [3, 1, 2]
     assert predictions_of({"test_predictions": "3 1 9"}).tolist() == [3, 1, 9]
 
@@ -94,17 +158,59 @@ def test_a_file_that_holds_something_else_is_named(content):
         read_json("gan.json", {"settings": dict})
 
 
-@pytest.mark.parametrize("name", COMPLETE)
-def test_a_result_that_lacks_a_part_or_has_a_wrong_one_is_named(name):
-    study = Study("cpu", "cifar10", "cat-50")
-    path = study.result_path("stable")
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(COMPLETE))
-    assert study.load_runs("stable") == [COMPLETE]
-    for damaged in ({k: v for k, v in COMPLETE.items() if k != name}, COMPLETE | {name: None}):
-        path.write_text(json.dumps(damaged))
-        with pytest.raises(ValueError, match=rf"stable-seed0\.json is damaged: {name} missing or wrong"):
-            study.load_results()
+READERS = {
+    "stable-seed0.json": (COMPLETE, STUDY.load_results),
+    "gan.json": (GAN, STUDY.read_gan_record),
+    "generated-images.json": (JUDGEMENT, STUDY.read_judgement),
+}
+PLACES = [(name, keys) for name, (content, _) in READERS.items() for keys in paths_into(content)]
+
+
+@pytest.mark.parametrize("value", [None, {"x": []}])
+@pytest.mark.parametrize(("file_name", "keys"), PLACES)
+def test_damage_at_any_depth_is_named_with_its_file_and_place(file_name, keys, value):
+    content, read = READERS[file_name]
+    save(file_name, content)
+    assert read()
+    if value == {"x": []} and keys == ("best_look_at_test",):
+        value = "text"  # a dict of other contents would be right
+    save(file_name, damaged(content, keys, value))
+    place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+    if keys[-2:] == ("per_class", "cat") and value is None:
+        place = "minority_classes"  # a class of which nothing is known is no minority class
+    if keys in {("methods", "gan"), ("methods", "gan", "fid")} and value is None:
+        place = "methods"  # without any, or with the other distances missing too
+    with pytest.raises(
+        ValueError, match=rf"{file_name} is damaged: {re.escape(place)}.* missing or wrong. Remove"
+    ):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("file_name", "part", "wrong"),
+    [
+        ("stable-seed0.json", {"arm": "smote"}, "arm"),
+        ("stable-seed0.json", {"minority_classes": ["dog"]}, "minority_classes"),
+        ("stable-seed0.json", {"test_predictions": "0 x"}, "test_predictions"),
+        ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"confusion_matrix": [[1, 1]]}}, "confusion_matrix"),
+        ("stable-seed0.json", {"metrics_with_averaged_flips": 0.5}, "metrics_with_averaged_flips"),
+        ("gan.json", {"best_step": 7}, "best_step"),
+        ("generated-images.json", {"methods": {}}, "methods"),
+    ],
+)  # fmt: skip
+def test_parts_that_contradict_each_other_are_named(file_name, part, wrong):
+    content, read = READERS[file_name]
+    save(file_name, content | part)
+    with pytest.raises(ValueError, match=rf"{file_name} is damaged: .*{wrong} missing or wrong"):
+        read()
+
+
+def test_a_long_list_of_damage_is_cut():
+    save("gan.json", GAN | {"history": 9 * [{"step": 6, "quality": None}]})
+    with pytest.raises(
+        ValueError, match=r"damaged: history\[0\]\.images_seen, .* and 42 more missing or wrong"
+    ):
+        STUDY.read_gan_record()
 
 
 def test_the_committed_results_can_be_read_and_belong_to_the_present_recipe(monkeypatch):

@@ -42,14 +42,13 @@ from ImageCache import (
     describe_cache,
     load_generated_images,
     load_metadata,
-    locked,
     save_generated_images,
 )
 from ImageOverSampler import source_balanced_strategy
 from ImageSelection import Selection, SelectionError
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
-from Runtime import derive_seed
+from Runtime import derive_seed, one_process_at_a_time
 from StableDiffusionGeneration import StableDiffusionOverSampler, generate_images, main
 
 
@@ -395,7 +394,7 @@ def test_a_disk_that_fills_up_costs_only_the_shard_that_does_not_fit(loaded, sma
 
 @pytest.fixture
 def no_cifake(monkeypatch):
-    def refuse():
+    def refuse(images_per_class):
         raise DataUnavailableError("no CIFAKE here.")
 
     monkeypatch.setattr(ImageSources, "import_cifake", refuse)
@@ -418,7 +417,7 @@ def test_a_cache_comes_first_and_is_described(tiny_cache, no_cifake):
 
 
 def test_cifake_comes_second(monkeypatch):
-    monkeypatch.setattr(ImageSources, "import_cifake", lambda: 50_000)
+    monkeypatch.setattr(ImageSources, "import_cifake", lambda images_per_class: 50_000)
     assert prepare_images({"cat": 5}) == f"CIFAKE, 50,000 images imported into {CACHE}"
 
 
@@ -479,7 +478,7 @@ def test_a_second_study_waits_for_the_images_of_the_first(no_cifake, monkeypatch
     monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: pytest.fail("it did not wait"))
 
     def first_study():
-        with locked(CACHE.with_name("stable_diffusion_sources")):
+        with one_process_at_a_time(CACHE.with_name("stable_diffusion_sources"), "imports"):
             started.set()
             time.sleep(0.3)
             save_generated_images(real(3), np.full(3, 3))
@@ -798,7 +797,7 @@ def test_a_second_run_of_a_job_waits_and_leaves_the_files_of_the_first_alone(loa
     seen = []
 
     def first_run():
-        with locked(folder):
+        with one_process_at_a_time(folder, "draws"):
             folder.mkdir(parents=True)
             unfinished.write_bytes(b"half")
             started.set()

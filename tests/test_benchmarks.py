@@ -5,6 +5,7 @@ others run.
 import importlib
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -447,3 +448,33 @@ def test_a_network_that_cannot_be_mirrored_is_refused(variants):
             variants.HalvedMirroredConv2d(torch.nn.Conv2d(4, 4, 3, bias=False, **options))
     with pytest.raises(ValueError, match="1x1 or 3x3"):
         variants.HalvedMirroredConv2d(torch.nn.Conv2d(4, 4, 5, padding=2, bias=False))
+
+
+# --- Damaged results ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("classifier-cpu.json", ("median", "reference", "peak_memory_gib")),
+        ("gan-cpu.json", ("rows", "ours", "batch_size")),
+        ("profile-cpu-width42.json", ("shares", "Muon")),
+        ("stable_diffusion.json", ("presets", "fast", "tflops")),
+        ("time_to_accuracy/default-seed0.json", ("hardware", "name")),
+    ],
+)
+def test_a_damaged_result_is_named_with_the_part_that_is_missing(name, keys, own_folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    report = importlib.import_module("report")
+    shutil.copytree(REPOSITORY / "results" / "benchmarks", own_folder / "results" / "benchmarks")
+    assert report.generated_parts()
+    path = Path("results", "benchmarks", name)
+    content = json.loads(path.read_text())
+    *outer, last = keys
+    part = content
+    for key in outer:
+        part = part[key]
+    del part[last]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{name} is damaged: {'.'.join(keys)} missing or wrong. Remove it"):
+        report.generated_parts()

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 import CIFAKE
+import ImageSources
 from CIFAKE import import_cifake
 from ImageCache import CACHE, load_generated_images, save_generated_images
+from ImageSources import prepare_images
 from ImbalancedCIFAR10 import DataUnavailableError
 
 # --- A small CIFAKE -----------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_is_noticed_before_anything_is_read(folder, monkeypatch):
-    monkeypatch.setattr(CIFAKE, "_read_folder", lambda source: pytest.fail("it was read"))
+    monkeypatch.setattr(CIFAKE, "_read_folder", lambda *arguments: pytest.fail("it was read"))
     with pytest.raises(ValueError, match="own table"):
         import_cifake(folder, "x.csv")
 
@@ -317,6 +319,33 @@ def test_the_archive_is_found_in_the_data_root_or_datasets(folder, tmp_path, mon
     (tmp_path / parent).mkdir()
     zip_of(folder, tmp_path / parent / "cifake.zip")
     assert import_cifake() == 30
+
+
+@pytest.fixture
+def cifake_at_hand(folder, tmp_path, monkeypatch, images_per_class):
+    """``cifake.zip`` in the data root, with three images of each class."""
+    images_per_class(3)
+    monkeypatch.setattr(ImageSources, "IMAGES_PER_CLASS", 3)
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
+    zip_of(folder, tmp_path / "cifake.zip")
+
+
+def test_a_quick_trial_imports_a_part_and_the_next_run_completes_it(cifake_at_hand):
+    assert prepare_images({"cat": 2, "dog": 1}, no_more=True) == f"CIFAKE, 20 images imported into {CACHE}"
+    part, _ = load_generated_images()
+    assert prepare_images({"cat": 2}) == f"the cache {CACHE}: 20 images imported"
+    assert prepare_images({"cat": 3}) == f"CIFAKE, 30 images imported into {CACHE}"
+    whole, labels = load_generated_images()
+    assert np.array_equal(whole[labels == 3][:2], part[6:8])
+    assert prepare_images({"cat": 4}) == f"the cache {CACHE}: 30 images imported"  # there are no more
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_small_cache_of_the_users_own_is_not_replaced(cifake_at_hand, count):
+    images = np.zeros((10 * count, 32, 32, 3), dtype=np.uint8)
+    save_generated_images(images, np.arange(10 * count) % 10)
+    assert prepare_images({"cat": 3}) == f"the cache {CACHE}: {10 * count} images imported"
+    assert not load_generated_images()[0].any()
 
 
 @pytest.fixture

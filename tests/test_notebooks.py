@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 
 import RunNotebooks
-from RunNotebooks import NOTEBOOKS, run_notebook
+from RunNotebooks import NOTEBOOKS, Kernel, run_notebook, run_notebooks
 
 PLOTS = {
     "class_counts", "samples", "comparison", "cm_nsd", "test_nsd", "gan_training_loss", "gan_samples",
@@ -93,6 +93,13 @@ def small_notebook(code, **metadata):
     nbformat.write(notebook, "small.ipynb")
 
 
+@pytest.fixture
+def kernel():
+    kernel = Kernel()
+    yield kernel
+    kernel.stop()
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -100,22 +107,43 @@ def small_notebook(code, **metadata):
         {"kernelspec": {"name": "conda-of-another-machine", "display_name": "Python", "language": "python"}},
     ],
 )
-def test_a_notebook_runs_whatever_kernel_it_was_saved_with(metadata, capfd):
+def test_a_notebook_runs_whatever_kernel_it_was_saved_with(metadata, kernel, capfd):
     small_notebook("print(profile)", **metadata)
-    output = run_notebook("small.ipynb", "smoke", "cifar10")
+    output = run_notebook("small.ipynb", "smoke", "cifar10", kernel)
     assert output == Path("results/smoke/small.ipynb") and output.exists()
     captured = capfd.readouterr()
     assert "smoke" in captured.out and "WARNING" not in captured.err
 
 
-def test_a_failing_cell_is_one_sentence_and_the_copy_is_kept():
+def test_a_failing_cell_is_one_sentence_and_the_copy_is_kept(kernel):
     small_notebook("raise ValueError('the cell is wrong.')")
     with pytest.raises(
         RuntimeError, match=r"A cell of small.ipynb failed with ValueError: the cell is wrong\. .*fai"
     ):
-        run_notebook("small.ipynb", "smoke", "digits")
+        run_notebook("small.ipynb", "smoke", "digits", kernel)
     assert Path("results/smoke/failed-digits_small.ipynb").exists()
     assert not Path("results/smoke/digits_small.ipynb").exists()
+
+
+def test_each_notebook_gets_a_kernel_of_its_own_and_none_stays(monkeypatch):
+    kernels, used = [], []
+
+    class RecordedKernel(Kernel):
+        def __init__(self):
+            super().__init__()
+            kernels.append(self)
+
+    def fail_at_the_second(name, profile_name, data_name, kernel):
+        used.append(kernel)
+        if name == "second":
+            raise RuntimeError("a cell failed")
+
+    monkeypatch.setattr(RunNotebooks, "Kernel", RecordedKernel)
+    monkeypatch.setattr(RunNotebooks, "run_notebook", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="a cell failed"):
+        run_notebooks(("first", "second", "third"), "smoke", "cifar10")
+    assert used == kernels[:2] and len(kernels) == 3
+    assert not any(kernel.manager.has_kernel for kernel in kernels)
 
 
 @pytest.mark.parametrize("content", [None, "", "<html>", "{}"])
