@@ -35,7 +35,7 @@ STABLE_DIFFUSION_ARMS = [name for name, arm in ARMS.items() if arm.needs_stable_
 
 @pytest.mark.parametrize(("cuda", "expected"), [(False, "quick"), (True, "full")])
 def test_auto_is_full_with_cuda_and_quick_without(monkeypatch, cuda, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("Runtime.cuda_works", lambda: cuda)
     assert resolve_profile("auto") == (expected, PROFILES[expected])
 
 
