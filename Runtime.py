@@ -30,6 +30,8 @@ import numpy as np
 import psutil
 import torch
 
+from Hardware import cuda_works
+
 # --- Randomness ---------------------------------------------------------------------------------
 
 
@@ -155,7 +157,7 @@ def checksum(*arrays):
 
 
 def choose_device(name=None):
-    """Return a :class:`torch.device`: the one named, else CUDA, else Apple's MPS, else the CPU.
+    """Return a :class:`torch.device`: the one named, else CUDA if it works, else Apple's MPS, else the CPU.
 
     Parameters
     ----------
@@ -175,7 +177,7 @@ def choose_device(name=None):
             reason = str(error).splitlines()[0]
             raise ValueError(f"This machine has no device {str(name)!r} for PyTorch: {reason}") from error
         return device
-    if torch.cuda.is_available():
+    if cuda_works():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")

@@ -3,6 +3,11 @@
 Every test runs in an empty folder of its own, because the modules write below the working directory.
 The real data is looked for in ``$CIFAR10_ROOT`` (relative paths count from the repository's root), else in
 ``datasets``. Where it should be (``CI=true`` or ``CIFAR10_ROOT`` set) its absence is a failure, not a skip.
+
+    python -m pytest --device cuda     # whatever chooses its own device computes on the GPU
+
+With any option, ``Runtime.choose_device()`` is the device under test, also in the programs that a test starts. The
+default is the CPU, on machines with a GPU too, so that a failure means the same everywhere.
 """
 
 import contextlib
@@ -28,10 +33,51 @@ import torch
 
 from ImageCache import save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, ImageDataSet, load_cifar10, load_digits_as_images
+from Runtime import choose_device
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_ROOT = (REPOSITORY / (os.environ.get("CIFAR10_ROOT") or "datasets")).resolve()
 DATA_IS_EXPECTED = os.environ.get("CI") == "true" or bool(os.environ.get("CIFAR10_ROOT"))
+
+
+# --- The device ---------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda", "mps"),
+        help="where the tests compute (default: cpu)",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(reason): this test says something about the CPU alone")
+    wanted = config.getoption("--device")
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks for a GPU
+        torch.backends.mps.is_available = lambda: False
+    if choose_device().type != wanted:
+        raise pytest.UsageError(
+            f"--device {wanted}: PyTorch would compute on {choose_device().type} here. "
+            "Run python Hardware.py to see why, or leave the option out."
+        )
+
+
+def pytest_runtest_setup(item):
+    mark = item.get_closest_marker("cpu")
+    if mark is not None and item.config.getoption("--device") != "cpu":
+        pytest.skip(f"the CPU alone: {mark.kwargs['reason']}")
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The torch.device under test, which is also what choose_device() returns."""
+    return choose_device()
+
+
+# --- Around each test ---------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +192,7 @@ def smoke(arm_name, data, split_name=SPLIT, seed=0):
     from Arms import ArmUnavailableError
     from Experiment import run_arms
 
-    [outcome] = run_arms([smoke_study(data, split_name)], data, [arm_name], [seed], device="cpu").values()
+    [outcome] = run_arms([smoke_study(data, split_name)], data, [arm_name], [seed]).values()
     if isinstance(outcome, str):
         raise ArmUnavailableError(outcome)
     return outcome

@@ -35,7 +35,7 @@ STABLE_DIFFUSION_ARMS = [name for name, arm in ARMS.items() if arm.needs_stable_
 
 @pytest.mark.parametrize(("cuda", "expected"), [(False, "quick"), (True, "full")])
 def test_auto_is_full_with_cuda_and_quick_without(monkeypatch, cuda, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("Runtime.cuda_works", lambda: cuda)
     assert resolve_profile("auto") == (expected, PROFILES[expected])
 
 
@@ -187,7 +187,7 @@ def test_smote_needs_two_images_of_a_class_and_other_arms_still_run(tiny_data):
         make_training_set(smoke_study(tiny_data, "cat-1"), tiny_data, "smote")
     assert files() == set()
     studies = [smoke_study(tiny_data, "cat-1")]
-    outcomes = run_arms(studies, tiny_data, ["smote", "imbalanced"], device="cpu")
+    outcomes = run_arms(studies, tiny_data, ["smote", "imbalanced"])
     assert "only one" in outcomes["smote", "cat-1", 0]
     assert outcomes["imbalanced", "cat-1", 0]["history"][-1]["step"] == 6
 
@@ -199,7 +199,7 @@ def test_too_few_cached_images_make_the_arm_unavailable(arm_name, tiny_data):
     with pytest.raises(ArmUnavailableError, match=reason):
         smoke(arm_name, tiny_data)
     assert not files("results")
-    outcomes = run_arms([smoke_study(tiny_data)], tiny_data, [arm_name, "imbalanced"], device="cpu")
+    outcomes = run_arms([smoke_study(tiny_data)], tiny_data, [arm_name, "imbalanced"])
     assert outcomes["imbalanced", SPLIT, 0]["arm"] == "imbalanced", "other arms still run"
 
 

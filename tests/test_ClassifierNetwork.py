@@ -36,12 +36,17 @@ def small_model(seed=0, width=4, num_classes=10, device=None):
     return create_classifier(num_classes, width, channel_statistics(X), seed, device)
 
 
+def pixels_for(model, images):
+    """uint8 images (n, height, width, 3) as the network takes them, on its device."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(model.mean.device)
+
+
 def used_model(**options):
     """A network whose batch-norm statistics are those of ``X``."""
     model = small_model(**options).train()
     with torch.no_grad():
         for _ in range(3):
-            model(torch.from_numpy(X).permute(0, 3, 1, 2).to(model.mean.device))
+            model(pixels_for(model, X))
     return model
 
 
@@ -67,17 +72,15 @@ def test_resnet18_has_the_published_number_of_parameters(width, count):
 
 
 def test_one_logit_comes_out_per_class_and_features_are_eight_widths_wide():
-    model = small_model(width=5, num_classes=7, device="cpu").eval()
-    images = torch.from_numpy(noise(3, size=32)).permute(0, 3, 1, 2)
+    model = small_model(width=5, num_classes=7).eval()
+    images = pixels_for(model, noise(3, size=32))
     assert model(images).shape == (3, 7)
     assert model.features(images).shape == (3, 40)
     assert (model.num_classes, model.width) == (7, 5)
 
 
 def test_an_image_is_halved_by_averaging_and_an_odd_side_keeps_its_last_place():
-    halving = [
-        block for block in small_model(device="cpu").blocks if not isinstance(block.pool, torch.nn.Identity)
-    ]
+    halving = [block for block in small_model().blocks if not isinstance(block.pool, torch.nn.Identity)]
     assert len(halving) == 3
     maps = torch.arange(10.0).view(1, 1, 2, 5)
     for block in halving:
@@ -86,8 +89,8 @@ def test_an_image_is_halved_by_averaging_and_an_odd_side_keeps_its_last_place():
 
 
 def test_uint8_and_float_pixels_give_the_same_logits():
-    model = small_model(device="cpu").eval()
-    images = torch.from_numpy(X).permute(0, 3, 1, 2)
+    model = small_model().eval()
+    images = pixels_for(model, X)
     assert torch.equal(model(images), model(images.float()))
 
 
@@ -99,11 +102,11 @@ def test_normalisation_belongs_to_the_saved_state():
     assert other.std.flatten().tolist() == pytest.approx(std)
 
 
-def test_a_normalised_network_ignores_an_affine_change_of_pixels():
-    images = torch.from_numpy(X).permute(0, 3, 1, 2).float()
-    mean, std = torch.tensor(channel_statistics(X)).view(2, 1, 3, 1, 1)
-    model = small_model(device="cpu").eval()
-    same = create_classifier(10, 4, ([0.0] * 3, [1.0] * 3), seed=0, device="cpu").eval()
+def test_a_normalised_network_ignores_an_affine_change_of_pixels(float32):
+    model = small_model().eval()
+    images = pixels_for(model, X).float()
+    mean, std = torch.tensor(channel_statistics(X), device=images.device).view(2, 1, 3, 1, 1)
+    same = create_classifier(10, 4, ([0.0] * 3, [1.0] * 3), seed=0).eval()
     assert torch.allclose(model(images), same((images - mean) / std), atol=1e-5)
 
 
@@ -184,9 +187,8 @@ def test_muon_is_that_of_pytorch_and_exactly_so_in_bfloat16(bfloat16, monkeypatc
 def test_evaluation_equals_a_direct_computation(float32):
     model = used_model()
     evaluation = evaluate_classifier(model, X, y)
-    device = next(model.parameters()).device
     with torch.no_grad():
-        logits = model.eval()(torch.from_numpy(X).permute(0, 3, 1, 2).to(device)).cpu().double().numpy()
+        logits = model.eval()(pixels_for(model, X)).cpu().double().numpy()
     likelihood = np.exp(logits)
     probability = likelihood[np.arange(20), y] / likelihood.sum(axis=1)
     assert np.allclose(evaluation.logits, logits, rtol=1e-3, atol=1e-4)
@@ -216,14 +218,15 @@ def test_a_network_can_be_trained_after_its_evaluation():
     """Its weights must not have become inference tensors, which have no gradient."""
     model = small_model()
     evaluate_classifier(model, X, y)
-    model(torch.from_numpy(X).permute(0, 3, 1, 2).to(model.mean.device)).sum().backward()
+    model(pixels_for(model, X)).sum().backward()
     assert all(weights.grad is not None for weights in model.parameters())
 
 
-def test_evaluation_stays_on_the_device_of_the_model():
-    model = small_model(device="cpu")
+@pytest.mark.parametrize("name", ["cpu", None])
+def test_evaluation_stays_on_the_device_of_the_model(device, name):
+    model = small_model(device=name)
     evaluate_classifier(model, X, y)
-    assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
+    assert {value.device.type for value in model.state_dict().values()} == {name or device.type}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

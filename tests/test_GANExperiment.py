@@ -50,7 +50,7 @@ def test_no_removed_image_and_no_test_image_reaches_the_gan(tiny_data, monkeypat
 
     def draw(self, size, random):
         images, labels = original(self, size, random)
-        drawn.append(images)
+        drawn.append(images.cpu())
         return images, labels
 
     monkeypatch.setattr(BalancedBatches, "draw", draw)
@@ -58,7 +58,7 @@ def test_no_removed_image_and_no_test_image_reaches_the_gan(tiny_data, monkeypat
     for folder, data in (("clean", tiny_data), ("poisoned", poisoned(tiny_data, split))):
         Path(folder).mkdir()
         monkeypatch.chdir(folder)
-        path = prepare_generator(smoke_study(data), data, "cpu")
+        path = prepare_generator(smoke_study(data), data)
         weights.append(torch.load(path, weights_only=True)["generator"])
         monkeypatch.chdir("..")
     first, second = weights
@@ -97,14 +97,15 @@ def test_a_training_that_could_not_be_saved_is_not_lost(tiny_data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(GANExperiment, "save_json", no_space)
         with pytest.raises(OSError, match="No space"):
-            prepare_generator(study, tiny_data, "cpu")
+            prepare_generator(study, tiny_data)
     monkeypatch.setattr(GANExperiment, "count_flops", lambda *arguments: 1)  # it makes a training step too
     monkeypatch.setattr(Adversaries, "step", lambda *arguments: pytest.fail("it was trained again"))
-    assert prepare_generator(study, tiny_data, "cpu").exists()
+    assert prepare_generator(study, tiny_data).exists()
     assert not list(Path("models/checkpoints").rglob("gan.pt"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Processes cannot be copied here.")
+@pytest.mark.cpu(reason="a copy of a process that uses CUDA cannot use it")
 @pytest.mark.parametrize("killed", [False, True])
 def test_two_processes_at_once_train_one_gan_and_both_get_it(tiny_data, monkeypatch, killed):
     """The second process waits, also if the first is killed in the middle of its training."""
@@ -146,7 +147,7 @@ def test_an_output_that_cannot_be_written_is_noticed_before_the_training(tiny_da
     Path(place).parent.mkdir(exist_ok=True)
     Path(place).write_text("not a folder")
     with pytest.raises(OSError, match=f"Cannot write {place}/.*Choose a folder"):
-        prepare_generator(study, tiny_data, "cpu")
+        prepare_generator(study, tiny_data)
 
 
 @pytest.mark.parametrize("writes", ["the weights", "the judged images"])
@@ -157,11 +158,11 @@ def test_judging_notices_before_the_work_what_it_cannot_write(tiny_data, monkeyp
         study.weights_path("imbalanced").mkdir(parents=True)
         monkeypatch.setattr(Path, "exists", Path.is_file)
         with pytest.raises(OSError, match=r"Cannot write models/smoke/.*\.pt"):
-            classifier_features(study, tiny_data, "cpu")
+            classifier_features(study, tiny_data)
     else:
         Path("results").write_text("not a folder")
         with pytest.raises(OSError, match="Cannot write results/smoke"):
-            judge_generated_images(study, tiny_data, {"gan": tiny_data.X_test[:4]}, "cpu")
+            judge_generated_images(study, tiny_data, {"gan": tiny_data.X_test[:4]})
 
 
 def test_a_finished_gan_with_a_distance_of_nan_is_kept(tiny_data):
@@ -185,7 +186,7 @@ def test_a_quality_of_nan_ends_the_command_in_one_line_and_a_second_run_trains_n
     tiny_data, monkeypatch, capsys
 ):
     monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
-    command = ["--train-gan", "--profile", "smoke", "--split", "cat-5", "--device", "cpu"]
+    command = ["--train-gan", "--profile", "smoke", "--split", "cat-5"]
     with monkeypatch.context() as patch:
         patch.setattr(GANExperiment, "quality_measure", lambda *a: lambda images, labels: float("nan"))
         with pytest.raises(SystemExit) as stopped:
@@ -211,7 +212,7 @@ def test_the_calls_of_the_notebook_keep_the_gan_that_prepare_generator_keeps(
     study, split = smoke_study(tiny_data), split_from_name("cat-5", tiny_data.y_train)
     X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
     settings = GANExperiment.gan_settings(study, tiny_data)
-    features = classifier_features(study, tiny_data, "cpu")
+    features = classifier_features(study, tiny_data)
     assert not is_trained(study, tiny_data)
     run = train_gan(
         X, y, settings, seed=0, num_classes=10, checkpoint=study.checkpoint_path("gan"),
@@ -225,7 +226,7 @@ def test_the_calls_of_the_notebook_keep_the_gan_that_prepare_generator_keeps(
     )
     record = read_json(record)
     move_to_another_folder()
-    other = load_generator(prepare_generator(study, tiny_data, "cpu")).state_dict()
+    other = load_generator(prepare_generator(study, tiny_data)).state_dict()
     assert all(torch.equal(weights[name], other[name]) for name in weights)
     again = read_json(study.record_path("gan.json"))
     assert again.keys() == record.keys()
@@ -235,7 +236,7 @@ def test_the_calls_of_the_notebook_keep_the_gan_that_prepare_generator_keeps(
 
 def test_a_gan_of_other_settings_is_neither_used_nor_overwritten(tiny_data, monkeypatch):
     study = smoke_study(tiny_data)
-    path = prepare_generator(study, tiny_data, "cpu")
+    path = prepare_generator(study, tiny_data)
     content = path.read_bytes()
     smaller = PROFILES["smoke"]
     other = dataclasses.replace(smaller, gan=dataclasses.replace(smaller.gan, steps=7))
@@ -243,7 +244,7 @@ def test_a_gan_of_other_settings_is_neither_used_nor_overwritten(tiny_data, monk
     with pytest.raises(
         ValueError, match=r"gan\.json was obtained with other settings .steps: 6 there, 7 now"
     ):
-        prepare_generator(study, tiny_data, "cpu")
+        prepare_generator(study, tiny_data)
     assert path.read_bytes() == content
 
 
@@ -267,18 +268,18 @@ def test_a_run_of_another_profile_leaves_the_committed_gan_alone(tiny_data, monk
         settings = dataclasses.replace(PROFILES["smoke"].gan, channels=channels)
         profile = dataclasses.replace(PROFILES["smoke"], evidence=True, width=channels, gan=settings)
         monkeypatch.setitem(PROFILES, name, profile)
-    paths = [prepare_generator(Study(name, "cifar10", "cat-5"), tiny_data, "cpu") for name in ("cpu", "full")]
+    paths = [prepare_generator(Study(name, "cifar10", "cat-5"), tiny_data) for name in ("cpu", "full")]
     assert paths == [Path("models/generator.pt"), Path("models/full/cat-5/generator.pt")]
     for path, name, channels in zip(paths, ("cpu", "full"), (4, 5), strict=True):
         assert load_generator(path).channels == channels
-        features = classifier_features(Study(name, "cifar10", "cat-5"), tiny_data, "cpu")
+        features = classifier_features(Study(name, "cifar10", "cat-5"), tiny_data)
         assert features.name.startswith(f"ResNet-18 of width {channels} with")
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"settings": null}'])
 def test_a_damaged_record_is_named(content, tiny_data):
     study = smoke_study(tiny_data)
-    prepare_generator(study, tiny_data, "cpu")
+    prepare_generator(study, tiny_data)
     study.record_path("gan.json").write_text(content)
     with pytest.raises(ValueError, match=r"gan\.json (holds|is damaged).*Remove it"):
         is_trained(study, tiny_data)
@@ -307,13 +308,13 @@ def test_a_collapsed_gan_stops_its_own_arms_only(tiny_data, monkeypatch):
         return original(*arguments).new_tensor([1.0, float("nan"), 0.0, 0.0])
 
     monkeypatch.setattr(Adversaries, "step", step)
-    outcomes = run_arms([smoke_study(tiny_data)], tiny_data, ["gan", "imbalanced"], device="cpu")
+    outcomes = run_arms([smoke_study(tiny_data)], tiny_data, ["gan", "imbalanced"])
     assert re.search("the GAN collapsed.*stopped being finite.*remove models", outcomes["gan", "cat-5", 0])
     assert outcomes["imbalanced", "cat-5", 0]["arm"] == "imbalanced"
 
 
 def test_a_class_with_one_image_makes_the_arm_unavailable(tiny_data):
-    outcomes = run_arms([smoke_study(tiny_data, "cat-1")], tiny_data, ["gan"], device="cpu")
+    outcomes = run_arms([smoke_study(tiny_data, "cat-1")], tiny_data, ["gan"])
     assert "a GAN needs 2 images of each class" in outcomes["gan", "cat-1", 0]
 
 
@@ -334,21 +335,21 @@ def test_without_a_second_image_the_command_line_says_so_in_a_line(tiny_data, mo
 def test_every_method_is_judged_against_unseen_images(tiny_data, tiny_cache):
     study, split = smoke_study(tiny_data), split_from_name("cat-5", tiny_data.y_train)
     X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
-    generator = prepare_generator(study, tiny_data, "cpu")
+    generator = prepare_generator(study, tiny_data)
     generated = {
         name: ARMS[name].fit_resample(X, y, seed=0, generator=generator)[0][len(X) :]
         for name in ("non-synthetic", "gan", "stable")
     }
-    judged = judge_generated_images(study, tiny_data, generated, "cpu")
+    judged = judge_generated_images(study, tiny_data, generated)
     assert judged["class"] == "cat"
     assert list(judged["methods"]) == ["non-synthetic", "gan", "stable"]
     for scores in judged["methods"].values():
         assert scores["real_images"] == scores["generated_images"] == 10
         assert scores["features"] == "ResNet-18 of width 4 with average pooling, trained on cat-5 of cifar10"
         assert "frechet_distance" in scores and "fid" not in scores
-    assert judge_generated_images(study, tiny_data, generated, "cpu") == judged
+    assert judge_generated_images(study, tiny_data, generated) == judged
     some = {"gan": generated["gan"]}
-    assert judge_generated_images(study, tiny_data, some, "cpu") == judged, "what was judged stays"
+    assert judge_generated_images(study, tiny_data, some) == judged, "what was judged stays"
 
 
 def test_images_of_a_further_method_are_judged_too(tiny_data, tiny_cache):
@@ -356,9 +357,9 @@ def test_images_of_a_further_method_are_judged_too(tiny_data, tiny_cache):
     study, split = smoke_study(tiny_data), split_from_name("cat-5", tiny_data.y_train)
     X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
     generated = {"non-synthetic": ARMS["non-synthetic"].fit_resample(X, y, seed=0)[0][len(X) :]}
-    assert list(judge_generated_images(study, tiny_data, generated, "cpu")["methods"]) == ["non-synthetic"]
+    assert list(judge_generated_images(study, tiny_data, generated)["methods"]) == ["non-synthetic"]
     generated["stable"] = ARMS["stable"].fit_resample(X, y, seed=0)[0][len(X) :]
-    judged = judge_generated_images(study, tiny_data, generated, "cpu")
+    judged = judge_generated_images(study, tiny_data, generated)
     assert list(judged["methods"]) == ["non-synthetic", "stable"]
 
 
@@ -373,15 +374,15 @@ def test_a_judgement_by_other_features_or_a_damaged_one_is_refused(content, tiny
     with pytest.raises(
         ValueError, match=r"generated-images\.json (was judged by other features|is damaged).*Remove it"
     ):
-        judge_generated_images(study, tiny_data, {}, "cpu")
+        judge_generated_images(study, tiny_data, {})
 
 
 def test_a_gan_trained_again_is_judged_again(tiny_data, tiny_cache):
     study = smoke_study(tiny_data)
     judged = study.record_path("generated-images.json")
-    prepare_generator(study, tiny_data, "cpu")
+    prepare_generator(study, tiny_data)
     judged.write_text("{}")
     study.model_path("generator.pt").unlink()
-    prepare_generator(study, tiny_data, "cpu")
+    prepare_generator(study, tiny_data)
     assert not judged.exists()
     assert Arms.ARMS["gan"].method.sampler.generator is None, "the arm itself holds no generator"

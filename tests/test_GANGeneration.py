@@ -25,7 +25,7 @@ from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImageOverSampler import TooFewImagesError
 from Runtime import choose_device, derive_seed
 
-CPU = torch.device("cpu")
+DEVICE = choose_device()  # the one under test
 TINY = GANSettings(steps=4, batch_size=8, channels=4, latent_size=8, records=4, quality_images=12)
 NINE = dataclasses.replace(TINY, batch_size=9)  # three of each class
 
@@ -46,14 +46,14 @@ def without_seconds(history):
 
 def test_batches_hold_every_class_equally_often_and_only_given_images(toy):
     X, y = toy
-    batches = BalancedBatches(X, y, CPU, flip=False)
+    batches = BalancedBatches(X, y, DEVICE, flip=False)
     given = {(int(label), image.tobytes()) for image, label in zip(X, y, strict=True)}
     counts = np.zeros(3, dtype=int)
     rare = set()
     for seed in range(20):
         images, labels = batches.draw(9, random(seed))
-        counts += np.bincount(labels, minlength=3)
-        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        counts += np.bincount(labels.cpu(), minlength=3)
+        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         drawn = [(int(label), image.tobytes()) for image, label in zip(pixels, labels, strict=True)]
         assert set(drawn) <= given
         rare |= {item for item in drawn if item[0] == 2}
@@ -63,8 +63,8 @@ def test_batches_hold_every_class_equally_often_and_only_given_images(toy):
 
 def test_half_of_the_real_images_are_mirrored(toy):
     X, y = toy
-    plain, _ = BalancedBatches(X, y, CPU, flip=False).draw(300, random())
-    mirrored, _ = BalancedBatches(X, y, CPU, flip=True).draw(300, random())
+    plain, _ = BalancedBatches(X, y, DEVICE, flip=False).draw(300, random())
+    mirrored, _ = BalancedBatches(X, y, DEVICE, flip=True).draw(300, random())
     same = (plain == mirrored).all(dim=(1, 2, 3))
     other = (plain.flip(-1) == mirrored).all(dim=(1, 2, 3))
     assert (same | other).all()
@@ -75,24 +75,25 @@ def test_half_of_the_real_images_are_mirrored(toy):
 
 
 def test_labels_change_the_image_and_the_score(toy):
-    adversaries = Adversaries(3, NINE, 0, CPU)
-    batches = BalancedBatches(*toy, CPU, flip=True)
+    adversaries = Adversaries(3, NINE, 0, DEVICE)
+    batches = BalancedBatches(*toy, DEVICE, flip=True)
     for step in range(3):  # before the first training step all classes have the same gains
         adversaries.step(batches, step, 0)
-    latents = torch.randn(4, 8)
-    first, second = (adversaries.generator.eval()(latents, torch.full((4,), c)) for c in (0, 1))
+    latents = torch.randn((4, 8), device=DEVICE)
+    zeros, ones = (torch.full((4,), c, device=DEVICE) for c in (0, 1))
+    first, second = (adversaries.generator.eval()(latents, labels) for labels in (zeros, ones))
     assert (first - second).abs().amax(dim=(1, 2, 3)).min() > 1e-3
     discriminator = adversaries.discriminator.eval()
-    scores = [discriminator(first, torch.full((4,), c)) for c in (0, 1)]
+    scores = [discriminator(first, labels) for labels in (zeros, ones)]
     assert scores[0].shape == (4,)
     assert (scores[0] - scores[1]).abs().min() > 1e-6
 
 
 def test_every_layer_of_the_discriminator_has_a_singular_value_near_1_after_training(toy):
     settings = dataclasses.replace(NINE, steps=30, discriminator_learning_rate=2e-3)
-    adversaries = Adversaries(3, settings, 0, CPU)
+    adversaries = Adversaries(3, settings, 0, DEVICE)
     before = [layer.weight.detach().clone() for layer in adversaries.discriminator.eval().normalised_layers()]
-    batches = BalancedBatches(*toy, CPU, flip=True)
+    batches = BalancedBatches(*toy, DEVICE, flip=True)
     for step in range(30):
         adversaries.step(batches, step, 0)
     discriminator = adversaries.discriminator.eval()
@@ -106,8 +107,8 @@ def test_every_layer_of_the_discriminator_has_a_singular_value_near_1_after_trai
 
 
 def test_training_averages_the_generator_at_every_step(toy):
-    adversaries = Adversaries(3, NINE, 0, CPU)
-    batches = BalancedBatches(*toy, CPU, flip=True)
+    adversaries = Adversaries(3, NINE, 0, DEVICE)
+    batches = BalancedBatches(*toy, DEVICE, flip=True)
     expected = deepcopy(adversaries.average)
     for step in range(3):
         adversaries.step(batches, step, 0)
@@ -267,11 +268,13 @@ def test_a_few_hundred_steps_on_a_toy_set_beat_the_untrained_generator():
     def pooled(pixels):
         return torch.nn.functional.avg_pool2d(pixels.float() / 255, 16).flatten(1)
 
-    distance = frechet_distance_to(X[np.resize(np.argsort(y), 150)], ImageFeatures(pooled, "2x2 means", CPU))
+    distance = frechet_distance_to(
+        X[np.resize(np.argsort(y), 150)], ImageFeatures(pooled, "2x2 means", DEVICE)
+    )
     run = train_gan(X, y, settings, seed=0, quality=lambda images, labels: distance(images))
-    untrained = Adversaries(3, settings, 0, CPU).average
+    untrained = Adversaries(3, settings, 0, DEVICE).average
     untrained.trained_classes[:] = True
-    settle_statistics(untrained, torch.arange(3).repeat(20), 0)
+    settle_statistics(untrained, torch.arange(3, device=DEVICE).repeat(20), 0)
     labels = np.resize([0, 1, 2], 150)
     assert distance(sample_images(run.generator, labels, seed=1)) < 0.3 * distance(
         sample_images(untrained, labels, seed=1)
@@ -519,11 +522,11 @@ def test_a_single_class_that_ignores_its_latent_is_a_collapse():
 
     def forward(latents, labels):
         images = original(generator, latents, labels)
-        return torch.where((labels == 2)[:, None, None, None], torch.zeros(()), images)
+        return images.masked_fill((labels == 2)[:, None, None, None], 0)
 
     generator.forward = forward
     with pytest.raises(GANCollapseError, match="same image of class 2 whatever"):
-        GANGeneration._snapshot(generator, torch.arange(3), 0, 7)
+        GANGeneration._snapshot(generator, torch.arange(3, device=DEVICE), 0, 7)
 
 
 # --- The sampler ----------------------------------------------------------------------------------
@@ -531,7 +534,7 @@ def test_a_single_class_that_ignores_its_latent_is_a_collapse():
 
 def test_the_sampler_appends_generated_images_of_the_smaller_class(toy):
     X, y = toy
-    generator = tiny_generator().to(choose_device())  # load_generator's default
+    generator = tiny_generator()
     X_res, y_res = GANOverSampler(generator=generator, random_state=0).fit_resample(X, y)
     assert np.array_equal(X_res[:44], X) and np.array_equal(y_res[:44], y)
     assert X_res.shape == (60, 32, 32, 3) and X_res.dtype == np.uint8

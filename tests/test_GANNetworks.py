@@ -20,6 +20,7 @@ from GANNetworks import (
     settle_statistics,
     update_average,
 )
+from Runtime import choose_device
 
 
 def tiny_generator(trained=(0, 1, 2), num_classes=3):
@@ -27,7 +28,7 @@ def tiny_generator(trained=(0, 1, 2), num_classes=3):
         torch.manual_seed(0)
         generator = Generator(num_classes, latent_size=8, channels=4).eval()
     generator.trained_classes[list(trained)] = True
-    return generator
+    return generator.to(choose_device())  # the one under test, and load_generator's default
 
 
 def equal(first, second):
@@ -35,23 +36,26 @@ def equal(first, second):
 
 
 def random(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(choose_device()).manual_seed(seed)
 
 
 # --- Networks -------------------------------------------------------------------------------------
 
 
-def test_the_generator_makes_32x32_images_from_minus_1_to_1():
-    images = tiny_generator()(10 * torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1]))
+def test_the_generator_makes_32x32_images_from_minus_1_to_1(device):
+    latents, labels = torch.randn((5, 8), device=device), torch.tensor([0, 1, 2, 0, 1], device=device)
+    images = tiny_generator()(10 * latents, labels)
     assert images.shape == (5, 3, 32, 32) and images.dtype == torch.float32
     assert images.min() >= -1 and images.max() <= 1
     assert images.std() > 0
 
 
-def test_the_score_follows_its_definition():
+def test_the_score_follows_its_definition(device, monkeypatch):
     """Score and projection: psi(phi(x)) + <embedding of the class, phi(x)> with sum-pooled phi."""
-    discriminator = Discriminator(3, channels=4).eval()
-    images, labels = torch.randn(2, 3, 32, 32).clamp(-1, 1), torch.tensor([0, 2])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    discriminator = Discriminator(3, channels=4).eval().to(device)
+    images = torch.randn((2, 3, 32, 32), device=device).clamp(-1, 1)
+    labels = torch.tensor([0, 2], device=device)
     x = discriminator.blocks(images)
     phi = torch.relu(x).sum(dim=(2, 3))
     expected = phi @ discriminator.score.weight[0] + discriminator.score.bias
@@ -59,31 +63,31 @@ def test_the_score_follows_its_definition():
     assert torch.allclose(discriminator(images, labels), expected, atol=1e-5)
 
 
-def test_the_power_iteration_runs_in_float32_under_autocast(monkeypatch):
-    discriminator = Discriminator(3, channels=4)
+def test_the_power_iteration_runs_in_float32_under_autocast(monkeypatch, device):
+    discriminator = Discriminator(3, channels=4).to(device)
     seen = []
     original = torch.nn.utils.parametrizations._SpectralNorm.forward
 
     def spy(self, weight):
-        seen.append((weight.dtype, torch.is_autocast_enabled("cpu")))
+        seen.append((weight.dtype, torch.is_autocast_enabled(device.type)))
         return original(self, weight)
 
     monkeypatch.setattr(torch.nn.utils.parametrizations._SpectralNorm, "forward", spy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        discriminator(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        discriminator(torch.zeros((2, 3, 32, 32), device=device), torch.tensor([0, 1], device=device))
     assert seen == [(torch.float32, False)] * 9, "once for each layer"
 
 
 # --- Differentiable augmentation ------------------------------------------------------------------
 
 
-def test_diff_augment_leaves_images_unchanged_at_strength_0():
-    images = torch.rand(6, 3, 32, 32, generator=random()) * 2 - 1
+def test_diff_augment_leaves_images_unchanged_at_strength_0(device):
+    images = torch.rand((6, 3, 32, 32), generator=random(), device=device) * 2 - 1
     assert torch.equal(diff_augment(images, random(1), strength=0.0), images)
 
 
-def test_diff_augment_is_differentiable_and_random():
-    images = (torch.rand(8, 3, 32, 32, generator=random()) * 2 - 1).requires_grad_()
+def test_diff_augment_is_differentiable_and_random(device):
+    images = (torch.rand((8, 3, 32, 32), generator=random(), device=device) * 2 - 1).requires_grad_()
     augmented = diff_augment(images, random(1))
     assert augmented.shape == images.shape
     augmented.square().sum().backward()
@@ -95,8 +99,8 @@ def test_diff_augment_is_differentiable_and_random():
     assert len({tuple(image.flatten().tolist()) for image in same_image_four_times}) == 4
 
 
-def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth():
-    ones = torch.ones(200, 3, 32, 32)
+def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth(device):
+    ones = torch.ones((200, 3, 32, 32), device=device)
     augmented = diff_augment(ones, random())
     zeros = (augmented == 0).all(dim=1)
     assert zeros.sum(dim=(1, 2)).max() <= 16 * 16 + 2 * 4 * 32
@@ -105,11 +109,12 @@ def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth():
     assert rows_moved_in.max() == 4 and rows_moved_in.min() == 0
 
 
-def test_diff_augment_changes_brightness_by_the_papers_range():
-    flat = torch.zeros(500, 3, 32, 32)
+def test_diff_augment_changes_brightness_by_the_papers_range(device):
+    flat = torch.zeros((500, 3, 32, 32), device=device)
     values = diff_augment(flat, random()).flatten(1)
     shift = torch.where(values.max(dim=1).values > 0, values.max(dim=1).values, values.min(dim=1).values)
-    assert shift.min() == pytest.approx(-0.5, abs=0.02) and shift.max() == pytest.approx(0.5, abs=0.02)
+    assert shift.min().item() == pytest.approx(-0.5, abs=0.02)
+    assert shift.max().item() == pytest.approx(0.5, abs=0.02)
 
 
 # --- The averaged generator -----------------------------------------------------------------------
@@ -121,7 +126,7 @@ def test_the_average_equals_its_definition():
     for step in range(40):
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(torch.randn(p.shape, generator=random(step)))
+                p.add_(torch.randn(p.shape, generator=random(step), device=p.device))
         update_average(average, model, step, decay=0.6)
         d = min(0.6, (1 + step) / (10 + step))
         expected = [d * e + (1 - d) * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]
@@ -129,15 +134,15 @@ def test_the_average_equals_its_definition():
         assert torch.allclose(got, wanted, atol=1e-5)
 
 
-def test_settled_statistics_normalise_the_generators_own_activations():
+def test_settled_statistics_normalise_the_generators_own_activations(device):
     generator = tiny_generator()
-    labels = torch.arange(3).repeat(32)
+    labels = torch.arange(3, device=device).repeat(32)
     first = generator.blocks[0].norm1.norm
     first.running_mean.fill_(100.0)
     settle_statistics(generator, labels, seed=0)
     assert not generator.training
     with torch.no_grad():
-        x = generator.project(torch.randn(2000, 8)).view(2000, -1, 4, 4)
+        x = generator.project(torch.randn((2000, 8), device=device)).view(2000, -1, 4, 4)
     assert torch.allclose(first.running_mean, x.mean(dim=(0, 2, 3)), atol=0.1)
     assert torch.allclose(first.running_var, x.var(dim=(0, 2, 3)), rtol=0.25)
 
@@ -154,8 +159,8 @@ def test_samples_are_seeded_uint8_images_of_any_batch_size(monkeypatch):
     assert np.abs(in_twos - images).max() <= 1, "up to rounding"
 
 
-def test_pixels_are_rounded_from_the_generators_range(monkeypatch):
-    values = torch.tensor([-1.0, 0.0, 1.0])
+def test_pixels_are_rounded_from_the_generators_range(monkeypatch, device):
+    values = torch.tensor([-1.0, 0.0, 1.0], device=device)
     monkeypatch.setattr(
         Generator, "forward", lambda self, z, y: values.view(1, 3, 1, 1).expand(len(y), 3, 32, 32)
     )
@@ -177,7 +182,7 @@ def test_truncation_cuts_off_latents_and_makes_images_more_alike(monkeypatch):
     assert seen[0].abs().max() > 2.5
     assert 0.45 < seen[1].abs().max() <= 0.5
     # A standard normal cut off at 0.5 has this standard deviation.
-    assert seen[1].std() == pytest.approx(0.2834, abs=0.01)
+    assert seen[1].std().item() == pytest.approx(0.2834, abs=0.01)
     assert truncated.std(axis=0).mean() < 0.6 * plain.std(axis=0).mean()
 
 
@@ -220,15 +225,15 @@ def test_more_images_than_fit_the_memory_are_refused_before_any_is_made(monkeypa
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def test_files_give_back_the_same_networks():
+def test_files_give_back_the_same_networks(device):
     generator = tiny_generator(trained=(0, 2))
     save_generator(generator, "generator.pt")
-    loaded = load_generator("generator.pt", "cpu")
+    loaded = load_generator("generator.pt")
     assert not loaded.training and equal(loaded.state_dict(), generator.state_dict())
-    discriminator = Discriminator(3, channels=4).eval()
+    discriminator = Discriminator(3, channels=4).eval().to(device, memory_format=torch.channels_last)
     save_discriminator(discriminator, "discriminator.pt")
-    loaded = load_discriminator("discriminator.pt", "cpu")
-    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    loaded = load_discriminator("discriminator.pt")
+    images, labels = torch.randn((2, 3, 32, 32), device=device), torch.tensor([0, 1], device=device)
     with torch.no_grad():
         assert torch.equal(loaded(images, labels), discriminator(images, labels))
 
@@ -284,12 +289,12 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(network, save,
     with pytest.raises(
         ValueError, match=r"weights in broken\.pt: NaN or infinity.*Remove it and train again"
     ):
-        load("broken.pt", "cpu")
+        load("broken.pt")
 
 
 def test_numpy_integers_as_sizes_come_back_from_a_file():
     sizes = np.int64(3), np.int64(8), np.int64(4)
     save_generator(Generator(*sizes), "generator.pt")
     save_discriminator(Discriminator(np.int64(3), np.int64(4)), "discriminator.pt")
-    assert load_generator("generator.pt", "cpu").num_classes == 3
-    assert load_discriminator("discriminator.pt", "cpu").channels == 4
+    assert load_generator("generator.pt").num_classes == 3
+    assert load_discriminator("discriminator.pt").channels == 4

@@ -18,8 +18,9 @@ from GenerationQuality import (
     memorisation,
     precision_and_recall,
 )
+from Runtime import choose_device
 
-CPU = torch.device("cpu")
+DEVICE = choose_device()  # the one under test
 
 
 def quarters(pixels):
@@ -27,7 +28,7 @@ def quarters(pixels):
     return torch.nn.functional.avg_pool2d(pixels.float(), 16).flatten(1)
 
 
-FEATURES = ImageFeatures(quarters, "means of quarters", CPU)
+FEATURES = ImageFeatures(quarters, "means of quarters", DEVICE)
 
 
 def noise(n, seed, mean=128):
@@ -43,7 +44,7 @@ def test_features_do_not_depend_on_the_batch_size():
     images = noise(7, 0)
     whole = FEATURES(images)
     assert whole.shape == (7, 12) and whole.dtype == torch.float32
-    assert torch.equal(ImageFeatures(quarters, "", CPU, batch_size=3)(images), whole)
+    assert torch.equal(ImageFeatures(quarters, "", DEVICE, batch_size=3)(images), whole)
     # First feature: the red channel's mean over the upper left quarter.
     assert whole[0, 0] == pytest.approx(images[0, :16, :16, 0].mean())
     with pytest.raises(TypeError, match="uint8"):
@@ -118,7 +119,7 @@ def test_features_that_are_not_finite_are_no_measurement(value):
         features[-1, 0] = value
         return features
 
-    broken, images = ImageFeatures(once, "a network with one NaN", CPU), noise(8, 0)
+    broken, images = ImageFeatures(once, "a network with one NaN", DEVICE), noise(8, 0)
     for measure in (
         lambda: broken(images),
         lambda: generation_quality(images, images, broken),
@@ -141,7 +142,7 @@ def test_distances_that_overflow_are_no_measurement():
     huge = torch.tensor([[1e38], [-3e38], [3e38], [0.0], [2e38]])
     with pytest.raises(ValueError, match="Distances between features: NaN or infinity"):
         precision_and_recall(huge, huge)
-    large = ImageFeatures(lambda pixels: quarters(pixels) * 1e30, "large", CPU)
+    large = ImageFeatures(lambda pixels: quarters(pixels) * 1e30, "large", DEVICE)
     with pytest.raises(ValueError, match="distance is"):
         frechet_distance_to(noise(8, 0), large)(noise(8, 1))
 
@@ -174,7 +175,7 @@ def test_distances_are_named_by_the_kind_of_features():
     assert ours["features"] == "means of quarters"
     assert {"frechet_distance", "kernel_distance", "precision", "recall"} < ours.keys()
     assert not {"fid", "kid"} & ours.keys()
-    stand_in = ImageFeatures(quarters, "Inception-v3 (ImageNet)", CPU)
+    stand_in = ImageFeatures(quarters, "Inception-v3 (ImageNet)", DEVICE)
     stand_in.is_inception = True
     theirs = generation_quality(real, generated, stand_in)
     assert {"fid", "kid"} < theirs.keys() and "frechet_distance" not in theirs

@@ -24,8 +24,8 @@ def trained(tmp_path_factory):
     data, folder = make_tiny_data(), tmp_path_factory.mktemp("trained")
     study = smoke_study(data, "cat-3")
     with contextlib.chdir(folder):
-        run_arms([study], data, ["imbalanced", "logit-adjusted"], device="cpu")
-        run_arms([study], data, ["imbalanced"], [1], device="cpu")
+        run_arms([study], data, ["imbalanced", "logit-adjusted"])
+        run_arms([study], data, ["imbalanced"], [1])
     return folder
 
 
@@ -210,7 +210,7 @@ def test_the_readme_shows_the_committed_results_in_six_rows(monkeypatch):
 def test_results_of_another_profile_do_not_change_the_documents(tiny_data, monkeypatch):
     """After a run on a GPU, the tests of the repository still pass."""
     monkeypatch.setattr(Report, "COMMITTED", Study("cpu", "cifar10", "cat-3"))
-    run_arms([Study("smoke", "cifar10", "cat-3")], tiny_data, ["imbalanced"], device="cpu")
+    run_arms([Study("smoke", "cifar10", "cat-3")], tiny_data, ["imbalanced"])
     assert Report.generated_parts()[Path("README.md")]["summary"] == Report.NOT_RUN
 
 

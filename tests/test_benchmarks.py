@@ -40,13 +40,13 @@ def test_the_presets_cost_what_they_promise(capsys):
     assert table.startswith("| preset |") and table.count("not measured") == 4
 
 
-def test_the_benchmark_of_the_gan_compares_the_two_in_turns():
+def test_the_benchmark_of_the_gan_compares_the_two_in_turns(device):
     # In a process of its own: it starts processes, which import what is run.
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "gan.py"), "--profile", "smoke", "--batch-size", "4",
-               "--workers", "0", "--rounds", "2", "--seconds", "0.01", "--device", "cpu"]  # fmt: skip
+               "--workers", "0", "--rounds", "2", "--seconds", "0.01"]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-2000:]
-    result = json.loads(Path("results/benchmarks/gan-cpu.json").read_text())
+    result = json.loads(Path(f"results/benchmarks/gan-{device.type}.json").read_text())
     speeds = {name: row["images_per_second"] for name, row in result["rows"].items()}
     ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["reference"], strict=True)]
     assert result["ratio_of_each_turn"] == pytest.approx(ratios) and len(ratios) == 2
