@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from Precision import mixed_precision
 from Runtime import (
     check_images,
     choose_device,
     derive_seed,
     load_torch_file,
-    mixed_precision,
     require_finite,
     save_torch_file,
     seeded,

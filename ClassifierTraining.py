@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Muon import KernelMuon
+from Precision import mixed_precision
 from Runtime import (
     Checkpoint,
     check_images,
     checksum,
     derive_seed,
     deterministic_convolutions,
-    mixed_precision,
     plain,
 )
 

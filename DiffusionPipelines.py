@@ -29,7 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from FiniteNumbers import check_weights, finite_numbers
-from Runtime import choose_device, is_reachable, require_free_space, user_path, uses_bfloat16
+from Precision import half_precision
+from Runtime import choose_device, is_reachable, require_free_space, user_path
 
 # --- Presets ------------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ def _first_line(error):
 
 
 def choose_dtype(device):
-    """Choose the weights' data type: float16 on CUDA, bfloat16 on CPUs that multiply in it, else float32.
+    """Choose the weights' data type, where :func:`Precision.half_precision` has one: float16 on CUDA, else that.
 
     On CUDA float16 is preferred to bfloat16, because its three more bits of precision are visible in images,
     and because the published weights were made for it.
@@ -268,9 +269,10 @@ def choose_dtype(device):
     -------
     torch.dtype
     """
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and uses_bfloat16(device) else torch.float32
+    half = half_precision(device)
+    if half is None:
+        return torch.float32
+    return torch.float16 if device.type == "cuda" else half
 
 
 def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):

@@ -25,11 +25,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from Precision import mixed_precision
 from Runtime import (
     choose_device,
     deterministic_convolutions,
     load_torch_file,
-    mixed_precision,
     require_finite,
     require_memory,
     save_torch_file,

@@ -35,7 +35,8 @@ from GANNetworks import (
     update_average,
 )
 from ImageOverSampler import TooFewImagesError
-from Runtime import derive_seed, mixed_precision, plain, require_memory, seeded
+from Precision import mixed_precision
+from Runtime import derive_seed, plain, require_memory, seeded
 
 # --- Settings -----------------------------------------------------------------------------------
 

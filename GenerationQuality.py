@@ -25,6 +25,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from Precision import mixed_precision
 from Runtime import (
     atomic_path,
     check_images,
@@ -32,7 +33,6 @@ from Runtime import (
     derive_seed,
     is_reachable,
     load_torch_file,
-    mixed_precision,
     require_finite,
     seeded,
 )

@@ -28,6 +28,7 @@ from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
 from ImageCache import locked, require_writable
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
+from Precision import mixed_precision
 from Prompts import with_article
 from Runtime import (
     Checkpoint,
@@ -35,7 +36,6 @@ from Runtime import (
     check_images,
     choose_device,
     derive_seed,
-    mixed_precision,
     require_free_space,
     seeded,
     user_path,

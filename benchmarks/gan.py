@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from Arms import PROFILES
 from GANGeneration import Adversaries, BalancedBatches, count_flops
-from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json, uses_bfloat16
+from Precision import precision_name
+from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
@@ -221,7 +222,7 @@ def main(arguments=None):
             )
         ],
         "our_settings": asdict(built["ours"].settings),
-        "bfloat16": uses_bfloat16(device),
+        "precision": precision_name(device),
         "dataloader_workers": options.workers,
         "hardware": describe_hardware(device),
         "torch": torch.__version__,

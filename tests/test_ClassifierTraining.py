@@ -51,7 +51,7 @@ SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2
 @pytest.fixture
 def float32(monkeypatch):
     """Compute in float32, so that numbers can be compared closely."""
-    monkeypatch.setattr("Runtime.uses_bfloat16", lambda device: False)
+    monkeypatch.setattr("Precision.half_precision", lambda device: None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -529,13 +529,13 @@ import json, sys
 import numpy as np
 import torch
 from accelerate import PartialState
-import Runtime
+import Precision
 from ClassifierNetwork import EpochEvaluator, channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import LogitAdjustedLoss, Recipe, train_classifier
 
 state = PartialState(cpu=True)
 torch.set_num_threads(1)
-Runtime.uses_bfloat16 = lambda device: False
+Precision.half_precision = lambda device: None
 data = np.load("data.npz")
 X, y = data["X"], data["y"]
 model = create_classifier(10, 4, channel_statistics(X), seed=0, device="cpu")

@@ -259,11 +259,16 @@ def test_impossible_numbers_are_refused(pipelines, change):
 
 
 def test_the_weights_type_follows_the_device(monkeypatch):
-    assert choose_dtype(torch.device("cuda")) == torch.float16
     assert choose_dtype(torch.device("mps")) == torch.float32
-    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(DiffusionPipelines, "uses_bfloat16", lambda device, answer=has_bfloat16: answer)
-        assert choose_dtype(torch.device("cpu")) == expected
+    for device, half, expected in (
+        ("cuda", torch.bfloat16, torch.float16),
+        ("cuda", torch.float16, torch.float16),
+        ("cuda", None, torch.float32),
+        ("cpu", torch.bfloat16, torch.bfloat16),
+        ("cpu", None, torch.float32),
+    ):
+        monkeypatch.setattr(DiffusionPipelines, "half_precision", lambda device, half=half: half)
+        assert choose_dtype(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -47,7 +47,7 @@ def same(a, b):
 @pytest.fixture
 def in_float32(monkeypatch):
     """Small losses are compared here; bfloat16 would blur them."""
-    monkeypatch.setattr("Runtime.uses_bfloat16", lambda device: False)
+    monkeypatch.setattr("Precision.half_precision", lambda device: None)
 
 
 def test_the_loss_falls(X, recipe, in_float32):

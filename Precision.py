@@ -1,0 +1,114 @@
+"""In which type of number a device multiplies, and what training in float16 needs.
+
+    with mixed_precision(device):
+        loss = network(images).square().mean()
+    steps = ScaledSteps(network.parameters(), [optimizer], device)
+    steps.backward(loss)
+    steps.step()
+
+All networks follow the one decision of :func:`half_precision`.
+
+References
+----------
+Micikevicius et al. (2018), Mixed precision training (the scaled loss).
+"""
+
+import contextlib
+
+import torch
+
+
+def half_precision(device):
+    """The type in which convolutions run on a device, if it multiplies faster in it than in float32.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    torch.dtype or None
+        ``torch.bfloat16`` where the hardware multiplies in it (not where PyTorch emulates it), else ``torch.float16``
+        on a CUDA GPU that has it, else None: float32.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= (5, 3) else None
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return None
+
+
+def precision_name(device):
+    """Name of the type in which convolutions run: ``bfloat16``, ``float16`` or ``float32``."""
+    return str(half_precision(device) or torch.float32).removeprefix("torch.")
+
+
+def mixed_precision(device):
+    """Context in which convolutions run in the type that :func:`half_precision` chooses."""
+    dtype = half_precision(device)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+class ScaledSteps:
+    """Gradients and optimiser steps. In float16, the loss is scaled so that small gradients do not become zero.
+
+    If a scaled gradient overflows, the step is skipped and the scale is halved (Micikevicius et al. 2018). In other
+    types nothing is scaled or skipped.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+        All that the optimisers change.
+    optimizers : list of torch.optim.Optimizer
+        They step one after another, or none does.
+    device : torch.device
+
+    Attributes
+    ----------
+    skipped : int
+        Number of steps that were skipped so far.
+    """
+
+    def __init__(self, parameters, optimizers, device):
+        self.skipped = 0
+        self._together = _Together(list(parameters), optimizers)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) == torch.float16)
+
+    def backward(self, loss):
+        """Add the (scaled) gradient of ``loss``. Do so as often as a step has losses."""
+        self._scaler.scale(loss).backward()
+
+    def step(self):
+        """Let all optimisers change the weights once, unless a gradient overflowed."""
+        if not self._scaler.is_enabled():
+            self._together.step()
+            return
+        self._scaler.unscale_(self._together)
+        stepped = self._scaler.step(self._together)
+        self._scaler.update()
+        self.skipped += not stepped
+
+    def state_dict(self):
+        """The scale and the number of skipped steps; the optimisers are not in it."""
+        return {"scaler": self._scaler.state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state):
+        """Take over what :meth:`state_dict` returned, also on a device of another type of number."""
+        self.skipped = state["skipped"]
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+
+class _Together:
+    """Several optimisers as the one that a GradScaler asks for. KernelMuon's own parameters have no gradients."""
+
+    def __init__(self, parameters, optimizers):
+        self.param_groups = [{"params": parameters}]
+        self.optimizers = optimizers
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return True  # GradScaler returns None if it skips the step
