@@ -23,7 +23,7 @@ from ClassifierNetwork import (
     evaluate_classifier,
     save_classifier,
 )
-from ClassifierTraining import count_training_flops, train_classifier
+from ClassifierTraining import Recipe, count_training_flops, train_classifier
 from ImbalancedCIFAR10 import split_from_name
 from Precision import precision_name
 from Report import save_arm_plots
@@ -82,7 +82,10 @@ def finished_result(study, data, arm_name, seed=0):
     result = read_result(path)
     # Arms are compared with each other, so all must have been trained in the same way.
     wanted = _recipe_and_network(arm_recipe(study, data), study.settings)
-    require_same_settings(path, result["configuration"], wanted)
+    defaults = Recipe(
+        steps=1
+    ).as_json()  # of settings that could not be chosen yet when the result was obtained
+    require_same_settings(path, defaults | result["configuration"], wanted)
     generator = study.generator_checksum() if find_arm(arm_name).needs_gan else None
     if generator is not None and result.get("generator", generator) != generator:
         raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "

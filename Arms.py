@@ -14,9 +14,10 @@ from imblearn.base import BaseSampler
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from sklearn.base import clone
 
-from ClassifierTraining import LogitAdjustedLoss, Recipe
+from ClassifierTraining import Recipe
 from GANGeneration import GANOverSampler, GANSettings
 from ImageOverSampler import UnsuitableImagesError, source_balanced_strategy
+from Losses import LogitAdjustedLoss
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import choose_device, derive_seed
 from StableDiffusionGeneration import StableDiffusionOverSampler
@@ -241,7 +242,7 @@ class Arm:
 
         Returns
         -------
-        ClassifierTraining.LogitAdjustedLoss or None
+        Losses.LogitAdjustedLoss or None
         """
         if not self.logit_adjusted:
             return None

@@ -1,22 +1,24 @@
-"""Training of a classifier: recipe, batches, losses, optimiser and loop.
+"""Training of a classifier: recipe, optimiser and loop.
 
     recipe = Recipe(steps=1600)
     history = train_classifier(model, X, y, recipe, seed=0)
 
-All images live on the device as one uint8 tensor, and whole batches are cropped and mirrored there.
+``Batches.py`` makes the batches and ``Losses.py`` holds the losses.
 
 References
 ----------
+Foret et al. (2021), Sharpness-aware minimization for efficiently improving generalization.
 Menon et al. (2021), Long-tail learning via logit adjustment. Smith and Topin (2018), Super-convergence (the
 one-cycle schedule). Hoffer et al. (2017), Train longer, generalize better (ghost batch normalisation). Howard
 (2018), Training ImageNet in 3 hours for 25 minutes (progressive resizing).
 """
 
+import contextlib
 import copy
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +30,14 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from Batches import AugmentedBatches, MicroBatch, split_evenly
+from Losses import CrossEntropy, LogitAdjustedLoss
 from Muon import KernelMuon
 from Precision import mixed_precision
 from Runtime import (
     Checkpoint,
     check_images,
     checksum,
-    derive_seed,
     deterministic_convolutions,
     plain,
 )
@@ -78,13 +81,16 @@ class Recipe:
     label_smoothing : float
         0 in the study. It contradicts the logit adjustment (see :class:`LogitAdjustedLoss`), and in the other arms
         alone it would be a second difference between the arms.
-    padding, flip : int and bool
-        See :class:`AugmentedBatches`.
+    padding, flip, cutout : int, bool and int
+        See :class:`Batches.AugmentedBatches`.
+    sam_radius : float
+        If above 0, each gradient is taken where the loss is highest within about this distance of the weights
+        (sharpness-aware minimisation, Foret et al. 2021). A step then costs twice as much.
 
     Raises
     ------
     ValueError
-        If there is no step, no image in a batch, or no such optimizer.
+        If there is no step, no image in a batch, no such optimizer, or the radius is negative.
     """
 
     steps: int
@@ -103,6 +109,8 @@ class Recipe:
     label_smoothing: float = 0.0
     padding: int = 2
     flip: bool = True
+    cutout: int = 0
+    sam_radius: float = 0.0
 
     def __post_init__(self):
         for name, value in plain(self).items():  # PyTorch refuses some NumPy scalars
@@ -115,6 +123,8 @@ class Recipe:
             )
         if self.optimizer not in ("muon", "sgd"):
             raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
+        if not 0 <= self.sam_radius < math.inf:
+            raise ValueError(f"sam_radius must be a finite number, 0 or more: got {self.sam_radius}.")
 
     def as_json(self):
         """The settings as a dict that equals what is read back from a JSON file of them."""
@@ -129,159 +139,14 @@ class Recipe:
         return math.ceil(self.steps / (n // min(self.batch_size, n)))
 
     def batches(self, X, seed, device, rank=0, world_size=1):
-        """The :class:`AugmentedBatches` of this recipe; see there for the parameters."""
-        options = {"padding": self.padding, "flip": self.flip, "rank": rank, "world_size": world_size}
+        """The :class:`Batches.AugmentedBatches` of this recipe; see there for the parameters."""
+        options = self.augmentation | {"rank": rank, "world_size": world_size}
         return AugmentedBatches(X, self.batch_size, device, seed, **options)
 
-
-# --- Batches ------------------------------------------------------------------------------------
-
-
-class AugmentedBatches:
-    """Random crops and flips of a whole data set that stays on the device.
-
-    Epoch ``e`` is the same in every run, whatever was drawn before, so a resumed training sees what an uninterrupted
-    one sees. The last incomplete batch is left out (other rows each epoch), unless it is the only one.
-
-    Parameters
-    ----------
-    X : ndarray of uint8, shape (n, height, width, 3)
-    batch_size : int
-        Images in a batch, over all processes together; at most n are used.
-    device : torch.device
-    seed : int
-        Of order, crops and flips.
-    padding : int, default 2
-        Pixels by which crops may move. The border is filled by reflection.
-    flip : bool, default True
-        Whether each image is mirrored left to right with probability one half.
-    rank, world_size : int, default 0 and 1
-        Number of this process, and of all processes that train together. Each gets its part of every batch. All
-        parts together are the batch that a single process would get.
-
-    Raises
-    ------
-    ValueError
-        If ``world_size`` does not divide the batch.
-    """
-
-    def __init__(self, X, batch_size, device, seed, *, padding=2, flip=True, rank=0, world_size=1):
-        self.n, self.height, self.width = X.shape[:3]
-        self.batch_size = min(batch_size, self.n)
-        self.device, self.seed, self.padding, self.flip = device, seed, padding, flip
-        self.world_size = world_size
-        if self.batch_size % world_size:
-            raise ValueError(
-                f"{world_size} processes cannot share batches of {self.batch_size} images equally. "
-                "Start a number of processes that divides the batch."
-            )
-        self.part = self.batch_size // world_size
-        self.first = rank * self.part
-        pad = (padding, padding)
-        padded = torch.from_numpy(np.pad(X, ((0, 0), pad, pad, (0, 0)), mode="reflect")).to(device)
-        # A view of all crops, shape (n, offsets, offsets, 3, height, width). Indexing it gathers and crops
-        # in one operation, and the result is already in channels_last order.
-        self.crops = padded.unfold(1, self.height, 1).unfold(2, self.width, 1)
-
-    def __len__(self):
-        return self.n // self.batch_size
-
-    def epoch(self, number):
-        """Yield ``(images, rows)``: uint8 (part, 3, height, width) and int64 (part,) on the device."""
-        generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
-
-        def draw(high):
-            return torch.randint(high, (self.n,), generator=generator, device=self.device)
-
-        order = torch.randperm(self.n, generator=generator, device=self.device)
-        top, left = draw(2 * self.padding + 1), draw(2 * self.padding + 1)
-        mirrored = draw(2).bool() if self.flip else None
-        for start in range(self.first, len(self) * self.batch_size, self.batch_size):
-            rows = order[start : start + self.part]
-            images = self.crops[rows, top[rows], left[rows]]
-            if self.flip:
-                images = torch.where(mirrored[rows].view(-1, 1, 1, 1), images.flip(-1), images)
-            yield images, rows
-
-
-# --- Losses -------------------------------------------------------------------------------------
-
-
-class CrossEntropy(nn.Module):
-    """Mean cross-entropy, and the interface of every loss of :func:`train_classifier`.
-
-    Parameters
-    ----------
-    label_smoothing : float, default 0.0
-        Fraction of each target that is spread equally over all classes.
-    """
-
-    def __init__(self, label_smoothing=0.0):
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits, targets, rows):
-        """Mean loss of m images: float32 logits (m, classes), int64 targets (m,) and training-set rows (m,)."""
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-
-    def extra_repr(self):
-        return f"label_smoothing={self.label_smoothing}"
-
-
-class LogitAdjustedLoss(nn.Module):
-    """Mean cross-entropy of ``logits + log P(class | source of the row)``.
-
-    This is the loss of Menon et al. (2021) with tau = 1, extended to several sources. Nothing is added to the logits
-    at test time, so the network learns what holds under equal class frequencies, and whether an image looks
-    synthetic tells nothing about its class. Label smoothing contradicts it: that would give a rare class more
-    probability than its prior on every image, and so undo the adjustment.
-
-    Parameters
-    ----------
-    y : ndarray of int, shape (n,)
-        Labels of the training set.
-    num_classes : int
-    sources : ndarray of int or bool, shape (n,), optional
-        Source of each row: 0 real, 1 synthetic. Default: all rows have the same source.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``sources`` are not sources of the rows of ``y``.
-    """
-
-    def __init__(self, y, num_classes, sources=None):
-        super().__init__()
-        sources = _check_sources(sources, y)
-        log_priors = torch.from_numpy(class_log_priors(y, num_classes, sources))
-        self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(sources)])
-
-    def forward(self, logits, targets, rows):
-        return F.cross_entropy(logits + self.log_prior_of_row[rows], targets)
-
-    def extra_repr(self):
-        rows, classes = self.log_prior_of_row.shape
-        return f"rows={rows}, classes={classes}, checksum={checksum(self.log_prior_of_row.cpu().numpy())}"
-
-
-def _check_sources(sources, y):
-    """``sources`` as int64, zeros for None, or an error if they are not sources of the rows of ``y``."""
-    sources = np.zeros_like(y) if sources is None else np.asarray(sources)
-    if sources.shape != y.shape:
-        raise ValueError(f"sources must have the shape {y.shape} like y, but it is {sources.shape}.")
-    if sources.dtype != bool and not np.issubdtype(sources.dtype, np.integer):
-        raise TypeError(f"sources must hold integers, 0 for real rows, but its dtype is {sources.dtype}.")
-    if sources.min() < 0:
-        raise ValueError(f"sources must not be negative, but the smallest is {sources.min()}.")
-    return sources.astype(np.int64, copy=False)
-
-
-def class_log_priors(y, num_classes, sources):
-    """Log class frequencies of each source: float32 (n_sources, num_classes), -inf for a class that a source lacks."""
-    counts = np.zeros((sources.max() + 1, num_classes))
-    np.add.at(counts, (sources, y), 1)
-    with np.errstate(divide="ignore"):
-        return np.log(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+    @property
+    def augmentation(self):
+        """The arguments of :class:`Batches.AugmentedBatches` that say how images are changed: a dict."""
+        return {"padding": self.padding, "flip": self.flip, "cutout": self.cutout}
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -304,11 +169,11 @@ def train_classifier(
     seed : int
         Order, crops and flips of the default batches.
     loss : torch.nn.Module, optional
-        Called like :class:`CrossEntropy`, the default. It is moved to the model's device. Its ``repr`` must tell it
+        Called like :class:`Losses.CrossEntropy`, the default. It is moved to the model's device. Its ``repr`` must tell it
         from other losses, because checkpoints are compared by it.
     batches : object, optional
         Default: ``recipe.batches(X, seed, device)``. Any other object needs ``batch_size`` and ``epoch(number)``, as
-        :class:`AugmentedBatches` has them. With a ``world_size`` above 1, all processes of torch.distributed's group
+        :class:`Batches.AugmentedBatches` has them, or yields lists of :class:`Batches.MicroBatch`. With a ``world_size`` above 1, all processes of torch.distributed's group
         train this network together: each computes its part of every batch, gradients are averaged, and all hold the
         same weights. The loss is then that of one process, up to rounding, if ``batch_size`` is a multiple of
         ``micro_batch_size`` times ``world_size``.
@@ -409,8 +274,9 @@ class _Training:
         # Summed on the device: reading a value in each step would make a GPU wait.
         self.loss_sum = torch.zeros((), device=self.device)
         self.right = torch.zeros((), device=self.device, dtype=torch.int64)
-        for images, rows in self.batches.epoch(number):
-            self.train_step(images, rows)
+        for batch in self.batches.epoch(number):
+            size = self.recipe.micro_batch_size
+            self.train_step(batch if isinstance(batch, list) else split_evenly(*batch, size))
             bar.update()
             if self.step == self.recipe.steps:
                 break
@@ -430,23 +296,29 @@ class _Training:
             "seconds": time.perf_counter() - started,
         }
 
-    def train_step(self, images, rows):
+    def train_step(self, micro_batches):
         """Change the weights once, by the mean gradient of a batch, computed in micro-batches."""
         self.model.zero_grad()
-        scale, size = self.recipe.scale_at(self.step), self.recipe.micro_batch_size
-        for part, part_rows in zip(images.split(size), rows.split(size), strict=True):
-            targets, weight = self.targets[part_rows], len(part_rows) / len(rows)
-            loss, logits = _forward_and_backward(
-                self.model, self.loss, part, targets, part_rows, scale, weight
-            )
-            self.loss_sum += loss
-            self.right += (logits.argmax(1) == targets).sum()
+        self.loss.progress = self.step / self.recipe.steps
+        self._add_gradients(micro_batches)
+        if self.recipe.sam_radius:
+            with _moved_uphill(self.model, self.recipe.sam_radius):
+                self.model.zero_grad()
+                self._add_gradients([replace(part, tracked=False) for part in micro_batches], counted=False)
         if self.world_size > 1:
             _average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             scheduler.step()
         self.step += 1
+
+    def _add_gradients(self, micro_batches, counted=True):
+        scale = self.recipe.scale_at(self.step)
+        for part in micro_batches:
+            loss, logits = _forward_and_backward(self.model, self.loss, part, self.targets, scale)
+            if counted:
+                self.loss_sum += loss
+                self.right += (logits.argmax(1) == self.targets[part.rows]).sum()
 
     def identity(self):
         """What a checkpoint must agree with."""
@@ -455,7 +327,7 @@ class _Training:
             "num_classes": self.model.num_classes,
             "downsampling": self.model.downsampling,
             "loss": repr(self.loss),
-            "batches": type(self.batches).__name__,
+            "batches": getattr(self.batches, "description", type(self.batches).__name__),
             "rows": len(self.targets),
             "processes": self.world_size,
         }
@@ -505,21 +377,52 @@ def _create_scheduler(optimizer, recipe):
 
 
 @record_function("forward and backward")  # what torch.profiler shows
-def _forward_and_backward(model, loss, images, targets, rows, scale, weight=1.0):
-    """Add the gradient of ``weight`` times the mean loss; return that weighted loss and the logits.
+def _forward_and_backward(model, loss, part, targets, scale):
+    """Add the gradient of a micro-batch's weighted mean loss; return that weighted loss and the logits.
 
-    The images are shrunk to ``scale`` times their side first, but not below ``SMALLEST_SIDE``.
+    The images are shrunk to ``scale`` times their side first, but not below ``SMALLEST_SIDE``. ``targets`` are those
+    of all rows of the training set.
     """
-    sides = tuple(images.shape[2:])
+    images, sides = part.images, tuple(part.images.shape[2:])
     size = tuple(min(side, max(SMALLEST_SIDE, round(scale * side))) for side in sides)
     if size != sides:
         images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-    with mixed_precision(images.device):
+    with mixed_precision(images.device), _running_statistics(model, part.tracked):
         logits = model(images)
     logits = logits.float()
-    weighted_loss = weight * loss(logits, targets, rows)
+    weighted_loss = part.weight * loss(logits, targets[part.rows], part.rows)
+    if part.partners is not None:
+        partners_loss = part.weight * loss(logits, targets[part.partners], part.partners)
+        weighted_loss = part.kept * weighted_loss + (1 - part.kept) * partners_loss
     weighted_loss.backward()
     return weighted_loss.detach(), logits.detach()
+
+
+@contextlib.contextmanager
+def _running_statistics(model, tracked):
+    """Leave the running batch-norm statistics as they are within the block, unless they are to be tracked."""
+    norms = [] if tracked else [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def _moved_uphill(model, radius):
+    """Move the weights by ``radius`` along their gradient within the block (Foret et al. 2021)."""
+    weights = [p for p in model.parameters() if p.grad is not None]
+    before = [p.detach().clone() for p in weights]
+    with torch.no_grad():
+        length = nn.utils.get_total_norm([p.grad for p in weights]).clamp(min=1e-12)
+        torch._foreach_add_(weights, torch._foreach_mul([p.grad for p in weights], radius / length))
+    yield
+    with torch.no_grad():
+        torch._foreach_copy_(weights, before)
 
 
 def _average_over_processes(tensors):
@@ -552,10 +455,12 @@ def count_training_flops(model, recipe, image_size=(32, 32)):
     optimizers, loss = _create_optimizers(model, recipe), CrossEntropy()
     images = torch.empty((recipe.batch_size, 3, *image_size), device="meta")
     targets, rows = torch.empty((2, recipe.batch_size), dtype=torch.int64, device="meta")
+    part = MicroBatch(images, rows, weight=1.0)  # the micro-batches would add up to the same
     flops = 0
     for scale, steps in Counter(map(recipe.scale_at, range(recipe.steps))).items():
-        with FlopCounterMode(display=False) as counter:  # micro-batches would add up to the same
-            _forward_and_backward(model, loss, images, targets, rows, scale)
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(2 if recipe.sam_radius else 1):
+                _forward_and_backward(model, loss, part, targets, scale)
             for optimizer in optimizers:
                 optimizer.step()
         flops += steps * counter.get_total_flops()

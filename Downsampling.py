@@ -3,15 +3,18 @@
     small = downsample(images)                             # 512x512 PIL images -> uint8 (n, 32, 32, 3)
     print(image_statistics(small), image_statistics(real))
     matched = match_statistics(small, real)
+    matched = match_spectrum(small, real)
 
 References
 ----------
 Parmar, Zhang and Zhu (2022), On aliased resizing and surprising subtleties in GAN evaluation (reduce with
-antialiasing, or the result depends on the library). Pitié and Kokaram (2007), The linear
+antialiasing, or the result depends on the library). Durall, Keuper and Keuper (2020), Watch your
+up-convolution (the power spectrum gives generated images away). Pitié and Kokaram (2007), The linear
 Monge-Kantorovitch linear colour mapping for example-based colour transfer.
 """
 
 import numpy as np
+import scipy.fft
 from PIL import Image
 
 from Runtime import check_images
@@ -166,3 +169,68 @@ def _mean_and_covariance(x):
 def _square_root(matrix):
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+# --- Power spectrum -----------------------------------------------------------------------------
+
+SPECTRUM_IMAGES = 5000  # enough for the mean power of each frequency
+
+
+def match_spectrum(images, real):
+    """Give a set of generated images the mean power spectrum of a set of real ones.
+
+    Generated images have too much or too little power at some frequencies, and a network can tell them from real ones
+    by that (Durall et al. 2020). Each frequency of each channel gets one gain for all images: the square root of the
+    ratio of its mean power in the real and in the generated images. The mean of each image stays.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (n, height, width, 3)
+    real : ndarray of uint8, shape (m, height, width, 3)
+        Real training images that the split kept, of the same size. Never pass images that it removed.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, height, width, 3)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a set is empty, its images are not uint8 of at least 2x2 pixels, the sizes differ, or there are fewer than
+        2 real images.
+    """
+    images, real = _check(images), _check(real)
+    if images.shape[1:] != real.shape[1:]:
+        raise ValueError(
+            f"Spectra are compared at one size, but generated images have the shape {images.shape[1:]} and real ones "
+            f"{real.shape[1:]}. Reduce them to the same size first."
+        )
+    if len(real) < 2:
+        raise ValueError(
+            "A mean power spectrum needs at least 2 real images, but there is 1. Keep more images."
+        )
+    gain = np.sqrt(mean_power(real) / np.maximum(mean_power(images), 1e-12))
+    gain[0, 0] = 1  # the mean of an image
+    matched = np.empty_like(images)
+    for start in range(0, len(images), 1000):  # the spectra of all at once would take gigabytes
+        part = slice(start, start + 1000)
+        spectrum = gain.astype(np.float32) * _spectrum(images[part])
+        pixels = scipy.fft.irfft2(spectrum, s=images.shape[1:3], axes=(1, 2))
+        matched[part] = np.rint(np.clip(pixels, 0, 255))
+    return matched
+
+
+def mean_power(images):
+    """Mean power of each frequency and channel: float64 (height, width // 2 + 1, 3), from at most 5,000 images."""
+    if len(images) > SPECTRUM_IMAGES:
+        rows = np.random.default_rng(0).choice(len(images), SPECTRUM_IMAGES, replace=False)
+        images = images[np.sort(rows)]
+    parts = [
+        np.square(np.abs(_spectrum(p))).sum(axis=0, dtype=np.float64)
+        for p in np.array_split(images, 1 + len(images) // 1000)
+    ]
+    return sum(parts) / len(images)
+
+
+def _spectrum(images):
+    return scipy.fft.rfft2(images.astype(np.float32), axes=(1, 2))

@@ -323,6 +323,8 @@ class GANOverSampler(ImageOverSampler):
         As in imbalanced-learn: see :class:`ImageOverSampler.ImageOverSampler`.
     random_state : int, RandomState instance or None, default None
         Seed of the generated images. An integer is the training's seed too; otherwise that is 0.
+    match : {None, 'spectrum', 'statistics'}, default None
+        See :class:`ImageOverSampler.ImageOverSampler`.
     device : str or torch.device, optional
         Where a generator is trained, or loaded from a file. Default: the fastest there is. A given Generator
         stays where it is.
@@ -344,9 +346,10 @@ class GANOverSampler(ImageOverSampler):
         truncation=None,
         sampling_strategy="auto",
         random_state=None,
+        match=None,
         device=None,
     ):
-        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state)
+        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state, match=match)
         self.generator = generator
         self.settings = settings
         self.truncation = truncation

@@ -20,7 +20,10 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.utils import check_sampling_strategy
 from sklearn.utils import check_random_state
 
+from Downsampling import match_spectrum, match_statistics
 from Runtime import check_images, derive_seed
+
+MATCHES = {"spectrum": match_spectrum, "statistics": match_statistics}
 
 
 class UnsuitableImagesError(ValueError):
@@ -88,14 +91,21 @@ class ImageOverSampler(BaseOverSampler):
         ones included. A callable returns such a dict from ``y``, as :func:`source_balanced_strategy` does.
     random_state : int, RandomState instance or None, default None
         Seed of the new images.
+    match : {None, 'spectrum', 'statistics'}, default None
+        What the new images get from the given ones, so that they are harder to tell apart:
+        :func:`Downsampling.match_spectrum` (power at each frequency), :func:`Downsampling.match_statistics` (colours
+        and sharpness), or nothing. One map for all new images.
     """
 
-    def __init__(self, *, sampling_strategy="auto", random_state=None):
+    def __init__(self, *, sampling_strategy="auto", random_state=None, match=None):
         super().__init__(sampling_strategy=sampling_strategy)
         self.random_state = random_state
+        self.match = match
 
     def _check_X_y(self, X, y):
         X, y = check_images(X, y)
+        if self.match is not None and self.match not in MATCHES:
+            raise ValueError(f"Unknown match {self.match!r}. Choose None or one of {', '.join(MATCHES)}.")
         check_request(self.sampling_strategy, X, y, bytes_per_value=2)  # each class alone, and all together
         return X, y, False
 
@@ -126,12 +136,15 @@ class ImageOverSampler(BaseOverSampler):
     def _fit_resample(self, X, y):
         # One seed per class, so that the images of a class do not depend on what the others need.
         seed = int(check_random_state(self.random_state).randint(2**31))
-        images, labels = [X], [y]
+        images, labels = [X[:0]], [y]
         for c, count in sorted(self.sampling_strategy_.items()):
             if count > 0:
                 images.append(self._make_images(X[y == c], int(c), count, derive_seed(seed, int(c))))
                 labels.append(np.full(count, c, dtype=np.int64))
-        return np.concatenate(images), np.concatenate(labels)
+        new = np.concatenate(images)
+        if self.match is not None and len(new):
+            new = MATCHES[self.match](new, X)
+        return np.concatenate([X, new]), np.concatenate(labels)
 
     @abstractmethod
     def _make_images(self, X, c, count, seed):

@@ -77,6 +77,8 @@ class AugmentationOverSampler(ImageOverSampler):
         How many images each class shall have: see :class:`ImageOverSampler.ImageOverSampler`.
     random_state : int, RandomState instance or None, default None
         The same seed gives the same images.
+    match : {None, 'spectrum', 'statistics'}, default None
+        See :class:`ImageOverSampler.ImageOverSampler`.
 
     Examples
     --------
@@ -88,8 +90,8 @@ class AugmentationOverSampler(ImageOverSampler):
     ((18, 32, 32, 3), [9, 9])
     """
 
-    def __init__(self, *, preset="mild", sampling_strategy="auto", random_state=None):
-        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state)
+    def __init__(self, *, preset="mild", sampling_strategy="auto", random_state=None, match=None):
+        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state, match=match)
         self.preset = preset
 
     def _make_images(self, X, c, count, seed):

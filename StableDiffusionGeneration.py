@@ -45,6 +45,9 @@ class StableDiffusionOverSampler(ImageOverSampler):
         the minority class only. :func:`ImageOverSampler.source_balanced_strategy` gives every class some.
     random_state : int, RandomState instance or None, default None
         Which images are drawn.
+    match : {None, 'spectrum', 'statistics'}, default None
+        See :class:`ImageOverSampler.ImageOverSampler`. CIFAKE's images have 1.3 to 4 times the power of real ones at
+        high frequencies.
 
     Raises
     ------
@@ -56,8 +59,8 @@ class StableDiffusionOverSampler(ImageOverSampler):
         In ``fit_resample``, if the cache has fewer images of a class than are needed.
     """
 
-    def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None):
-        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state)
+    def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None, match=None):
+        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state, match=match)
         self.path = path
 
     def _check_X_y(self, X, y):

@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
-from ClassifierTraining import AugmentedBatches, Recipe, train_classifier
+from ClassifierTraining import Recipe, train_classifier
 from ImbalancedCIFAR10 import load_cifar10
 from Runtime import choose_device, code_version, describe_hardware, save_json
 from Utils import markdown_table
@@ -70,9 +71,7 @@ def main():
     def train(steps):
         model = create_classifier(10, options.width, channel_statistics(data.X_train), seed=0)
         recipe = Recipe(steps=steps)
-        batches = NamedBatches(
-            data.X_train, recipe.batch_size, device, 0, padding=recipe.padding, flip=recipe.flip
-        )
+        batches = NamedBatches(data.X_train, recipe.batch_size, device, 0, **recipe.augmentation)
         history = train_classifier(model, data.X_train, data.y_train, recipe, seed=0, batches=batches)
         return model, sum(epoch["seconds"] for epoch in history)
 

@@ -11,8 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training_variants as variants
 from resnet_variants import HalvedMirroredConv2d
 
+from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics, create_classifier
-from ClassifierTraining import AugmentedBatches, CrossEntropy, Recipe, train_classifier
+from ClassifierTraining import Recipe, train_classifier
+from Losses import CrossEntropy
 from Runtime import require_same_settings
 
 
@@ -33,7 +35,7 @@ class Candidate:
     modify : tuple of callables
         ``(model, X) -> None``: each changes the new network in place.
     batches : type
-        :class:`ClassifierTraining.AugmentedBatches` or a subclass of it: the batches to train on.
+        :class:`Batches.AugmentedBatches` or a subclass of it: the batches to train on.
     averaged : bool, default False
         Whether the result is an average of the weights: see :func:`training_variants.averaged_weights`.
     arm : str, default 'balanced'
@@ -67,8 +69,7 @@ class Candidate:
 
     def train(self, model, X, y, recipe, *, seed, loss=None, checkpoint=None):
         """Train ``model`` in place and return the history. ``loss`` is the arm's, None for cross-entropy."""
-        options = {"padding": recipe.padding, "flip": recipe.flip}
-        batches = self.batches(X, recipe.batch_size, model.mean.device, seed, **options)
+        batches = self.batches(X, recipe.batch_size, model.mean.device, seed, **recipe.augmentation)
         if isinstance(batches, variants.EasyImagesSkipped):
             loss = variants.RememberingLoss(loss or CrossEntropy(recipe.label_smoothing), batches.losses)
         with (

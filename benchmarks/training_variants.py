@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from resnet_variants import mirrored_filters, strided_downsampling
 
+from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics
-from ClassifierTraining import AugmentedBatches
 
 # --- Changes of the new network -----------------------------------------------------------------
 

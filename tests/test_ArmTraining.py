@@ -9,8 +9,9 @@ import pytest
 from conftest import SPLIT, files, smoke, smoke_study, with_other_removed_images
 
 import ArmTraining
+import Batches
 import ClassifierNetwork
-import ClassifierTraining
+import Losses
 from Arms import ARMS, PROFILES
 from ArmTraining import epoch_evaluator, finished_result, run_arm
 from ClassifierNetwork import Evaluation, ResNet18, evaluate_classifier, load_classifier
@@ -154,7 +155,7 @@ def test_the_training_gets_the_loss_of_the_arm_and_the_source_of_each_row(
     [(y, options)] = calls
     assert len(y) == 275 + synthetic
     sources = np.array([0] * 275 + [1] * synthetic)
-    expected = ClassifierTraining.LogitAdjustedLoss(y, 10, sources) if adjusted else None
+    expected = Losses.LogitAdjustedLoss(y, 10, sources) if adjusted else None
     assert repr(options["loss"]) == repr(expected)  # names the priors of every row
 
 
@@ -227,7 +228,7 @@ def test_an_arm_killed_before_its_result_is_written_is_not_trained_again(tiny_da
         patch.setattr(ArmTraining, "save_json", interrupt)
         with pytest.raises(KeyboardInterrupt):
             smoke("imbalanced", tiny_data)
-    monkeypatch.setattr(ClassifierTraining.AugmentedBatches, "epoch", None)  # one more epoch would fail
+    monkeypatch.setattr(Batches.AugmentedBatches, "epoch", None)  # one more epoch would fail
     assert smoke("imbalanced", tiny_data)["history"][-1]["step"] == 6
     assert not files("models/checkpoints")
 

@@ -1,4 +1,4 @@
-"""Recipe, batches, losses, the training loop, its checkpoint and what it calls after each epoch."""
+"""Recipe, the training loop, its checkpoint and what it calls after each epoch; plain batches and losses."""
 
 import contextlib
 import json
@@ -27,6 +27,7 @@ from test_ClassifierNetwork import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ClassifierTraining
+from Batches import AugmentedBatches, MicroBatch, split_evenly
 from ClassifierNetwork import (
     EpochEvaluator,
     ResNet18,
@@ -34,15 +35,8 @@ from ClassifierNetwork import (
     create_classifier,
     evaluate_classifier,
 )
-from ClassifierTraining import (
-    AugmentedBatches,
-    CrossEntropy,
-    LogitAdjustedLoss,
-    Recipe,
-    class_log_priors,
-    count_training_flops,
-    train_classifier,
-)
+from ClassifierTraining import Recipe, count_training_flops, train_classifier
+from Losses import CrossEntropy, LogitAdjustedLoss, class_log_priors
 from Runtime import choose_device
 
 SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2, 2 and 1 steps
@@ -432,9 +426,8 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(float32):
     images, labels, rows = torch.from_numpy(X).permute(0, 3, 1, 2), torch.from_numpy(y), torch.arange(20)
     for size in (20, 8):  # 8, 8 and 4
         model = small_model(device="cpu").eval()
-        for part, target, row in zip(*(tensor.split(size) for tensor in (images, labels, rows)), strict=True):
-            weight = len(part) / 20
-            ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, target, row, 0.5, weight)
+        for part in split_evenly(images, rows, size):
+            ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, labels, 0.5)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
@@ -471,7 +464,8 @@ def test_shrunk_images_keep_their_colours(float32):
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     grey = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8)
     rows = torch.tensor([0, 1])
-    ClassifierTraining._forward_and_backward(model, CrossEntropy(), grey, rows, rows, scale=0.5)
+    part = MicroBatch(grey, rows, weight=1.0)
+    ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, rows, scale=0.5)
     assert seen[0].shape == (2, 3, 16, 16) and torch.allclose(seen[0], torch.tensor(200.0))
 
 
@@ -531,7 +525,8 @@ import torch
 from accelerate import PartialState
 import Precision
 from ClassifierNetwork import EpochEvaluator, channel_statistics, create_classifier, evaluate_classifier
-from ClassifierTraining import LogitAdjustedLoss, Recipe, train_classifier
+from ClassifierTraining import Recipe, train_classifier
+from Losses import LogitAdjustedLoss
 
 state = PartialState(cpu=True)
 torch.set_num_threads(1)
@@ -717,7 +712,8 @@ import time
 import numpy as np
 import torch
 from ClassifierNetwork import channel_statistics, create_classifier
-from ClassifierTraining import AugmentedBatches, Recipe, train_classifier
+from Batches import AugmentedBatches
+from ClassifierTraining import Recipe, train_classifier
 
 def slow_epoch(self, number, epoch=AugmentedBatches.epoch):
     for batch in epoch(self, number):

@@ -15,7 +15,8 @@ import torch
 from conftest import REPOSITORY
 
 from ClassifierNetwork import channel_statistics, create_classifier, load_classifier, save_classifier
-from ClassifierTraining import CrossEntropy, LogitAdjustedLoss, Recipe, count_training_flops, train_classifier
+from ClassifierTraining import Recipe, count_training_flops, train_classifier
+from Losses import CrossEntropy, LogitAdjustedLoss
 
 
 def test_the_presets_cost_what_they_promise(capsys):

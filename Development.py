@@ -1,0 +1,306 @@
+"""Compare methods on development splits, without the test set and without the class that the study reports.
+
+    python Development.py --method adjusted stable-spectrum-quarter --split dog-50 ship-50 --seed 0
+    python Development.py --table
+
+1,000 images of each class are held out of the training set first. Another class than the study's is then cut in the
+rest. Methods are compared on the held-out images. Results lie in ``results/development/``. A finished run is not run
+again, and a killed one continues. What is chosen here becomes an arm of ``Arms.py``, which the test set judges once.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    precision_score,
+    recall_score,
+)
+
+from Arms import PROFILES
+from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
+from ClassifierTraining import Recipe, train_classifier
+from Experiment import prepare_stable_diffusion_images
+from ImbalancedCIFAR10 import load_cifar10, split_from_name
+from Methods import METHODS, find_method
+from Results import read_json
+from Runtime import (
+    choose_device,
+    code_version,
+    derive_seed,
+    describe_hardware,
+    require_same_settings,
+    require_writable,
+    save_json,
+    uses_bfloat16,
+)
+from Utils import markdown_table
+
+FOLDER = Path("results", "development")
+SPLITS = ("dog-50", "ship-50")
+HELD_OUT = 1000  # images of each class
+SCORES = ("recall", "precision", "f1", "balanced_accuracy", "accuracy")
+
+code_version()  # read and cached now: a commit made during a training is not the code that ran
+
+# --- Data ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DevelopmentData:
+    """An imbalanced training set and validation images, all from the training set of a data set.
+
+    Attributes
+    ----------
+    X, y : ndarrays of uint8, shape (n, 32, 32, 3), and int64, shape (n,)
+        The kept training images.
+    X_val, y_val : ndarrays of uint8, shape (m, 32, 32, 3), and int64, shape (m,)
+        Held-out images of all classes, and the images that the split removed.
+    weights : ndarray of float, shape (m,)
+        Of the validation images. They add up to the same for each class.
+    minority : int
+        The rare class.
+    """
+
+    X: np.ndarray
+    y: np.ndarray
+    X_val: np.ndarray
+    y_val: np.ndarray
+    weights: np.ndarray
+    minority: int
+
+
+def development_data(data, split_name, held_out=HELD_OUT):
+    """Hold out validation images, then cut a split in the rest. Only the training set of ``data`` is read.
+
+    The removed images of the rare class serve for validation too, which makes its recall more precise. This is
+    allowed because the split's class is not the one that the study reports.
+
+    Parameters
+    ----------
+    data : ImbalancedCIFAR10.ImageDataSet
+    split_name : str
+        A split with one rare class, see :func:`ImbalancedCIFAR10.split_from_name`.
+    held_out : int, default 1000
+        Images of each class. The same ones for every split.
+
+    Returns
+    -------
+    DevelopmentData
+
+    Raises
+    ------
+    ValueError
+        If the split's class is the one that the study reports, the split has several rare classes, or a class has
+        too few images.
+    """
+    y = data.y_train
+    held = []
+    for c in np.unique(y):
+        rows = np.flatnonzero(y == c)
+        if not 1 <= held_out < len(rows):
+            raise ValueError(
+                f"Cannot hold out {held_out} of the {len(rows)} images of class {c}. Hold out fewer."
+            )
+        held.append(np.random.default_rng(derive_seed(0, 5, int(c))).permutation(rows)[:held_out])
+    held = np.sort(np.concatenate(held))
+    rest = np.setdiff1d(np.arange(len(y)), held)
+    split = split_from_name(split_name, y[rest], data.class_names)
+    if len(split.minority_classes) != 1 or data.class_names[split.minority_classes[0]] == "cat":
+        raise ValueError(
+            f"{split_name} is no development split: it needs one rare class, and not cat, which the study reports. "
+            f"Choose for example {' or '.join(SPLITS)}."
+        )
+    [minority] = split.minority_classes
+    kept = rest[split.kept_rows(y[rest])]
+    val = np.concatenate([held, np.setdiff1d(rest, kept)])
+    counts = np.bincount(y[val])
+    return DevelopmentData(
+        data.X_train[kept], y[kept], data.X_train[val], y[val], held_out / counts[y[val]], minority
+    )
+
+
+def validation_scores(development, predictions):
+    """Scores on validation images, as if every class had equally many: a dict of fractions, keys :data:`SCORES`."""
+    y, weights = development.y_val, development.weights
+    rare = {"labels": [development.minority], "average": "macro", "zero_division": 0}
+    arguments = {"y_true": y, "y_pred": predictions, "sample_weight": weights}
+    return {
+        "recall": float(recall_score(**arguments, **rare)),
+        "precision": float(precision_score(**arguments, **rare)),
+        "f1": float(f1_score(**arguments, **rare)),
+        "balanced_accuracy": float(balanced_accuracy_score(**arguments)),
+        "accuracy": float(accuracy_score(**arguments)),
+    }
+
+
+# --- Runs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Network and number of steps of all methods that are compared: ``width`` and ``steps``."""
+
+    width: int
+    steps: int
+
+    @property
+    def folder(self):
+        return FOLDER / f"width{self.width}-steps{self.steps}"
+
+    def path(self, method_name, split_name, seed):
+        """Where the result of a run goes."""
+        return self.folder / split_name / f"{method_name}-seed{seed}.json"
+
+    def recipe(self, method):
+        """The training recipe of a :class:`Methods.Method`."""
+        return Recipe(steps=max(1, round(self.steps / method.compute)), **method.changes)
+
+
+def run_method(data, method_name, split_name, seed, budget, device=None):
+    """Train a ResNet-18 by one method on a development split and score it, or return the finished result.
+
+    Parameters
+    ----------
+    data : ImbalancedCIFAR10.ImageDataSet
+        Its test set is not read.
+    method_name : str
+        A key of :data:`Methods.METHODS`.
+    split_name : str
+    seed : int
+    budget : Budget
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    dict
+        The content of the JSON file.
+
+    Raises
+    ------
+    ValueError
+        If a finished result was obtained with other settings.
+    """
+    method, path = find_method(method_name), budget.path(method_name, split_name, seed)
+    recipe = budget.recipe(method)
+    if path.exists():
+        result = read_json(path)
+        require_same_settings(path, Recipe(steps=1).as_json() | result["recipe"], recipe.as_json())
+        return result
+    require_writable(path)
+    device, commit = choose_device(device), code_version()
+    development, classes = development_data(data, split_name), len(data.class_names)
+    X, y, sources = method.training_set(development.X, development.y, seed=seed)
+    model = create_classifier(classes, budget.width, channel_statistics(development.X), seed, device)
+    loss = method.loss and method.loss(y, classes, sources)
+    batches = method.batches and method.batches(X, sources, recipe, device, seed)
+    checkpoint = Path("models", "checkpoints", *path.parts[1:]).with_suffix(".pt")
+    history = train_classifier(
+        model, X, y, recipe, seed=seed, loss=loss, batches=batches, checkpoint=checkpoint
+    )
+    predictions = evaluate_classifier(model, development.X_val, development.y_val).predictions
+    result = {
+        "method": method_name,
+        "what": method.what,
+        "split": split_name,
+        "seed": seed,
+        "validation": validation_scores(development, predictions),
+        "width": budget.width,
+        "recipe": recipe.as_json(),
+        "loss": repr(loss),
+        "batches": getattr(batches, "description", None),
+        "training_images": {"real": int(np.sum(sources == 0)), "synthetic": int(np.sum(sources == 1))},
+        "final_train_loss": history[-1]["train_loss"],
+        "seconds": sum(epoch["seconds"] for epoch in history),
+        "bfloat16": uses_bfloat16(device),
+        "hardware": describe_hardware(device),
+        "commit": commit,
+    }
+    save_json(path, result)
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def development_table(budget):
+    """Markdown table of all finished methods of a budget: means over splits and seeds, best F1 first.
+
+    Only splits and seeds that a method has finished count; the last columns say which.
+    """
+    rows = []
+    for name in METHODS:
+        paths = sorted(budget.folder.glob(f"*/{name}-seed*.json"))
+        results = [read_json(path) for path in paths]
+        if results:
+            means = {key: np.mean([r["validation"][key] for r in results]) for key in SCORES}
+            runs = ", ".join(f"{r['split']} {r['seed']}" for r in results)
+            rows.append(
+                (means["f1"], name, METHODS[name].what, *(f"{100 * means[k]:.1f}" for k in SCORES), runs)
+            )
+    rows.sort(key=lambda row: -row[0])
+    columns = (
+        "method",
+        "what",
+        "recall",
+        "precision",
+        "F1",
+        "balanced accuracy",
+        "accuracy",
+        "split and seed",
+    )
+    return markdown_table(columns, [row[1:] for row in rows])
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Compare methods on development splits, without the test set.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="methods:\n" + "\n".join(f"  {name:36}{method.what}" for name, method in METHODS.items()),
+    )
+    add = parser.add_argument
+    add("--method", nargs="+", default=[], metavar="METHOD", help="one or more methods, or 'all'")
+    add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
+    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    add("--steps", type=int, default=PROFILES["cpu"].steps, help="training steps (default: those of cpu)")
+    add("--width", type=int, default=PROFILES["cpu"].width, help="of the ResNet-18 (default: that of cpu)")
+    add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
+    add("--table", action="store_true", help="print the table of what is finished, and run nothing")
+    options = parser.parse_args(arguments)
+    budget = Budget(options.width, options.steps)
+    names = list(METHODS) if options.method == ["all"] else options.method
+    try:
+        for name in names:
+            find_method(name)
+        if not options.table:
+            _run_all(names, options, budget)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(development_table(budget))
+
+
+def _run_all(names, options, budget):
+    data = load_cifar10()
+    for split_name in options.split:
+        development_data(data, split_name)  # a mistake in the last name must not surface after an hour
+    if any(find_method(name).needs_stable_diffusion for name in names):
+        splits = [split_from_name(name, data.y_train, data.class_names) for name in options.split]
+        prepare_stable_diffusion_images(data, *splits)
+    for seed in options.seed:
+        for name in names:
+            for split_name in options.split:
+                scores = run_method(data, name, split_name, seed, budget, options.device)["validation"]
+                text = ", ".join(f"{key.replace('_', ' ')} {scores[key]:.1%}" for key in SCORES)
+                print(f"{name}, {split_name}, seed {seed}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

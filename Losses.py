@@ -1,0 +1,208 @@
+"""Losses for training sets with rare classes and with synthetic images.
+
+    loss = LogitAdjustedLoss(y, num_classes=10)                       # no image needed
+    loss = LogitAdjustedLoss(y_res, num_classes=10, sources=sources)   # a prior for real, another for synthetic rows
+
+A loss is a :class:`torch.nn.Module` that is called with the logits, the targets and the rows of a micro-batch. Before
+each training step, ``ClassifierTraining.py`` sets its attribute ``progress``, the finished fraction of the training.
+
+References
+----------
+Cao et al. (2019), Learning imbalanced datasets with label-distribution-aware margin loss (LDAM-DRW). Cui et al. (2019),
+Class-balanced loss based on effective number of samples. Menon et al. (2021), Long-tail learning via logit
+adjustment. Ren et al. (2020), Balanced meta-softmax for long-tailed visual recognition.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from Runtime import checksum
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross-entropy, and the interface of every loss.
+
+    Parameters
+    ----------
+    label_smoothing : float, default 0.0
+        Fraction of each target that is spread equally over all classes.
+    """
+
+    progress = 0.0
+
+    def __init__(self, label_smoothing=0.0):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits, targets, rows):
+        """Mean loss of m images: float32 logits (m, classes), int64 targets (m,) and training-set rows (m,)."""
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def extra_repr(self):
+        return f"label_smoothing={self.label_smoothing}"
+
+
+class LogitAdjustedLoss(nn.Module):
+    """Mean cross-entropy of ``logits + tau log P(class | source of the row)``.
+
+    This is the loss of Menon et al. (2021), extended to several sources. With tau = 1 and one source it is the balanced
+    softmax of Ren et al. (2020), too. Nothing is added to the logits at test time, so the network learns what holds
+    under equal class frequencies, and whether an image looks synthetic tells nothing about its class. Label smoothing
+    contradicts it: that would give a rare class more probability than its prior on every image, and so undo the
+    adjustment.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+        Labels of the training set.
+    num_classes : int
+    sources : ndarray of int or bool, shape (n,), optional
+        Source of each row: 0 real, 1 synthetic. Default: all rows have the same source.
+    tau : float, default 1.0
+        How much of the adjustment is made. Above 1, rare classes are preferred beyond equal frequencies.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``sources`` are not sources of the rows of ``y``, or ``tau`` is negative or not finite.
+    """
+
+    progress = 0.0
+
+    def __init__(self, y, num_classes, sources=None, *, tau=1.0):
+        super().__init__()
+        if not 0 <= tau < float("inf"):
+            raise ValueError(f"tau must be a finite number, 0 or more: got {tau}.")
+        sources = _check_sources(sources, y)
+        log_priors = torch.from_numpy(class_log_priors(y, num_classes, sources))
+        if tau != 1:  # 0 times -inf would be NaN
+            log_priors = torch.where(log_priors.isfinite(), tau * log_priors, log_priors)
+        self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(sources)])
+
+    def forward(self, logits, targets, rows):
+        return F.cross_entropy(logits + self.log_prior_of_row[rows], targets)
+
+    def extra_repr(self):
+        rows, classes = self.log_prior_of_row.shape
+        return f"rows={rows}, classes={classes}, checksum={checksum(self.log_prior_of_row.cpu().numpy())}"
+
+
+def _check_sources(sources, y):
+    """``sources`` as int64, zeros for None, or an error if they are not sources of the rows of ``y``."""
+    sources = np.zeros_like(y) if sources is None else np.asarray(sources)
+    if sources.shape != y.shape:
+        raise ValueError(f"sources must have the shape {y.shape} like y, but it is {sources.shape}.")
+    if sources.dtype != bool and not np.issubdtype(sources.dtype, np.integer):
+        raise TypeError(f"sources must hold integers, 0 for real rows, but its dtype is {sources.dtype}.")
+    if sources.min() < 0:
+        raise ValueError(f"sources must not be negative, but the smallest is {sources.min()}.")
+    return sources.astype(np.int64, copy=False)
+
+
+def class_log_priors(y, num_classes, sources):
+    """Log class frequencies of each source: float32 (n_sources, num_classes), -inf for a class that a source lacks."""
+    counts = np.zeros((sources.max() + 1, num_classes))
+    np.add.at(counts, (sources, y), 1)
+    with np.errstate(divide="ignore"):
+        return np.log(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+
+
+def class_balanced_weights(y, num_classes, beta=0.9999):
+    """Weights of the classes by their effective number of images (Cui et al. 2019).
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+    num_classes : int
+    beta : float, from 0 to below 1
+        0 gives equal weights; the nearer to 1, the nearer the weights to the inverse frequencies.
+
+    Returns
+    -------
+    float32 tensor, shape (num_classes,)
+        ``(1 - beta) / (1 - beta^n)``, scaled so that the mean is 1. A class without an image has weight 0.
+
+    Raises
+    ------
+    ValueError
+        If ``beta`` is out of range.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be at least 0 and below 1: got {beta}.")
+    counts = np.bincount(y, minlength=num_classes)
+    weights = np.where(counts > 0, (1 - beta) / np.maximum(1 - beta**counts, 1e-12), 0)
+    return torch.from_numpy(weights * num_classes / weights.sum()).float()
+
+
+class ClassBalancedLoss(nn.Module):
+    """Cross-entropy with :func:`class_balanced_weights`. The mean over a micro-batch is that of PyTorch: weighted.
+
+    Parameters
+    ----------
+    y, num_classes, beta
+        See :func:`class_balanced_weights`.
+    deferred_until : float, default 0.0
+        Fraction of the training before which all classes weigh the same (deferred re-weighting, Cao et al. 2019).
+    """
+
+    progress = 0.0
+
+    def __init__(self, y, num_classes, *, beta=0.9999, deferred_until=0.0):
+        super().__init__()
+        self.beta, self.deferred_until = beta, deferred_until
+        self.register_buffer("weights", class_balanced_weights(y, num_classes, beta))
+
+    def forward(self, logits, targets, rows):
+        weights = self.weights if self.progress >= self.deferred_until else None
+        return F.cross_entropy(logits, targets, weight=weights)
+
+    def extra_repr(self):
+        weights = checksum(self.weights.cpu().numpy())
+        return f"beta={self.beta}, deferred_until={self.deferred_until}, weights={weights}"
+
+
+class LDAMLoss(nn.Module):
+    """Margins that grow as a class becomes rarer, with deferred re-weighting: LDAM-DRW of Cao et al. (2019).
+
+    The logits must be cosines: see ``cosine_head`` of :class:`ClassifierNetwork.ResNet18`. The logit of the true class
+    is lowered by ``max_margin (n_min / n)^(1/4)``, and all are multiplied by ``scale``.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+        Labels of the training set. Every class needs an image.
+    num_classes : int
+    max_margin : float, default 0.5
+        The rarest class's margin.
+    scale : float, default 30.0
+    beta, deferred_until
+        See :class:`ClassBalancedLoss`; the authors re-weight in the last fifth.
+
+    Raises
+    ------
+    ValueError
+        If a class has no image.
+    """
+
+    progress = 0.0
+
+    def __init__(self, y, num_classes, *, max_margin=0.5, scale=30.0, beta=0.9999, deferred_until=0.8):
+        super().__init__()
+        counts = np.bincount(y, minlength=num_classes)
+        if not counts.all():
+            raise ValueError(f"LDAM needs an image of every class; the classes have {counts.tolist()}.")
+        self.scale, self.deferred_until = scale, deferred_until
+        margins = max_margin * (counts.min() / counts) ** 0.25
+        self.register_buffer("margins", torch.from_numpy(margins).float())
+        self.register_buffer("weights", class_balanced_weights(y, num_classes, beta))
+
+    def forward(self, logits, targets, rows):
+        lowered = logits - F.one_hot(targets, logits.shape[1]) * self.margins
+        weights = self.weights if self.progress >= self.deferred_until else None
+        return F.cross_entropy(self.scale * lowered, targets, weight=weights)
+
+    def extra_repr(self):
+        both = checksum(self.margins.cpu().numpy(), self.weights.cpu().numpy())
+        return f"scale={self.scale}, deferred_until={self.deferred_until}, margins_and_weights={both}"
