@@ -68,7 +68,8 @@ class GANRun:
         The last one.
     history : list of dict
         One dict for each record: ``step`` and ``images_seen`` (training steps and real images so far),
-        ``batch_size``, ``discriminator_loss``, ``generator_loss``, ``score_of_real``, ``score_of_generated``
+        ``batch_size``, ``skipped_steps`` (updates since the last record that were left out because a float16
+        gradient overflowed), ``discriminator_loss``, ``generator_loss``, ``score_of_real``, ``score_of_generated``
         (means since the last record), ``quality`` (None without a measure), ``seconds`` (of training since
         the last record), ``seconds_of_quality`` (of evaluating the averaged generator).
     snapshots : ndarray of uint8, shape (records, classes, 32, 32, 3)
@@ -223,6 +224,7 @@ def _is_unmeasured(quality):
 def _train_until(end, adversaries, batches, seed, progress, bar):
     """Do the training steps up to number ``end``; return the first part of the record."""
     started, first, settings = time.perf_counter(), progress.step, adversaries.settings
+    skipped = adversaries.skipped_steps
     sums = torch.zeros(4, device=adversaries.device)
     dead_steps = torch.tensor(progress.dead_steps, device=adversaries.device)
     for step in range(first, end):
@@ -240,6 +242,7 @@ def _train_until(end, adversaries, batches, seed, progress, bar):
         "step": end,
         "images_seen": end * settings.batch_size * settings.discriminator_steps,
         "batch_size": settings.batch_size,
+        "skipped_steps": adversaries.skipped_steps - skipped,
         **dict(zip(names, (sums / (end - first)).tolist(), strict=True)),
         "seconds": time.perf_counter() - started,
     }

@@ -16,6 +16,9 @@ Micikevicius et al. (2018), Mixed precision training (the scaled loss).
 import contextlib
 
 import torch
+from torch import nn
+
+CAST_LAYERS = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
 
 
 def half_precision(device):
@@ -49,6 +52,63 @@ def mixed_precision(device):
     """Context in which convolutions run in the type that :func:`half_precision` chooses."""
     dtype = half_precision(device)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def half_weights(module):
+    """Context under autocast in which convolutions and linear layers have their weights in half precision.
+
+    Autocast does the same, but weight by weight, with an operator for each, forwards and backwards. Without autocast,
+    nothing is changed.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its layers are changed within the block, not their parameters.
+    """
+    slots = [
+        (layer._parameters, name)
+        for layer in module.modules()
+        if isinstance(layer, CAST_LAYERS)
+        for name, parameter in layer._parameters.items()
+        if parameter is not None
+    ]
+    device_type = slots[0][0][slots[0][1]].device.type
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    parameters = [owner[name] for owner, name in slots]
+    for (owner, name), cast in zip(
+        slots, _Cast.apply(torch.get_autocast_dtype(device_type), *parameters), strict=True
+    ):
+        owner[name] = cast
+    try:
+        yield
+    finally:
+        for (owner, name), parameter in zip(slots, parameters, strict=True):
+            owner[name] = parameter
+
+
+class _Cast(torch.autograd.Function):
+    """Cast tensors to another type, all in one operator."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(cast, tensors)
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        results = [
+            None if gradient is None else torch.empty_like(gradient, dtype=dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        given = [gradient for gradient in gradients if gradient is not None]
+        torch._foreach_copy_([result for result in results if result is not None], given)
+        return None, *results
 
 
 class ScaledSteps:
