@@ -60,7 +60,8 @@ class KernelMuon(torch.optim.Optimizer):
         [group] = self.param_groups
         if self._stacks is None:
             # A CPU computes the zeros that fill up a stack as slowly as other numbers. A GPU waits for launches.
-            filled = self.kernels[0].device.type != "cpu"
+            # On "meta", operations are counted, and those with the zeros do not count.
+            filled = self.kernels[0].device.type not in ("cpu", "meta")
             self._stacks = _make_stacks(group["params"], self.state, filled)
         gradients = [stack.collect(_as_matrix(k.grad, k) for k in self.kernels) for stack in self._stacks]
         means = [stack.momentum for stack in self._stacks]

@@ -74,7 +74,7 @@ def half_weights(module):
         if parameter is not None
     ]
     device_type = slots[0][0][slots[0][1]].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         yield
         return
     parameters = [owner[name] for owner, name in slots]

@@ -427,7 +427,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(float32):
     for size in (20, 8):  # 8, 8 and 4
         model = small_model(device="cpu").eval()
         for part in split_evenly(images, rows, size):
-            ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, labels, 0.5)
+            ClassifierTraining._forward_and_backward(model, CrossEntropy(), [part], labels, 0.5)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
@@ -465,7 +465,7 @@ def test_shrunk_images_keep_their_colours(float32):
     grey = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8)
     rows = torch.tensor([0, 1])
     part = MicroBatch(grey, rows, weight=1.0)
-    ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, rows, scale=0.5)
+    ClassifierTraining._forward_and_backward(model, CrossEntropy(), [part], rows, scale=0.5)
     assert seen[0].shape == (2, 3, 16, 16) and torch.allclose(seen[0], torch.tensor(200.0))
 
 
@@ -644,7 +644,8 @@ def test_what_is_returned_after_an_epoch_joins_its_record_the_checkpoint_and_the
 
 def test_a_record_keeps_the_order_of_its_keys():
     history = train(small_model(), after_epoch=evaluator(evaluations=1))
-    keys = ["epoch", "step", "images_seen", "learning_rate", "train_loss", "train_accuracy", "seconds"]
+    keys = ["epoch", "step", "images_seen", "learning_rate", "train_loss", "train_accuracy", "skipped_steps"]
+    keys.append("seconds")
     of_test = ["test_loss", "test_accuracy", "test_minority_recall", "seconds_of_test"]
     assert list(history[0]) == keys and list(history[-1]) == keys + of_test
 
