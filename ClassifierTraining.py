@@ -17,6 +17,7 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -312,8 +313,11 @@ class _Training:
         if self.world_size > 1:
             _average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
         self.scaled.step()
-        for scheduler in self.schedulers:
-            scheduler.step()
+        with warnings.catch_warnings():
+            if self.scaled.skipped:  # the schedule goes on also if the first step was skipped
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
+                scheduler.step()
         self.step += 1
 
     def _add_gradients(self, micro_batches, counted=True):

@@ -346,12 +346,25 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     check_weights(pipeline.components, model)
     if lora is not None:
         _merge_lora(pipeline, user_path(lora))
+    if dtype == torch.float16 and half_precision(device) == torch.float16:
+        _decode_in_float32(pipeline)
     pipeline.to(device)
     if device.type != "mps":
         for network in (pipeline.unet, pipeline.vae):
             network.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _decode_in_float32(pipeline):
+    """Let the decoder compute in float32: on some cards without bfloat16 it overflows, and images are black.
+
+    Pipelines that can do so by themselves do: their decoders overflow on every card.
+    """
+    if hasattr(pipeline, "upcast_vae") or not getattr(pipeline.vae.config, "force_upcast", False):
+        return
+    decoder = pipeline.vae.decoder.to(torch.float32)
+    decoder.register_forward_pre_hook(lambda _, arguments: (arguments[0].float(), *arguments[1:]))
 
 
 def _check_model_folder(folder):

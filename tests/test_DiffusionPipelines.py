@@ -271,6 +271,18 @@ def test_the_weights_type_follows_the_device(monkeypatch):
         assert choose_dtype(torch.device(device)) == expected
 
 
+@pytest.mark.parametrize(
+    ("half", "expected"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)]
+)
+def test_cards_without_bfloat16_decode_in_float32(models, monkeypatch, half, expected):
+    monkeypatch.setattr(DiffusionPipelines, "half_precision", lambda device: half)
+    pipeline = load_pipeline("reference", models["stable"], device="cpu", dtype=torch.float16)
+    assert {p.dtype for p in pipeline.vae.decoder.parameters()} == {expected}
+    assert pipeline.unet.dtype == pipeline.vae.dtype == torch.float16
+    latents = torch.randn(1, pipeline.vae.config.latent_channels, 8, 8, dtype=torch.float16)
+    assert pipeline.vae.decode(latents).sample.dtype == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_pipeline_is_loaded_in_the_type_asked_for(models, dtype):
     pipeline = load_pipeline("fast", models["stable"], device="cpu", dtype=dtype)
