@@ -127,12 +127,13 @@ class ScaledSteps:
 
     Attributes
     ----------
+    optimizers : list of torch.optim.Optimizer
     skipped : int
         Number of steps that were skipped so far.
     """
 
     def __init__(self, parameters, optimizers, device):
-        self.skipped = 0
+        self.optimizers, self.skipped = optimizers, 0
         self._together = _Together(list(parameters), optimizers)
         self._scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) == torch.float16)
 

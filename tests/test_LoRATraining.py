@@ -123,10 +123,10 @@ def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
     expected = train(X, recipe, "whole")
     backward = LoRATraining._backward
 
-    def limited(unet, batch, text, portion):
+    def limited(unet, batch, text, portion, *rest):
         if portion > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return backward(unet, batch, text, portion)
+        return backward(unet, batch, text, portion, *rest)
 
     monkeypatch.setattr(LoRATraining, "_backward", limited)
     assert train(X, recipe) == pytest.approx(expected, rel=1e-3)
