@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from DeviceFaults import device_faults
 from GhostBatchNorm import micro_batches
 from Losses import CrossEntropy, LogitAdjustedLoss
 from Muon import KernelMuon
@@ -199,6 +200,8 @@ def train_classifier(
     ------
     FloatingPointError
         If the loss stops being finite. The last checkpoint stays.
+    DeviceFaults.DeviceFaultError
+        If the device fails or has too little memory. The last checkpoint stays.
     TypeError, ValueError
         If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
     """
@@ -214,7 +217,11 @@ def train_classifier(
     history = training.resume(store)
     # Such as "cat-50/imbalanced-seed0".
     name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])
-    with training.progress_bar(name) as bar, deterministic_convolutions():
+    with (
+        device_faults(f"The training {name}" if checkpoint else "The training", store.path),
+        training.progress_bar(name) as bar,
+        deterministic_convolutions(),
+    ):
         while training.step < recipe.steps:
             record = training.train_epoch(len(history) + 1, bar)
             if not math.isfinite(record["train_loss"]):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from DeviceFaults import device_faults
 from GANNetworks import (
     Generator,
     check_sampling,
@@ -122,6 +123,8 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
         If the checkpoint cannot be written. That is noticed before the training.
     MemoryError
         If the machine has too little memory for the batches or the judged images.
+    DeviceFaults.DeviceFaultError
+        If the device fails or has too little memory. The last checkpoint stays.
     GANCollapseError
         If a loss or weight is not finite, the discriminator's stays near zero, or the generator makes the same
         image of a class whatever the latent. The last checkpoint stays.
@@ -141,6 +144,7 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     record_steps = {max(1, settings.steps * k // settings.records) for k in range(1, settings.records + 1)}
 
     with (
+        device_faults("The training of the GAN", checkpoint.path),
         tqdm(
             total=settings.steps,
             initial=(unjudged or {}).get("step", progress.step),

@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from DeviceFaults import DeviceFaultError, device_faults
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
 from ImageCache import locked, require_writable
@@ -400,10 +402,16 @@ def main(arguments=None):
         _check_arguments(recipe, CIFAR10_CLASSES[c], options.seed, options.output)
         data = load_cifar10()
         X, y = split_from_name(options.split, data.y_train).cut(data.X_train, data.y_train)
-        history = train_lora(
-            X[y == c], CIFAR10_CLASSES[c], options.output, recipe, seed=options.seed, device=options.device
-        )
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        with device_faults("The training of the adapter", Path(options.output) / STATE):
+            history = train_lora(
+                X[y == c],
+                CIFAR10_CLASSES[c],
+                options.output,
+                recipe,
+                seed=options.seed,
+                device=options.device,
+            )
+    except (ValueError, OSError, MemoryError, FloatingPointError, DeviceFaultError) as error:
         parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     print(
         f"{options.output}: adapter of rank {recipe.rank} from {np.sum(y == c)} images, loss "

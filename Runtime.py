@@ -29,6 +29,8 @@ import numpy as np
 import psutil
 import torch
 
+from DeviceFaults import describe_fault
+
 # --- Randomness ---------------------------------------------------------------------------------
 
 
@@ -431,6 +433,8 @@ def save_torch_file(path, content):
         try:
             torch.save(plain(content), temporary)
         except RuntimeError as error:  # what PyTorch makes of a full disk
+            if describe_fault(error):
+                raise
             raise OSError(str(error).splitlines()[0]) from error
 
 
