@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from Compilation import CompiledNetwork
 from DeviceFaults import device_faults
 from GhostBatchNorm import micro_batches
 from Losses import CrossEntropy, LogitAdjustedLoss
@@ -268,6 +269,7 @@ class _Training:
         self.recipe, self.batches, self.step = recipe, batches, 0
         self.optimizers = _create_optimizers(model, recipe)
         self.schedulers = [_create_scheduler(optimizer, recipe) for optimizer in self.optimizers]
+        self.network = CompiledNetwork(model, self.device)
         self.scaled = ScaledSteps(model.parameters(), self.optimizers, self.device)
         self.parts = [model, *self.optimizers, *self.schedulers, self.scaled]  # what a checkpoint holds
         self.world_size = getattr(batches, "world_size", 1)
@@ -331,7 +333,7 @@ class _Training:
         scale = self.recipe.scale_at(self.step)
         for parts in [micro_batches] if in_one_pass(self.device) else [[part] for part in micro_batches]:
             loss, right = _forward_and_backward(
-                self.model, self.loss, parts, self.targets, scale, self.scaled.backward
+                self.model, self.loss, parts, self.targets, scale, self.scaled.backward, self.network
             )
             if counted:
                 self.loss_sum += loss
@@ -400,24 +402,26 @@ def in_one_pass(device):
 
 
 @record_function("forward and backward")  # what torch.profiler shows
-def _forward_and_backward(model, loss, parts, targets, scale, backward=torch.Tensor.backward):
+def _forward_and_backward(model, loss, parts, targets, scale, backward=torch.Tensor.backward, network=None):
     """Add the gradient of micro-batches' weighted mean losses; return that loss and the number of right answers.
 
     The images are shrunk to ``scale`` times their side first, but not below ``SMALLEST_SIDE``. ``targets`` are those
-    of all rows of the training set. ``backward`` takes the loss.
+    of all rows of the training set. ``backward`` takes the loss. ``network`` is the :class:`CompiledNetwork` of the model.
     """
     images, rows = _together([part.images for part in parts]), _together([part.rows for part in parts])
     sides = tuple(images.shape[2:])
     size = tuple(min(side, max(SMALLEST_SIDE, round(scale * side))) for side in sides)
     if size != sides:
         images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-    sizes = [len(part.rows) for part in parts]
-    with (
-        mixed_precision(images.device),
-        half_weights(model),
-        micro_batches(model, sizes, [part.tracked for part in parts]),
-    ):
-        logits = model(images)
+    sizes, tracked = [len(part.rows) for part in parts], [part.tracked for part in parts]
+    statistics = partial(micro_batches, model, sizes, tracked)
+    with mixed_precision(images.device):
+        if network is not None and network.prepare(images, (*sizes, *tracked), partial(statistics, True)):
+            with statistics(compiled=True):
+                logits = network(images)
+        else:
+            with statistics(), half_weights(model):
+                logits = model(images)
     logits, wanted = logits.float(), targets[rows]
     if len(parts) > 1 and _is_mean_over_all(loss, parts):
         weighted_loss = sum(part.weight for part in parts) * loss(logits, wanted, rows)

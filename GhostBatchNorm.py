@@ -45,7 +45,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 @contextlib.contextmanager
-def micro_batches(model, sizes, tracked):
+def micro_batches(model, sizes, tracked, compiled=False):
     """Context in which each part of a batch is normalised by its own statistics in training.
 
     Parameters
@@ -56,12 +56,14 @@ def micro_batches(model, sizes, tracked):
         Number of images of each part, in the batch's order.
     tracked : list of bool
         Whether the running statistics follow each part.
+    compiled : bool, default False
+        Whether the network is compiled. Otherwise it gets what saves operators.
     """
     norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm2d)]
     for norm in norms:
         momenta = [norm.momentum if follow else 0.0 for follow in tracked]
         norm.parts = tuple(zip(sizes, momenta, strict=True))
-    if len(sizes) > 1 and not torch.compiler.is_compiling():
+    if len(sizes) > 1 and not compiled:
         _give_each_part_its_own(norms, len(sizes))
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], len(sizes))
     try:
