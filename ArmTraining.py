@@ -25,6 +25,7 @@ from ClassifierNetwork import (
 )
 from ClassifierTraining import Recipe, count_training_flops
 from ImbalancedCIFAR10 import split_from_name
+from Precision import precision_name
 from Report import save_arm_plots
 from Results import read_result
 from Runtime import (
@@ -34,7 +35,6 @@ from Runtime import (
     describe_hardware,
     require_same_settings,
     save_json,
-    uses_bfloat16,
 )
 from Utils import classification_metrics
 
@@ -244,7 +244,7 @@ def _run_settings(model, arm, world_size, device):
         "parameters": sum(p.numel() for p in model.parameters()),
         "logit_adjusted": arm.method.logit_adjusted,
         "processes": world_size,
-        "bfloat16": uses_bfloat16(device),
+        "precision": precision_name(device),
     }
 
 

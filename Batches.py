@@ -129,16 +129,16 @@ class AugmentedBatches:
         """Yield ``(images, rows)``: uint8 (part, 3, height, width) and int64 (part,) on the device."""
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
         order = torch.randperm(self.n, generator=generator, device=self.device)
-        augment = self._augmentation(generator, self.n)
+        augment = self._augmentation(generator, self.n, order)
         for start in range(self.first, len(self) * self.batch_size, self.batch_size):
             rows = order[start : start + self.part]
-            yield augment(rows, rows), rows
+            yield augment(rows, slice(start, start + self.part)), rows
 
-    def _augmentation(self, generator, n):
-        """Draw ``n`` augmentations: a function of rows, and of which of the n augmentation each row gets."""
+    def _augmentation(self, generator, n, order=slice(None)):
+        """Draw ``n`` augmentations: a function of rows, and of the slice of augmentations that they get, in ``order``."""
 
         def draw(high):
-            return torch.randint(high, (n,), generator=generator, device=self.device)
+            return torch.randint(high, (n,), generator=generator, device=self.device)[order]
 
         top, left = draw(2 * self.padding + 1), draw(2 * self.padding + 1)
         mirrored = draw(2).bool() if self.flip else None
@@ -218,8 +218,8 @@ class SourceBatches(AugmentedBatches):
         order = torch.from_numpy(np.concatenate(rows)).to(self.device)
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
         augment = self._augmentation(generator, len(order))
-        which = torch.arange(len(order), device=self.device)
-        for step, part in zip(steps, which.split(self.batch_size), strict=True):
+        for number, step in enumerate(steps):
+            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
             images, rows = augment(order[part], part), order[part]
             yield self._micro_batches(images, rows, int(self.counts[step, 0]))
 

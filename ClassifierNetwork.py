@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from GhostBatchNorm import GhostBatchNorm2d
+from Precision import mixed_precision
 from Runtime import (
     check_images,
     choose_device,
     derive_seed,
     load_torch_file,
-    mixed_precision,
     require_finite,
     save_torch_file,
     seeded,
@@ -55,13 +56,13 @@ class ResidualBlock(nn.Module):
         # With ceil_mode, an odd side keeps its last place: the sides are those of a stride of 2.
         self.pool = nn.AvgPool2d(2, ceil_mode=True) if halve else nn.Identity()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.norm1 = GhostBatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = GhostBatchNorm2d(out_channels)
         self.shortcut = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), GhostBatchNorm2d(out_channels)
             )
 
     def forward(self, x):
@@ -119,7 +120,7 @@ class ResNet18(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = GhostBatchNorm2d(width)
         blocks, channels = [], width
         for stage in range(4):
             out_channels = width * 2**stage
@@ -139,7 +140,7 @@ class ResNet18(nn.Module):
 
     def features(self, x):
         """Pooled features: (n, 3, height, width) pixels from 0 to 255 -> (n, 8 x width)."""
-        x = (x.float() - self.mean) / self.std
+        x = torch.sub(x, self.mean) / self.std  # float32
         x = F.relu(self.norm(self.conv(x)))
         # On CUDA a plain mean has a deterministic gradient. That of adaptive pooling adds atomically.
         return self.blocks(x).mean(dim=(2, 3))

@@ -17,8 +17,10 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +33,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from Compilation import CompiledNetwork
+from DeviceFaults import device_faults
+from GhostBatchNorm import micro_batches
 from Losses import CrossEntropy, LogitAdjustedLoss
 from Muon import KernelMuon
+from Precision import ScaledSteps, half_weights, mixed_precision
 from Runtime import (
     Checkpoint,
     check_images,
     checksum,
     deterministic_convolutions,
-    mixed_precision,
     plain,
 )
 
@@ -190,12 +195,14 @@ def train_classifier(
     list of dict
         A record per epoch (the last epoch may be incomplete): ``epoch``, ``step``, ``images_seen``, ``learning_rate``
         (SGD's, of the next step), ``train_loss`` and ``train_accuracy`` (on augmented images during training),
-        ``seconds``, then what ``after_epoch`` returned.
+        ``skipped_steps`` (that a float16 gradient overflowed in), ``seconds``, then what ``after_epoch`` returned.
 
     Raises
     ------
     FloatingPointError
         If the loss stops being finite. The last checkpoint stays.
+    DeviceFaults.DeviceFaultError
+        If the device fails or has too little memory. The last checkpoint stays.
     TypeError, ValueError
         If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
     """
@@ -211,7 +218,11 @@ def train_classifier(
     history = training.resume(store)
     # Such as "cat-50/imbalanced-seed0".
     name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])
-    with training.progress_bar(name) as bar, deterministic_convolutions():
+    with (
+        device_faults(f"The training {name}" if checkpoint else "The training", store.path),
+        training.progress_bar(name) as bar,
+        deterministic_convolutions(),
+    ):
         while training.step < recipe.steps:
             record = training.train_epoch(len(history) + 1, bar)
             if not math.isfinite(record["train_loss"]):
@@ -258,7 +269,9 @@ class _Training:
         self.recipe, self.batches, self.step = recipe, batches, 0
         self.optimizers = _create_optimizers(model, recipe)
         self.schedulers = [_create_scheduler(optimizer, recipe) for optimizer in self.optimizers]
-        self.parts = [model, *self.optimizers, *self.schedulers]  # what a checkpoint holds
+        self.network = CompiledNetwork(model, self.device)
+        self.scaled = ScaledSteps(model.parameters(), self.optimizers, self.device)
+        self.parts = [model, *self.optimizers, *self.schedulers, self.scaled]  # what a checkpoint holds
         self.world_size = getattr(batches, "world_size", 1)
         self.rank = dist.get_rank() if self.world_size > 1 else 0
 
@@ -269,7 +282,7 @@ class _Training:
     def train_epoch(self, number, bar):
         """Train on all batches of an epoch, or on as many as there are steps left; return its record."""
         started = time.perf_counter()
-        first_step = self.step
+        first_step, skipped = self.step, self.scaled.skipped
         self.model.train()
         # Summed on the device: reading a value in each step would make a GPU wait.
         self.loss_sum = torch.zeros((), device=self.device)
@@ -293,6 +306,7 @@ class _Training:
             "learning_rate": self.schedulers[0].get_last_lr()[0],
             "train_loss": self.loss_sum.item() / steps,
             "train_accuracy": self.right.item() / (steps * self.batches.batch_size),
+            "skipped_steps": self.scaled.skipped - skipped,
             "seconds": time.perf_counter() - started,
         }
 
@@ -307,18 +321,23 @@ class _Training:
                 self._add_gradients([replace(part, tracked=False) for part in micro_batches], counted=False)
         if self.world_size > 1:
             _average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
+        self.scaled.step()
+        with warnings.catch_warnings():
+            if self.scaled.skipped:  # the schedule goes on also if the first step was skipped
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
+                scheduler.step()
         self.step += 1
 
     def _add_gradients(self, micro_batches, counted=True):
         scale = self.recipe.scale_at(self.step)
-        for part in micro_batches:
-            loss, logits = _forward_and_backward(self.model, self.loss, part, self.targets, scale)
+        for parts in [micro_batches] if in_one_pass(self.device) else [[part] for part in micro_batches]:
+            loss, right = _forward_and_backward(
+                self.model, self.loss, parts, self.targets, scale, self.scaled.backward, self.network
+            )
             if counted:
                 self.loss_sum += loss
-                self.right += (logits.argmax(1) == self.targets[part.rows]).sum()
+                self.right += right
 
     def identity(self):
         """What a checkpoint must agree with."""
@@ -357,6 +376,7 @@ def _create_optimizers(model, recipe):
     sgd = torch.optim.SGD(
         [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}],
         lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+        fused=others[0].device.type in ("cpu", "cuda"),
     )  # fmt: skip
     if not kernels:
         return [sgd]
@@ -376,40 +396,59 @@ def _create_scheduler(optimizer, recipe):
     )
 
 
+def in_one_pass(device):
+    """Whether all micro-batches of a step pass through the network together. A CPU's cache is too small for that."""
+    return device.type != "cpu"
+
+
 @record_function("forward and backward")  # what torch.profiler shows
-def _forward_and_backward(model, loss, part, targets, scale):
-    """Add the gradient of a micro-batch's weighted mean loss; return that weighted loss and the logits.
+def _forward_and_backward(model, loss, parts, targets, scale, backward=torch.Tensor.backward, network=None):
+    """Add the gradient of micro-batches' weighted mean losses; return that loss and the number of right answers.
 
     The images are shrunk to ``scale`` times their side first, but not below ``SMALLEST_SIDE``. ``targets`` are those
-    of all rows of the training set.
+    of all rows of the training set. ``backward`` takes the loss. ``network`` is the :class:`CompiledNetwork` of the model.
     """
-    images, sides = part.images, tuple(part.images.shape[2:])
+    images, rows = _together([part.images for part in parts]), _together([part.rows for part in parts])
+    sides = tuple(images.shape[2:])
     size = tuple(min(side, max(SMALLEST_SIDE, round(scale * side))) for side in sides)
     if size != sides:
         images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-    with mixed_precision(images.device), _running_statistics(model, part.tracked):
-        logits = model(images)
-    logits = logits.float()
-    weighted_loss = part.weight * loss(logits, targets[part.rows], part.rows)
-    if part.partners is not None:
-        partners_loss = part.weight * loss(logits, targets[part.partners], part.partners)
-        weighted_loss = part.kept * weighted_loss + (1 - part.kept) * partners_loss
-    weighted_loss.backward()
-    return weighted_loss.detach(), logits.detach()
+    sizes, tracked = [len(part.rows) for part in parts], [part.tracked for part in parts]
+    statistics = partial(micro_batches, model, sizes, tracked)
+    with mixed_precision(images.device):
+        if network is not None and network.prepare(images, (*sizes, *tracked), partial(statistics, True)):
+            with statistics(compiled=True):
+                logits = network(images)
+        else:
+            with statistics(), half_weights(model):
+                logits = model(images)
+    logits, wanted = logits.float(), targets[rows]
+    if len(parts) > 1 and _is_mean_over_all(loss, parts):
+        weighted_loss = sum(part.weight for part in parts) * loss(logits, wanted, rows)
+    else:
+        weigh = partial(_weighted_loss, loss, targets)
+        weighted_loss = sum(map(weigh, parts, logits.split(sizes), wanted.split(sizes)))
+    backward(weighted_loss)
+    return weighted_loss.detach(), (logits.detach().argmax(1) == wanted).sum()
 
 
-@contextlib.contextmanager
-def _running_statistics(model, tracked):
-    """Leave the running batch-norm statistics as they are within the block, unless they are to be tracked."""
-    norms = [] if tracked else [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+def _together(tensors):
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _is_mean_over_all(loss, parts):
+    """Whether the weighted mean losses of micro-batches add up to the mean loss of all their images."""
+    weights = [part.weight / len(part.rows) for part in parts]
+    equal = max(weights) - min(weights) < 1e-6 * max(weights)
+    return getattr(loss, "mean_over_images", False) and equal and all(part.partners is None for part in parts)
+
+
+def _weighted_loss(loss, targets, part, logits, wanted):
+    weighted_loss = part.weight * loss(logits, wanted, part.rows)
+    if part.partners is None:
+        return weighted_loss
+    partners_loss = part.weight * loss(logits, targets[part.partners], part.partners)
+    return part.kept * weighted_loss + (1 - part.kept) * partners_loss
 
 
 @contextlib.contextmanager
@@ -460,7 +499,7 @@ def count_training_flops(model, recipe, image_size=(32, 32)):
     for scale, steps in Counter(map(recipe.scale_at, range(recipe.steps))).items():
         with FlopCounterMode(display=False) as counter:
             for _ in range(2 if recipe.sam_radius else 1):
-                _forward_and_backward(model, loss, part, targets, scale)
+                _forward_and_backward(model, loss, [part], targets, scale)
             for optimizer in optimizers:
                 optimizer.step()
         flops += steps * counter.get_total_flops()

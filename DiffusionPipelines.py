@@ -29,7 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from FiniteNumbers import check_weights, finite_numbers
-from Runtime import choose_device, is_reachable, require_free_space, user_path, uses_bfloat16
+from Precision import half_precision
+from Runtime import choose_device, is_reachable, require_free_space, user_path
 
 # --- Presets ------------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ def _first_line(error):
 
 
 def choose_dtype(device):
-    """Choose the weights' data type: float16 on CUDA, bfloat16 on CPUs that multiply in it, else float32.
+    """Choose the weights' data type, where :func:`Precision.half_precision` has one: float16 on CUDA, else that.
 
     On CUDA float16 is preferred to bfloat16, because its three more bits of precision are visible in images,
     and because the published weights were made for it.
@@ -268,9 +269,10 @@ def choose_dtype(device):
     -------
     torch.dtype
     """
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and uses_bfloat16(device) else torch.float32
+    half = half_precision(device)
+    if half is None:
+        return torch.float32
+    return torch.float16 if device.type == "cuda" else half
 
 
 def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
@@ -344,12 +346,25 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     check_weights(pipeline.components, model)
     if lora is not None:
         _merge_lora(pipeline, user_path(lora))
+    if dtype == torch.float16 and half_precision(device) == torch.float16:
+        _decode_in_float32(pipeline)
     pipeline.to(device)
     if device.type != "mps":
         for network in (pipeline.unet, pipeline.vae):
             network.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _decode_in_float32(pipeline):
+    """Let the decoder compute in float32: on some cards without bfloat16 it overflows, and images are black.
+
+    Pipelines that can do so by themselves do: their decoders overflow on every card.
+    """
+    if hasattr(pipeline, "upcast_vae") or not getattr(pipeline.vae.config, "force_upcast", False):
+        return
+    decoder = pipeline.vae.decoder.to(torch.float32)
+    decoder.register_forward_pre_hook(lambda _, arguments: (arguments[0].float(), *arguments[1:]))
 
 
 def _check_model_folder(folder):

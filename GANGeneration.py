@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from DeviceFaults import device_faults
 from GANNetworks import (
     Generator,
     check_sampling,
@@ -68,7 +69,8 @@ class GANRun:
         The last one.
     history : list of dict
         One dict for each record: ``step`` and ``images_seen`` (training steps and real images so far),
-        ``batch_size``, ``discriminator_loss``, ``generator_loss``, ``score_of_real``, ``score_of_generated``
+        ``batch_size``, ``skipped_steps`` (updates since the last record that were left out because a float16
+        gradient overflowed), ``discriminator_loss``, ``generator_loss``, ``score_of_real``, ``score_of_generated``
         (means since the last record), ``quality`` (None without a measure), ``seconds`` (of training since
         the last record), ``seconds_of_quality`` (of evaluating the averaged generator).
     snapshots : ndarray of uint8, shape (records, classes, 32, 32, 3)
@@ -121,6 +123,8 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
         If the checkpoint cannot be written. That is noticed before the training.
     MemoryError
         If the machine has too little memory for the batches or the judged images.
+    DeviceFaults.DeviceFaultError
+        If the device fails or has too little memory. The last checkpoint stays.
     GANCollapseError
         If a loss or weight is not finite, the discriminator's stays near zero, or the generator makes the same
         image of a class whatever the latent. The last checkpoint stays.
@@ -140,6 +144,7 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     record_steps = {max(1, settings.steps * k // settings.records) for k in range(1, settings.records + 1)}
 
     with (
+        device_faults("The training of the GAN", checkpoint.path),
         tqdm(
             total=settings.steps,
             initial=(unjudged or {}).get("step", progress.step),
@@ -223,6 +228,7 @@ def _is_unmeasured(quality):
 def _train_until(end, adversaries, batches, seed, progress, bar):
     """Do the training steps up to number ``end``; return the first part of the record."""
     started, first, settings = time.perf_counter(), progress.step, adversaries.settings
+    skipped = adversaries.skipped_steps
     sums = torch.zeros(4, device=adversaries.device)
     dead_steps = torch.tensor(progress.dead_steps, device=adversaries.device)
     for step in range(first, end):
@@ -240,6 +246,7 @@ def _train_until(end, adversaries, batches, seed, progress, bar):
         "step": end,
         "images_seen": end * settings.batch_size * settings.discriminator_steps,
         "batch_size": settings.batch_size,
+        "skipped_steps": adversaries.skipped_steps - skipped,
         **dict(zip(names, (sums / (end - first)).tolist(), strict=True)),
         "seconds": time.perf_counter() - started,
     }

@@ -31,11 +31,13 @@ from GANNetworks import (
     Discriminator,
     Generator,
     check_sampling,
+    counting,
     diff_augment,
     update_average,
 )
 from ImageOverSampler import TooFewImagesError
-from Runtime import derive_seed, mixed_precision, plain, require_memory, seeded
+from Precision import ScaledSteps, mixed_precision
+from Runtime import derive_seed, plain, require_memory, seeded
 
 # --- Settings -----------------------------------------------------------------------------------
 
@@ -172,10 +174,11 @@ class BalancedBatches:
         labels : int64 tensor, shape (size,)
         """
         first = torch.randint(len(self.classes), (1,), generator=random, device=self.device)
-        index = (first + torch.arange(size, device=self.device)) % len(self.classes)
+        index = (first + counting(0, size, self.device)) % len(self.classes)
         u = torch.rand(size, generator=random, device=self.device, dtype=torch.float32)
-        within = (u * self.counts[index]).long().clamp(max=self.counts[index] - 1)
-        images = self.images[self.starts[index] + within].float() / 127.5 - 1
+        counts = self.counts[index]
+        within = torch.minimum((u * counts).long(), counts - 1)  # u * counts may be rounded up to counts
+        images = self.images[self.starts[index] + within] / 127.5 - 1
         if self.flip:
             mirrored = torch.rand(size, generator=random, device=self.device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -261,9 +264,15 @@ class Adversaries:
         self.discriminator = discriminator.to(device=device, memory_format=torch.channels_last)
         self.average = deepcopy(self.generator).requires_grad_(False).eval()
         self.rates = settings.generator_learning_rate, settings.discriminator_learning_rate
+        # The hinge loss of real images is max(0, 1 - score), of generated ones max(0, 1 + score).
+        self.signs = torch.tensor([-1.0, 1.0], device=device).repeat_interleave(settings.batch_size)
         self.optimizers = [
             torch.optim.Adam(network.parameters(), lr=rate, betas=(0.0, 0.9), fused=True)
             for network, rate in zip((self.generator, self.discriminator), self.rates, strict=True)
+        ]
+        self.updates = [
+            ScaledSteps(network.parameters(), [optimizer], device)
+            for network, optimizer in zip((self.generator, self.discriminator), self.optimizers, strict=True)
         ]
 
     def step(self, batches, step, seed):
@@ -288,7 +297,7 @@ class Adversaries:
         random = torch.Generator(self.device).manual_seed(derive_seed(seed, 1, step))
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * (1 - step / settings.steps)
-        update_generator, update_discriminator = self.optimizers
+        update_generator, update_discriminator = self.updates
         self.generator.train()
         self.discriminator.train().requires_grad_(True)
         shape = (settings.batch_size, settings.latent_size)
@@ -300,21 +309,21 @@ class Adversaries:
                     generated = self.generator(latents, labels)
                 shown = diff_augment(torch.cat([real, generated.detach()]), random, settings.augmentation)
                 scores = self.discriminator(shown, torch.cat([labels, labels]))
-            of_real, of_generated = scores.chunk(2)
-            discriminator_loss = F.relu(1 - of_real).mean() + F.relu(1 + of_generated).mean()
-            update_discriminator.zero_grad(set_to_none=True)
-            discriminator_loss.backward()
+            discriminator_loss = 2 * F.relu(self.signs * scores + 1).mean()
+            self.discriminator.zero_grad(set_to_none=True)
+            update_discriminator.backward(discriminator_loss)
             update_discriminator.step()
 
         self.discriminator.requires_grad_(False)
         with mixed_precision(self.device):
             shown = diff_augment(generated, random, settings.augmentation)
             generator_loss = -self.discriminator(shown, labels).mean()
-        update_generator.zero_grad(set_to_none=True)
-        generator_loss.backward()
+        self.generator.zero_grad(set_to_none=True)
+        update_generator.backward(generator_loss)
         update_generator.step()
         update_average(self.average, self.generator, step, settings.ema_decay)
-        return torch.stack([discriminator_loss, generator_loss, of_real.mean(), of_generated.mean()]).detach()
+        losses = torch.stack([discriminator_loss, generator_loss])
+        return torch.cat([losses, scores.view(2, -1).mean(dim=1)]).detach()
 
     def network_weights(self):
         """The state dicts of the three networks as one dict, by names such as ``generator.to_image.bias``."""
@@ -325,9 +334,12 @@ class Adversaries:
         }
 
     def state_dict(self):
-        """Everything that training changes: three networks and two optimisers."""
+        """Everything that training changes: three networks, two optimisers and the scales of their gradients."""
         networks = {name: getattr(self, name).state_dict() for name in self.NETWORKS}
-        return networks | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        return networks | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scales": [update.state_dict() for update in self.updates],
+        }
 
     def load_state_dict(self, state):
         """Take over what :meth:`state_dict` returned."""
@@ -335,6 +347,13 @@ class Adversaries:
             getattr(self, name).load_state_dict(state[name])
         for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(content)
+        for update, content in zip(self.updates, state["scales"], strict=True):
+            update.load_state_dict(content)
+
+    @property
+    def skipped_steps(self):
+        """Number of updates that were left out because a float16 gradient overflowed."""
+        return sum(update.skipped for update in self.updates)
 
 
 def count_flops(settings, num_classes=10):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from Precision import mixed_precision
 from Runtime import (
     atomic_path,
     check_images,
@@ -30,7 +31,6 @@ from Runtime import (
     derive_seed,
     is_reachable,
     load_torch_file,
-    mixed_precision,
     require_finite,
     seeded,
 )

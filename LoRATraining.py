@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from DeviceFaults import DeviceFaultError, device_faults
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
+from Precision import ScaledSteps, mixed_precision
 from Prompts import with_article
 from Runtime import (
     Checkpoint,
@@ -34,7 +37,6 @@ from Runtime import (
     check_images,
     choose_device,
     derive_seed,
-    mixed_precision,
     one_process_at_a_time,
     require_free_space,
     require_writable,
@@ -150,8 +152,8 @@ def _train(X, class_name, folder, recipe, seed, device):
     means, deviations, text = _encode(pipeline, X, class_name, recipe.size)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     unet = _add_adapter(pipeline, recipe.rank, seed)
-    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=recipe.learning_rate)
-    history = _restore(state, unet, optimizer)
+    steps = _optimiser_steps(unet, recipe.learning_rate)
+    history = _restore(state, unet, steps)
     portion = recipe.batch_size
     bar = tqdm(
         range(len(history), recipe.steps), initial=len(history), total=recipe.steps,
@@ -161,13 +163,13 @@ def _train(X, class_name, folder, recipe, seed, device):
         # A generator for each step, so that the checkpoint needs no state of random numbers.
         random = torch.Generator().manual_seed(derive_seed(seed, 1, step))
         batch = _draw_batch(means, deviations, schedule, recipe.batch_size, random)
-        loss, portion = _backward_within_memory(unet, optimizer, batch, text, portion, recipe.size)
+        loss, portion = _backward_within_memory(unet, steps, batch, text, portion, recipe.size)
         _check_loss(loss, step, recipe)
-        optimizer.step()
+        steps.step()
         history.append(loss)
         bar.set_postfix(loss=f"{np.mean(history[-50:]):.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
-            _save(folder, checkpoint, unet, optimizer, history, finished=step + 1 == recipe.steps)
+            _save(folder, checkpoint, unet, steps, history, finished=step + 1 == recipe.steps)
     return history
 
 
@@ -256,14 +258,21 @@ def _add_adapter(pipeline, rank, seed):
     return unet.train()
 
 
-def _restore(state, unet, optimizer):
+def _optimiser_steps(unet, learning_rate):
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    return ScaledSteps(trained, [torch.optim.AdamW(trained, lr=learning_rate)], unet.device)
+
+
+def _restore(state, unet, steps):
     """Put a checkpoint's adapter and optimiser in place, and return its losses. Without one: no losses."""
     from peft.utils import set_peft_model_state_dict
 
     if state is None:
         return []
     set_peft_model_state_dict(unet, state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
+    steps.optimizers[0].load_state_dict(state["optimizer"])
+    if "scale" in state:  # earlier versions of this code had none
+        steps.load_state_dict(state["scale"])
     return state["history"]
 
 
@@ -280,15 +289,15 @@ def _draw_batch(means, deviations, schedule, batch_size, random):
     return schedule.add_noise(clean, noise, times), times, target
 
 
-def _backward_within_memory(unet, optimizer, batch, text, portion, size):
+def _backward_within_memory(unet, steps, batch, text, portion, size):
     """Compute the gradients of a batch, in smaller portions if memory runs out.
 
     Returns the loss, and the portion (number of images) that fitted.
     """
     while True:
-        optimizer.zero_grad(set_to_none=True)
+        unet.zero_grad(set_to_none=True)
         try:
-            return _backward(unet, batch, text, portion), portion
+            return _backward(unet, batch, text, portion, steps.backward), portion
         except RuntimeError as error:
             from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -305,7 +314,7 @@ def _backward_within_memory(unet, optimizer, batch, text, portion, size):
         tqdm.write(f"Out of memory on {unet.device}: continuing with portions of {portion} images.")
 
 
-def _backward(unet, batch, text, portion):
+def _backward(unet, batch, text, portion, backward):
     """Add up the gradients of a batch, ``portion`` images at a time, and return the loss."""
     device = unet.device
     total = len(batch[0])
@@ -315,12 +324,12 @@ def _backward(unet, batch, text, portion):
         with mixed_precision(device):
             predicted = unet(noisy, times, text.expand(len(noisy), -1, -1), return_dict=False)[0]
         error = F.mse_loss(predicted.float(), target, reduction="sum") / batch[2].numel()
-        error.backward()
+        backward(error)
         loss += error.item()
     return loss
 
 
-def _save(folder, checkpoint, unet, optimizer, history, finished):
+def _save(folder, checkpoint, unet, steps, history, finished):
     """Write the checkpoint, and the adapter if the training is finished. An adapter with NaN is refused."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -340,7 +349,12 @@ def _save(folder, checkpoint, unet, optimizer, history, finished):
                 unet_lora_layers=convert_state_dict_to_diffusers(adapter),
                 weight_name=temporary.name,
             )
-    checkpoint.save(step=len(history), history=history, adapter=adapter, optimizer=optimizer.state_dict())
+    optimizer, scale = steps.optimizers[0].state_dict(), steps.state_dict()
+    checkpoint.save(step=len(history), history=history, adapter=adapter, optimizer=optimizer, scale=scale)
+    if finished and steps.skipped:
+        tqdm.write(
+            f"{steps.skipped} of {len(history)} steps were skipped, because a float16 gradient overflowed."
+        )
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -390,10 +404,16 @@ def main(arguments=None):
         _check_arguments(recipe, CIFAR10_CLASSES[c], options.seed, options.output)
         data = load_cifar10()
         X, y = split_from_name(options.split, data.y_train).cut(data.X_train, data.y_train)
-        history = train_lora(
-            X[y == c], CIFAR10_CLASSES[c], options.output, recipe, seed=options.seed, device=options.device
-        )
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        with device_faults("The training of the adapter", Path(options.output) / STATE):
+            history = train_lora(
+                X[y == c],
+                CIFAR10_CLASSES[c],
+                options.output,
+                recipe,
+                seed=options.seed,
+                device=options.device,
+            )
+    except (ValueError, OSError, MemoryError, FloatingPointError, DeviceFaultError) as error:
         parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     print(
         f"{options.output}: adapter of rank {recipe.rank} from {np.sum(y == c)} images, loss "

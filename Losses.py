@@ -24,12 +24,16 @@ from Runtime import checksum
 class CrossEntropy(nn.Module):
     """Mean cross-entropy, and the interface of every loss.
 
+    ``mean_over_images`` says that the loss of several micro-batches together is the mean of theirs, weighted by their
+    sizes. A loss without it is computed micro-batch by micro-batch.
+
     Parameters
     ----------
     label_smoothing : float, default 0.0
         Fraction of each target that is spread equally over all classes.
     """
 
+    mean_over_images = True
     progress = 0.0
 
     def __init__(self, label_smoothing=0.0):
@@ -69,6 +73,7 @@ class LogitAdjustedLoss(nn.Module):
         If ``sources`` are not sources of the rows of ``y``, or ``tau`` is negative or not finite.
     """
 
+    mean_over_images = True
     progress = 0.0
 
     def __init__(self, y, num_classes, sources=None, *, tau=1.0):

@@ -297,7 +297,7 @@ def conditions(results):
     runs = [run for arm in results.values() for run in arm]
     first = runs[0]
     configuration = first["configuration"]
-    shared = configuration.keys() - {"logit_adjusted", "processes", "bfloat16"}
+    shared = configuration.keys() - {"logit_adjusted", "processes", "precision", "bfloat16"}
     for run in runs:
         if differences := describe_differences(
             run["configuration"], {key: configuration[key] for key in shared}

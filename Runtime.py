@@ -1,10 +1,8 @@
-"""What every training needs around it: devices, precision, seeds, checked arrays, safe files, downloads.
+"""What every training needs around it: devices, seeds, checked arrays, safe files, downloads.
 
 Nothing here knows about CIFAR-10, a generator or a classifier, and nothing here draws a plot.
 
     device = choose_device()                    # CUDA, else Apple's MPS, else the CPU
-    with mixed_precision(device):
-        logits = network(images)
     with atomic_path("results/table.txt") as temporary:
         temporary.write_text("all or nothing")
 """
@@ -30,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 
+from DeviceFaults import describe_fault
 from Hardware import cuda_works
 
 # --- Randomness ---------------------------------------------------------------------------------
@@ -201,24 +200,6 @@ def start_processes(device=None):
     # accelerate joins CPU processes only if told to. One process may wait while another computes alone,
     # which can take longer than the default timeout.
     return PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
-
-
-def uses_bfloat16(device):
-    """Whether convolutions on a torch.device run in bfloat16: only where the hardware multiplies in it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def mixed_precision(device):
-    """Context in which convolutions run in bfloat16 if :func:`uses_bfloat16` says so, else in float32."""
-    if uses_bfloat16(device):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -467,6 +448,8 @@ def save_torch_file(path, content):
         try:
             torch.save(plain(content), temporary)
         except RuntimeError as error:  # what PyTorch makes of a full disk
+            if describe_fault(error):
+                raise
             raise OSError(str(error).splitlines()[0]) from error
 
 

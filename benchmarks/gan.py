@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from Arms import PROFILES
 from GANGeneration import Adversaries, BalancedBatches, count_flops
+from Precision import precision_name
 from Results import HARDWARE
-from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json, uses_bfloat16
+from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")
@@ -229,7 +230,7 @@ def main(arguments=None):
             )
         ],
         "our_settings": asdict(built["ours"].settings),
-        "bfloat16": uses_bfloat16(device),
+        "precision": precision_name(device),
         "dataloader_workers": options.workers,
         "hardware": describe_hardware(device),
         "torch": torch.__version__,

@@ -29,6 +29,7 @@ from ClassifierNetwork import evaluate_classifier
 from ClassifierTraining import count_training_flops
 from Experiment import make_training_set
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
+from Precision import precision_name
 from Report import percent
 from Results import HARDWARE, Study, read_json
 from Runtime import (
@@ -37,7 +38,6 @@ from Runtime import (
     describe_hardware,
     hardware_text,
     save_json,
-    uses_bfloat16,
 )
 from Utils import markdown_table
 
@@ -105,7 +105,7 @@ def run(name, candidate, data, seed, device=None):
         "accuracy": float((plain.predictions == data.y_test).mean()),
         "accuracy_with_averaged_flips": float((averaged == data.y_test).mean()),
         "final_train_loss": history[-1]["train_loss"],
-        "bfloat16": uses_bfloat16(device),
+        "precision": precision_name(device),
         "hardware": describe_hardware(device),
         "torch": torch.__version__,
         "commit": commit,
@@ -161,7 +161,9 @@ def table(series):
         ]  # fmt: skip
         if timed:
             minutes = f"{np.median([run['seconds'] for run in runs]) / 60:.0f}"
-            cells.insert(4, minutes if first["bfloat16"] else f"{minutes} (float32)")
+            # Results from before float16 was possible say only whether it was bfloat16.
+            precision = first.get("precision") or ("bfloat16" if first["bfloat16"] else "float32")
+            cells.insert(4, minutes if precision == "bfloat16" else f"{minutes} ({precision})")
         rows.append(cells)
         hardware |= {hardware_text(run["hardware"]): None for run in runs}
     text = markdown_table(header, rows)

@@ -46,7 +46,7 @@ SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2
 @pytest.fixture
 def float32(monkeypatch):
     """Compute in float32, so that numbers can be compared closely."""
-    monkeypatch.setattr("Runtime.uses_bfloat16", lambda device: False)
+    monkeypatch.setattr("Precision.half_precision", lambda device: None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -429,7 +429,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(float32):
         images, labels = pixels_for(model, X), torch.from_numpy(y).to(model.mean.device)
         rows = torch.arange(20, device=model.mean.device)
         for part in split_evenly(images, rows, size):
-            ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, labels, 0.5)
+            ClassifierTraining._forward_and_backward(model, CrossEntropy(), [part], labels, 0.5)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
@@ -467,7 +467,7 @@ def test_shrunk_images_keep_their_colours(float32):
     grey = pixels_for(model, np.full((2, 32, 32, 3), 200, dtype=np.uint8))
     rows = torch.tensor([0, 1], device=grey.device)
     part = MicroBatch(grey, rows, weight=1.0)
-    ClassifierTraining._forward_and_backward(model, CrossEntropy(), part, rows, scale=0.5)
+    ClassifierTraining._forward_and_backward(model, CrossEntropy(), [part], rows, scale=0.5)
     assert seen[0].shape == (2, 3, 16, 16) and (seen[0] - 200).abs().max() < 1e-2
 
 
@@ -525,14 +525,14 @@ import json, sys
 import numpy as np
 import torch
 from accelerate import PartialState
-import Runtime
+import Precision
 from ClassifierNetwork import EpochEvaluator, channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
 from Losses import LogitAdjustedLoss
 
 state = PartialState(cpu=True)
 torch.set_num_threads(1)
-Runtime.uses_bfloat16 = lambda device: False
+Precision.half_precision = lambda device: None
 data = np.load("data.npz")
 X, y = data["X"], data["y"]
 model = create_classifier(10, 4, channel_statistics(X), seed=0, device="cpu")
@@ -646,7 +646,8 @@ def test_what_is_returned_after_an_epoch_joins_its_record_the_checkpoint_and_the
 
 def test_a_record_keeps_the_order_of_its_keys():
     history = train(small_model(), after_epoch=evaluator(evaluations=1))
-    keys = ["epoch", "step", "images_seen", "learning_rate", "train_loss", "train_accuracy", "seconds"]
+    keys = ["epoch", "step", "images_seen", "learning_rate", "train_loss", "train_accuracy", "skipped_steps"]
+    keys.append("seconds")
     of_test = ["test_loss", "test_accuracy", "test_minority_recall", "seconds_of_test"]
     assert list(history[0]) == keys and list(history[-1]) == keys + of_test
 

@@ -259,11 +259,28 @@ def test_impossible_numbers_are_refused(pipelines, change):
 
 
 def test_the_weights_type_follows_the_device(monkeypatch):
-    assert choose_dtype(torch.device("cuda")) == torch.float16
     assert choose_dtype(torch.device("mps")) == torch.float32
-    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(DiffusionPipelines, "uses_bfloat16", lambda device, answer=has_bfloat16: answer)
-        assert choose_dtype(torch.device("cpu")) == expected
+    for device, half, expected in (
+        ("cuda", torch.bfloat16, torch.float16),
+        ("cuda", torch.float16, torch.float16),
+        ("cuda", None, torch.float32),
+        ("cpu", torch.bfloat16, torch.bfloat16),
+        ("cpu", None, torch.float32),
+    ):
+        monkeypatch.setattr(DiffusionPipelines, "half_precision", lambda device, half=half: half)
+        assert choose_dtype(torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("half", "expected"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)]
+)
+def test_cards_without_bfloat16_decode_in_float32(models, monkeypatch, half, expected):
+    monkeypatch.setattr(DiffusionPipelines, "half_precision", lambda device: half)
+    pipeline = load_pipeline("reference", models["stable"], device="cpu", dtype=torch.float16)
+    assert {p.dtype for p in pipeline.vae.decoder.parameters()} == {expected}
+    assert pipeline.unet.dtype == pipeline.vae.dtype == torch.float16
+    latents = torch.randn(1, pipeline.vae.config.latent_channels, 8, 8, dtype=torch.float16)
+    assert pipeline.vae.decode(latents).sample.dtype == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

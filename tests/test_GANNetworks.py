@@ -1,14 +1,18 @@
 """The GAN's networks, its augmentation, the averaged generator, and the files of both networks."""
 
+import contextlib
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 import GANNetworks
 from ClassifierNetwork import create_classifier, save_classifier
 from GANNetworks import (
+    ConditionalBatchNorm,
     Discriminator,
     Generator,
     diff_augment,
@@ -63,19 +67,98 @@ def test_the_score_follows_its_definition(device, monkeypatch):
     assert torch.allclose(discriminator(images, labels), expected, atol=1e-5)
 
 
-def test_the_power_iteration_runs_in_float32_under_autocast(monkeypatch, device):
-    discriminator = Discriminator(3, channels=4).to(device)
+def with_pytorchs_spectral_norm(discriminator, monkeypatch):
+    """A copy with the same weights and vectors whose layers are normalised one by one, by PyTorch."""
+    monkeypatch.setattr(GANNetworks, "_spectral_norm", torch.nn.utils.parametrizations.spectral_norm)
+    copy = Discriminator(discriminator.num_classes, discriminator.channels)
+    layers = zip(discriminator.normalised_layers(), copy.normalised_layers(), strict=True)
+    for ours, theirs in layers:
+        theirs.parametrizations.weight.original.data.copy_(ours.parametrizations.weight.original)
+        norm, shape = ours.parametrizations.weight[0], theirs.parametrizations.weight.original.shape
+        right = norm.right
+        if len(shape) == 4:  # PyTorch's columns follow the channels first
+            _, channels, height, width = shape
+            right = right.view(height, width, channels).permute(2, 0, 1).flatten()
+        theirs.parametrizations.weight[0]._u.copy_(norm.left)
+        theirs.parametrizations.weight[0]._v.copy_(right)
+        if getattr(ours, "bias", None) is not None:
+            theirs.bias.data.copy_(ours.bias)
+    return copy
+
+
+def plain_scores(discriminator, images, labels):
+    with parametrize.cached():
+        features = torch.relu(discriminator.blocks(images)).sum(dim=(2, 3))
+        return discriminator.score(features)[:, 0] + (discriminator.embedding(labels) * features).sum(dim=1)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_layers_normalised_together_are_those_of_pytorch_with_the_same_gradients(layout, monkeypatch):
+    discriminator = Discriminator(3, channels=4).to(memory_format=layout)
+    plain = with_pytorchs_spectral_norm(discriminator, monkeypatch)
+    labels = torch.tensor([0, 2, 1])
+    for seed in range(3):  # each time with one more power iteration
+        images = torch.rand(3, 3, 32, 32, generator=random(seed)) * 2 - 1
+        ours, theirs = discriminator(images, labels), plain_scores(plain, images, labels)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    discriminator.zero_grad(), plain.zero_grad()
+    for scores in (ours, theirs):
+        scores.sin().sum().backward()
+    for (name, value), other in zip(discriminator.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    plain.eval()
+    for layer, other in zip(discriminator.eval().normalised_layers(), plain.normalised_layers(), strict=True):
+        torch.testing.assert_close(layer.weight, other.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_the_power_iteration_runs_in_float32_under_autocast(half):
+    discriminator = Discriminator(3, channels=4)
+    plain = deepcopy(discriminator)
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
     seen = []
-    original = torch.nn.utils.parametrizations._SpectralNorm.forward
+    discriminator.blocks[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.dtype))
+    with torch.autocast("cpu", dtype=half):
+        scores = discriminator(images, labels)
+    expected = plain(images, labels)
+    assert seen == [half], "the convolutions' weights are cast"
+    for layer, other in zip(discriminator.normalised_layers(), plain.normalised_layers(), strict=True):
+        assert torch.equal(layer.parametrizations.weight[0].left, other.parametrizations.weight[0].left)
+        assert layer.parametrizations.weight[0].left.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.1)
 
-    def spy(self, weight):
-        seen.append((weight.dtype, torch.is_autocast_enabled(device.type)))
-        return original(self, weight)
 
-    monkeypatch.setattr(torch.nn.utils.parametrizations._SpectralNorm, "forward", spy)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        discriminator(torch.zeros((2, 3, 32, 32), device=device), torch.tensor([0, 1], device=device))
-    assert seen == [(torch.float32, False)] * 9, "once for each layer"
+def test_weights_are_cast_together_as_autocast_does_one_by_one():
+    generator, plain = tiny_generator(), tiny_generator()
+    latents, labels = torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = generator(latents, labels)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GANNetworks, "half_weights", lambda module: contextlib.nullcontext())
+            theirs = plain(latents, labels)
+    assert torch.equal(ours, theirs)
+    ours.sum().backward(), theirs.sum().backward()
+    for (name, value), other in zip(generator.named_parameters(), plain.parameters(), strict=True):
+        assert value.dtype == torch.float32 and isinstance(value, torch.nn.Parameter)
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_each_conditional_norm_gets_the_gains_and_biases_of_its_labels():
+    generator = tiny_generator()
+    norms = [norm for block in generator.blocks for norm in (block.norm1, block.norm2)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.gain.weight), torch.nn.init.normal_(norm.bias.weight)
+    labels = torch.tensor([2, 0, 2, 1])
+    expected = [table(labels) for norm in norms for table in (norm.gain, norm.bias)]
+    got = generator._look_up(labels, torch.float32)
+    assert len(got) == len(expected) and all(map(torch.equal, got, expected))
+    x = torch.randn(4, 8, 3, 3, requires_grad=True)
+    gain, bias = torch.randn(2, 4, 8, requires_grad=True)
+    norm = ConditionalBatchNorm(8, 3).train()
+    expected = norm.norm(x) * gain[:, :, None, None] + bias[:, :, None, None]
+    torch.testing.assert_close(norm(x, gain, bias), expected)
+    gradients = [torch.autograd.grad(y.sin().sum(), (x, gain, bias)) for y in (norm(x, gain, bias), expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 # --- Differentiable augmentation ------------------------------------------------------------------
@@ -99,8 +182,41 @@ def test_diff_augment_is_differentiable_and_random(device):
     assert len({tuple(image.flatten().tolist()) for image in same_image_four_times}) == 4
 
 
-def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth(device):
-    ones = torch.ones((200, 3, 32, 32), device=device)
+def plain_augmentation(images, random, strength):
+    """Zhao et al.'s three colour changes, the shift and the square, one after another."""
+    n, _, size, _ = images.shape
+    u = torch.rand((3, n, 1, 1, 1), generator=random) - 0.5
+    moved = round(strength * size / 8)
+    rows, columns = torch.randint(-moved, moved + 1, (2, n), generator=random).tolist()
+    side = round(strength * size / 2)
+    tops, lefts = torch.randint(0, size + 1 - side % 2, (2, n), generator=random).tolist()
+    images = images + strength * u[0]
+    grey = images.mean(dim=1, keepdim=True)
+    images = images + (images - grey) * 2 * strength * u[1]
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = images + (images - mean) * strength * u[2]
+    padded = torch.nn.functional.pad(images, (size, size, size, size))
+    results = []
+    for k in range(n):
+        top, left = size + rows[k], size + columns[k]
+        image = padded[k, :, top : top + size, left : left + size].clone()
+        top, left = tops[k] - side // 2, lefts[k] - side // 2
+        image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
+        results.append(image)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_diff_augment_equals_the_steps_of_the_paper(strength):
+    images = (torch.rand(8, 3, 32, 32, generator=random()) * 2 - 1).requires_grad_()
+    ours, plain = diff_augment(images, random(1), strength), plain_augmentation(images, random(1), strength)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(result.sin().sum(), images)[0] for result in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth():
+    ones = torch.ones(200, 3, 32, 32)
     augmented = diff_augment(ones, random())
     zeros = (augmented == 0).all(dim=1)
     assert zeros.sum(dim=(1, 2)).max() <= 16 * 16 + 2 * 4 * 32

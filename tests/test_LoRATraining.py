@@ -47,7 +47,7 @@ def same(a, b):
 @pytest.fixture
 def in_float32(monkeypatch):
     """Small losses are compared here; bfloat16 would blur them."""
-    monkeypatch.setattr("Runtime.uses_bfloat16", lambda device: False)
+    monkeypatch.setattr("Precision.half_precision", lambda device: None)
 
 
 def test_the_loss_falls(X, recipe, in_float32):
@@ -123,10 +123,10 @@ def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
     expected = train(X, recipe, "whole")
     backward = LoRATraining._backward
 
-    def limited(unet, batch, text, portion):
+    def limited(unet, batch, text, portion, *rest):
         if portion > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return backward(unet, batch, text, portion)
+        return backward(unet, batch, text, portion, *rest)
 
     monkeypatch.setattr(LoRATraining, "_backward", limited)
     assert train(X, recipe) == pytest.approx(expected, rel=1e-3)

@@ -151,9 +151,14 @@ def test_a_recipe_is_measured_once_and_shown(training_candidates, time_to_accura
     assert first["pflops"] > 0
     monkeypatch.setattr(training_candidates, "train_classifier", None)  # a second training would fail
     assert time_to_accuracy.run("tiny", tiny, tiny_data, seed=0) == json.loads(json.dumps(first))
-    for bfloat16, minutes in ((True, "0"), (False, "0 (float32)")):
+    for said, minutes in (
+        ({"precision": "bfloat16"}, "0"),
+        ({"precision": "float16"}, "0 (float16)"),
+        ({"precision": None, "bfloat16": True}, "0"),
+        ({"precision": None, "bfloat16": False}, "0 (float32)"),
+    ):
         [path] = time_to_accuracy.FOLDER.glob("*.json")
-        path.write_text(json.dumps(first | {"bfloat16": bfloat16}))
+        path.write_text(json.dumps(first | said))
         row = f"| tiny | 2 | 1 | {first['pflops']:.3f} | {minutes} | {100 * first['accuracy']:.2f} |"
         assert row in time_to_accuracy.table("target"), "with the minutes"
 

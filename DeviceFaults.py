@@ -1,0 +1,67 @@
+"""A GPU that fails in the middle of a run ends it with one clear line.
+
+with device_faults("The training of cat-50/stable-seed0", checkpoint="models/stable-seed0.pt"):
+    ...                                   # lack of memory, a failed launch, a lost device: DeviceFaultError
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+# How messages of PyTorch begin, or what they contain, if not the program but the device failed.
+MARKS = "CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "MPS backend", "HIP error"  # fmt: skip
+
+
+class DeviceFaultError(RuntimeError):
+    """The device failed or has too little memory. The message says how to go on."""
+
+
+def describe_fault(error):
+    """One line about the device if it is the cause of an error, else None.
+
+    Parameters
+    ----------
+    error : Exception
+
+    Returns
+    -------
+    str or None
+    """
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError) or (_is_fault(error) and "out of memory" in first_line):
+        return f"The device has too little free memory ({first_line}). End other programs that use it."
+    if _is_fault(error):
+        return (
+            f"The device failed ({first_line}). If it fails again, look with nvidia-smi whether it is still there "
+            "and what else uses it, or choose another device."
+        )
+    return None
+
+
+def _is_fault(error):
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
+    )
+
+
+@contextlib.contextmanager
+def device_faults(what, checkpoint=None):
+    """Context in which a failing device raises :class:`DeviceFaultError`, which says in one line how to go on.
+
+    Parameters
+    ----------
+    what : str
+        What is broken off, to begin the message with.
+    checkpoint : path, optional
+        From which the same command goes on. It is written atomically, so that a fault leaves it as it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DeviceFaultError) or (line := describe_fault(error)) is None:
+            raise
+        how = "Then run the same command again: it starts again, because there was no checkpoint yet."
+        if checkpoint is not None and Path(checkpoint).exists():
+            how = f"Then run the same command again: it goes on from the last checkpoint, {checkpoint}."
+        raise DeviceFaultError(f"{what} was broken off. {line} {how}") from error
