@@ -28,6 +28,7 @@ from DevelopmentReport import FOLDER, SCORES, methods_table
 from Experiment import prepare_stable_diffusion_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Methods import METHODS, find_method
+from Precision import precision_name
 from Results import read_json
 from Runtime import (
     choose_device,
@@ -37,7 +38,6 @@ from Runtime import (
     require_same_settings,
     require_writable,
     save_json,
-    uses_bfloat16,
 )
 
 SPLITS = ("dog-50", "ship-50")
@@ -212,7 +212,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         "training_images": {"real": real, "synthetic": len(y) - real},
         "final_train_loss": history[-1]["train_loss"],
         "seconds": sum(epoch["seconds"] for epoch in history),
-        "bfloat16": uses_bfloat16(device),
+        "precision": precision_name(device),
         "hardware": describe_hardware(device),
         "commit": commit,
     }

@@ -12,7 +12,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from Runtime import mixed_precision
+from Precision import mixed_precision
 
 VIEWS = 2  # augmented views of each image
 
