@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
 from Development import SPLITS, development_data
-from DevelopmentReport import CUES, cue_table
+from DevelopmentReport import CUE, CUES, cue_table
 from Experiment import prepare_stable_diffusion_images
 from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
@@ -117,7 +117,7 @@ def measure(data, name, split_name, seed, device=None):
     path = CUES / split_name / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}.json"
     settings = RECIPE.as_json() | {"width": WIDTH, "tested": TESTED}
     if path.exists():
-        result = read_json(path)
+        result = read_json(path, CUE)
         require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], settings)
         return result
     commit = code_version()

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import (
     accuracy_score,
-    balanced_accuracy_score,
     f1_score,
     precision_score,
     recall_score,
@@ -24,7 +23,7 @@ from sklearn.metrics import (
 from Arms import PROFILES
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe
-from DevelopmentReport import FOLDER, SCORES, methods_table
+from DevelopmentReport import FOLDER, RUN, SCORES, methods_table
 from Experiment import prepare_stable_diffusion_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Methods import METHODS, find_method
@@ -123,7 +122,10 @@ def development_data(data, split_name, held_out=HELD_OUT):
 
 
 def validation_scores(development, predictions):
-    """Scores on validation images, as if every class had equally many: a dict of fractions, keys :data:`SCORES`."""
+    """Scores on validation images, as if every class had equally many, so that accuracy is balanced accuracy.
+
+    Returns a dict of fractions with the keys :data:`DevelopmentReport.SCORES`, the first three for the rare class.
+    """
     y, weights = development.y_val, development.weights
     rare = {"labels": [development.minority], "average": "macro", "zero_division": 0}
     arguments = {"y_true": y, "y_pred": predictions, "sample_weight": weights}
@@ -131,7 +133,6 @@ def validation_scores(development, predictions):
         "recall": float(recall_score(**arguments, **rare)),
         "precision": float(precision_score(**arguments, **rare)),
         "f1": float(f1_score(**arguments, **rare)),
-        "balanced_accuracy": float(balanced_accuracy_score(**arguments)),
         "accuracy": float(accuracy_score(**arguments)),
     }
 
@@ -186,7 +187,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     method, path = find_method(method_name), budget.path(method_name, split_name, seed)
     recipe = budget.recipe(method)
     if path.exists():
-        result = read_json(path)
+        result = read_json(path, RUN)
         require_same_settings(path, Recipe(steps=1).as_json() | result["recipe"], recipe.as_json())
         return result
     require_writable(path)

@@ -7,19 +7,27 @@ Nothing here trains. ``Development.py`` and ``CueStrength.py`` obtain the result
 """
 
 import argparse
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
 from Report import NOT_RUN, update_documents
-from Results import read_json
+from Results import HARDWARE, read_json
 from Runtime import hardware_text
 from Utils import markdown_table
 
 FOLDER = Path("results", "development")
 CUES = FOLDER / "cues"
 DOCUMENT = Path("docs", "development.md")
-SCORES = ("recall", "precision", "f1", "balanced_accuracy", "accuracy")
+SCORES = ("recall", "precision", "f1", "accuracy")
+RUN = {  # what is asked of a result, see Results.read_json
+    "method": str, "what": str, "split": str, "seed": int, "validation": dict.fromkeys(SCORES, Real),
+    "recipe": dict, "hardware": HARDWARE,
+}  # fmt: skip
+CUE = {
+    "sampler": str, "method": str | None, "split": str, "seed": int, "auc": Real, "configuration": dict,
+}  # fmt: skip
 
 
 def methods_table(folder):
@@ -37,7 +45,7 @@ def methods_table(folder):
     """
     runs = {}
     for path in sorted(Path(folder).glob("*/*-seed*.json")):
-        result = read_json(path)
+        result = read_json(path, RUN)
         runs.setdefault(result["method"], []).append(result)
     rows = []
     for name, results in runs.items():
@@ -46,7 +54,7 @@ def methods_table(folder):
         rows.append(
             (-len(results), -means["f1"], (f"`{name}`", results[0]["what"], *scores, _where(results)))
         )
-    head = ("method", "what", "recall", "precision", "F1", "balanced accuracy", "accuracy", "split and seed")
+    head = ("method", "what", "recall", "precision", "F1", "accuracy", "split and seed")
     return markdown_table(head, [row for *_, row in sorted(rows)])
 
 
@@ -54,10 +62,10 @@ def cue_table():
     """Markdown table of the cues: how well added images are told from real ones, and the recall of training on them."""
     cues, recalls = {}, {}
     for path in sorted(CUES.glob("*/*.json")):
-        result = read_json(path)
+        result = read_json(path, CUE)
         cues.setdefault(result["sampler"], []).append(result)
     for path in sorted(FOLDER.glob("width*/*/*-seed*.json")):
-        result = read_json(path)
+        result = read_json(path, RUN)
         recalls.setdefault((result["method"], path.parts[-3]), []).append(result["validation"]["recall"])
     budgets = sorted({budget for _, budget in recalls})
     rows = []
@@ -84,7 +92,7 @@ def generated_parts():
     """Name of each generated part of ``docs/development.md`` -> its text."""
     methods = []
     for folder in sorted(FOLDER.glob("width*-steps*")):
-        first = read_json(next(folder.glob("*/*-seed*.json")))
+        first = read_json(next(folder.glob("*/*-seed*.json")), RUN)
         width, steps = folder.name.removeprefix("width").split("-steps")
         methods.append(
             f"Width {width}, {int(steps):,} training steps, {hardware_text(first['hardware'])}. Scores on validation "

@@ -71,9 +71,10 @@ def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
     budget = Budget(4, 2)
     path = budget.path("smote", "dog-50", 0)
     path.parent.mkdir(parents=True)
-    path.write_text(
-        json.dumps({"method": "smote", "validation": {"recall": 0.125}, "split": "dog-50", "seed": 0})
-    )
+    scores = dict.fromkeys(("precision", "f1", "accuracy"), 0.5) | {"recall": 0.125}
+    hardware = {"device": "cpu", "name": "CPU", "cpu_threads": 1}
+    run = {"method": "smote", "what": "SMOTE", "split": "dog-50", "seed": 0, "validation": scores, "recipe": {}}
+    path.write_text(json.dumps(run | {"hardware": hardware}))
     assert cue_table().splitlines()[2] == "| SMOTE | 0.750 | smote | 12.5 | dog-50 0, ship-50 0 |"
     monkeypatch.setattr(CueStrength, "cue_strength", None)
     assert CueStrength.measure(None, "SMOTE", "dog-50", 0)["auc"] == 0.75  # finished
