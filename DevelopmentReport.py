@@ -52,9 +52,9 @@ def methods_table(folder):
         means = {key: np.mean([result["validation"][key] for result in results]) for key in SCORES}
         scores = [f"{100 * means[key]:.1f}" for key in SCORES]
         rows.append(
-            (-len(results), -means["f1"], (f"`{name}`", results[0]["what"], *scores, _where(results)))
+            (-len(results), -means["f1"], (f"`{name}`: {results[0]['what']}", *scores, _where(results)))
         )
-    head = ("method", "what", "recall", "precision", "F1", "accuracy", "split and seed")
+    head = ("method", "recall", "precision", "F1", "accuracy", "split and seed")
     return markdown_table(head, [row for *_, row in sorted(rows)])
 
 

@@ -162,7 +162,7 @@ def test_the_table_shows_means_over_runs_and_the_best_first(few):
             result["validation"]["f1"] = f1 + change
             TINY.path(name, result["split"], 0).write_text(json.dumps(result))
     lines = methods_table(TINY.folder).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| `adjusted`", "| `plain`"]
+    assert [line.split(":")[0] for line in lines[2:]] == ["| `adjusted`", "| `plain`"]
     assert "| 75.0 |" in lines[2] and "dog-10 0, ship-10 0" in lines[2]
 
 
@@ -171,7 +171,7 @@ def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys
     arguments = ["--method", "plain", "--split", "dog-10", "ship-10", "--steps", "2", "--width", "4"]
     Development.main(arguments)
     output = capsys.readouterr().out
-    assert "plain, dog-10, seed 0: recall" in output and "| `plain` | cross-entropy |" in output
+    assert "plain, dog-10, seed 0: recall" in output and "| `plain`: cross-entropy |" in output
     document = Path("docs", "development.md")
     document.parent.mkdir()
     parts = "".join(
@@ -183,7 +183,7 @@ def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys
     report([])
     report(["--check"])
     assert (
-        "| `plain` | cross-entropy |" in document.read_text()
+        "| `plain`: cross-entropy |" in document.read_text()
         and "Width 4, 2 training steps" in document.read_text()
     )
 
