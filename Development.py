@@ -218,7 +218,8 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         "commit": commit,
     }
     save_json(path, result)
-    checkpoint.unlink(missing_ok=True)
+    for left in checkpoint.parent.glob(f"{checkpoint.stem}*.pt"):
+        left.unlink()
     return result
 
 

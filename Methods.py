@@ -16,6 +16,8 @@ Cao et al. (2019), LDAM-DRW. Cui et al. (2019), Class-balanced loss. DeVries and
 Fill-Up (real images last). Xie et al. (2020), auxiliary batch norm. Yun et al. (2019), CutMix. Zhang et al. (2018), mixup.
 """
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +36,9 @@ from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import derive_seed
 from StableDiffusionGeneration import StableDiffusionOverSampler
+from SyntheticChoice import most_uncertain, nearest_to_prototypes
+
+CHOOSING_STEPS = 0.25  # of a training: what the network that chooses images is trained for
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class Method:
         Cost of a step, relative to the other methods'. The number of steps is divided by it.
     cosine_head : bool
         See :class:`ClassifierNetwork.ResNet18`.
+    choose : callable or None
+        ``(model, X, y, real_rows) -> rows``: which rows are trained on. Another network is trained first, for
+        ``CHOOSING_STEPS`` of the steps; ``compute`` must count it.
     finish : callable or None
         ``(model, X, y, recipe, seed) -> None``: changes the trained network in place.
     shuffled : bool
@@ -68,6 +76,7 @@ class Method:
     changes: dict = field(default_factory=dict)
     compute: float = 1.0
     cosine_head: bool = False
+    choose: Callable | None = None
     finish: Callable | None = None
     shuffled: bool = False
     what: str = ""
@@ -136,7 +145,7 @@ class Method:
         -------
         history : list of dict
         settings : dict
-            ``loss`` and ``batches`` in words, for the result.
+            For the result: ``loss`` and ``batches`` in words, and the number of ``rows`` that were trained on.
 
         Raises
         ------
@@ -144,6 +153,9 @@ class Method:
             If several processes are to train by a method with batches of its own.
         """
         device = next(model.parameters()).device
+        if self.choose is not None:
+            rows = self._chosen_rows(model, X, y, real_rows, recipe, seed, checkpoint)
+            X, y = X[rows], y[rows]
         sources = (np.arange(len(y)) >= real_rows).astype(np.int64)
         loss = CrossEntropy(recipe.label_smoothing)
         if self.loss is not None:
@@ -170,7 +182,18 @@ class Method:
         )
         if self.finish is not None:
             self.finish(model, X, y, recipe, seed)
-        return history, {"loss": repr(loss), "batches": batches.description}
+        return history, {"loss": repr(loss), "batches": batches.description, "rows": len(y)}
+
+    def _chosen_rows(self, model, X, y, real_rows, recipe, seed, checkpoint):
+        """Train a copy of the network for a part of the steps, and let it choose the rows to train on."""
+        first = dataclasses.replace(self, choose=None, finish=None)
+        network = copy.deepcopy(model)
+        path = None if checkpoint is None else checkpoint.with_stem(checkpoint.stem + "-choosing")
+        steps = max(1, round(CHOOSING_STEPS * recipe.steps))
+        first.train(
+            network, X, y, real_rows, dataclasses.replace(recipe, steps=steps), seed=seed, checkpoint=path
+        )
+        return self.choose(network, X, y, real_rows)
 
 
 def sampling_seed(seed):
@@ -314,6 +337,14 @@ WITH_STABLE_DIFFUSION = {
     "stable-spectrum-mixed": Method(
         what="spectrum, mixup of a synthetic image and a quarter of the real ones, the last 15 % real only",
         sampler=_stable(), loss=adjusted, batches=partial(pasted, kind="mixup"),
+    ),
+    "stable-spectrum-nearest": _stable_by_source(
+        "spectrum, statistics per source, a quarter synthetic: the half nearest to the real ones, the last 15 % real only", 0.25,
+        0.15, choose=nearest_to_prototypes, compute=1 + CHOOSING_STEPS,
+    ),
+    "stable-spectrum-uncertain": _stable_by_source(
+        "spectrum, statistics per source, a quarter synthetic: the half that is least certain, the last 15 % real only", 0.25,
+        0.15, choose=most_uncertain, compute=1 + CHOOSING_STEPS,
     ),
     "stable-placebo": _stable_by_source(
         "spectrum, statistics per source, a quarter synthetic, synthetic labels shuffled", 0.25, shuffled=True

@@ -73,7 +73,14 @@ def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
     path.parent.mkdir(parents=True)
     scores = dict.fromkeys(("precision", "f1", "accuracy"), 0.5) | {"recall": 0.125}
     hardware = {"device": "cpu", "name": "CPU", "cpu_threads": 1}
-    run = {"method": "smote", "what": "SMOTE", "split": "dog-50", "seed": 0, "validation": scores, "recipe": {}}
+    run = {
+        "method": "smote",
+        "what": "SMOTE",
+        "split": "dog-50",
+        "seed": 0,
+        "validation": scores,
+        "recipe": {},
+    }
     path.write_text(json.dumps(run | {"hardware": hardware}))
     assert cue_table().splitlines()[2] == "| SMOTE | 0.750 | smote | 12.5 | dog-50 0, ship-50 0 |"
     monkeypatch.setattr(CueStrength, "cue_strength", None)
