@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
-from Development import SPLITS, development_data
+from Development import SPLITS, development_data, held_out_set
 from DevelopmentReport import CUE, CUES, cue_table
 from Experiment import prepare_stable_diffusion_images
 from ImageOverSampler import source_balanced_strategy
@@ -121,7 +121,7 @@ def measure(data, name, split_name, seed, device=None):
         require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], settings)
         return result
     commit = code_version()
-    development = development_data(data, split_name)
+    development = development_data(held_out_set(data), split_name)
     auc = cue_strength(development, SAMPLERS[name][0], seed=seed, device=device)
     result = {
         "sampler": name, "method": SAMPLERS[name][1], "split": split_name, "seed": seed, "auc": auc, "configuration": settings,

@@ -9,7 +9,7 @@ again, and a killed one continues. What is chosen here becomes an arm of ``Arms.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,16 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from Arms import PROFILES
+from Arms import COMMITTED_PROFILE, PROFILES
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe
 from DevelopmentReport import FOLDER, RUN, SCORES, methods_table
 from Experiment import prepare_stable_diffusion_images
+from GANExperiment import prepare_generator
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Methods import METHODS, find_method
 from Precision import precision_name
-from Results import read_json
+from Results import Study, read_json
 from Runtime import (
     choose_device,
     code_version,
@@ -71,19 +72,52 @@ class DevelopmentData:
     minority: int
 
 
-def development_data(data, split_name, held_out=HELD_OUT):
-    """Hold out validation images, then cut a split in the rest. Only the training set of ``data`` is read.
+def held_out_set(data, held_out=HELD_OUT):
+    """Divide a training set into one to cut splits from and one to judge on. The test set of ``data`` is not read.
+
+    Parameters
+    ----------
+    data : ImbalancedCIFAR10.ImageDataSet
+    held_out : int, default 1000
+        Images of each class to judge on. They are the same in every call.
+
+    Returns
+    -------
+    ImbalancedCIFAR10.ImageDataSet
+        Its test set is a part of the training set of ``data``, and its training set is the rest.
+
+    Raises
+    ------
+    ValueError
+        If a class has too few images.
+    """
+    y = data.y_train
+    is_held = np.zeros(len(y), dtype=bool)
+    for c in np.unique(y):
+        rows = np.flatnonzero(y == c)
+        if not 1 <= held_out < len(rows):
+            raise ValueError(
+                f"Cannot hold out {held_out} of the {len(rows)} images of class {c}. Hold out fewer."
+            )
+        is_held[np.random.default_rng(derive_seed(0, 5, int(c))).permutation(rows)[:held_out]] = True
+    return replace(
+        data, name="development", X_train=data.X_train[~is_held], y_train=y[~is_held],
+        X_test=data.X_train[is_held], y_test=y[is_held],
+    )  # fmt: skip
+
+
+def development_data(rest, split_name):
+    """Cut a development split.
 
     The removed images of the rare class serve for validation too, which makes its recall more precise. This is
     allowed because the split's class is not the one that the study reports.
 
     Parameters
     ----------
-    data : ImbalancedCIFAR10.ImageDataSet
+    rest : ImbalancedCIFAR10.ImageDataSet
+        What :func:`held_out_set` returned.
     split_name : str
         A split with one rare class, see :func:`ImbalancedCIFAR10.split_from_name`.
-    held_out : int, default 1000
-        Images of each class. The same ones for every split.
 
     Returns
     -------
@@ -92,33 +126,22 @@ def development_data(data, split_name, held_out=HELD_OUT):
     Raises
     ------
     ValueError
-        If the split's class is the one that the study reports, the split has several rare classes, or a class has
-        too few images.
+        If the split's class is the one that the study reports, or the split cuts several classes.
     """
-    y = data.y_train
-    held = []
-    for c in np.unique(y):
-        rows = np.flatnonzero(y == c)
-        if not 1 <= held_out < len(rows):
-            raise ValueError(
-                f"Cannot hold out {held_out} of the {len(rows)} images of class {c}. Hold out fewer."
-            )
-        held.append(np.random.default_rng(derive_seed(0, 5, int(c))).permutation(rows)[:held_out])
-    held = np.sort(np.concatenate(held))
-    rest = np.setdiff1d(np.arange(len(y)), held)
-    split = split_from_name(split_name, y[rest], data.class_names)
-    if len(split.counts) != 1 or data.class_names[split.minority_classes[0]] == "cat":
+    y = rest.y_train
+    split = split_from_name(split_name, y, rest.class_names)
+    if len(split.counts) != 1 or rest.class_names[split.minority_classes[0]] == "cat":
         raise ValueError(
             f"{split_name} is no development split: it needs one rare class, and not cat, which the study reports. "
             f"Choose for example {' or '.join(SPLITS)}."
         )
     [minority] = split.minority_classes
-    kept = rest[split.kept_rows(y[rest])]
-    val = np.concatenate([held, np.setdiff1d(rest, kept)])
-    counts = np.bincount(y[val])
-    return DevelopmentData(
-        data.X_train[kept], y[kept], data.X_train[val], y[val], held_out / counts[y[val]], minority
-    )
+    kept = split.kept_rows(y)
+    removed = np.setdiff1d(np.arange(len(y)), kept)
+    X_val = np.concatenate([rest.X_test, rest.X_train[removed]])
+    y_val = np.concatenate([rest.y_test, y[removed]])
+    weights = np.bincount(rest.y_test)[y_val] / np.bincount(y_val)[y_val]
+    return DevelopmentData(rest.X_train[kept], y[kept], X_val, y_val, weights, minority)
 
 
 def validation_scores(development, predictions):
@@ -192,8 +215,12 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         return result
     require_writable(path)
     device, commit = choose_device(device), code_version()
-    development, classes = development_data(data, split_name), len(data.class_names)
-    X, y = method.fit_resample(development.X, development.y, seed=seed)
+    rest, classes = held_out_set(data), len(data.class_names)
+    development = development_data(rest, split_name)
+    generator = None
+    if method.needs_gan:  # trained as the study's, on the development split
+        generator = prepare_generator(Study(COMMITTED_PROFILE, rest.name, split_name), rest, device)
+    X, y = method.fit_resample(development.X, development.y, seed=seed, generator=generator)
     model = create_classifier(
         classes, budget.width, channel_statistics(development.X), seed, device, method.cosine_head
     )
@@ -253,8 +280,9 @@ def main(arguments=None):
 
 def _run_all(names, options, budget):
     data = load_cifar10()
+    rest = held_out_set(data)
     for split_name in options.split:
-        development_data(data, split_name)  # a mistake in the last name must not surface after an hour
+        development_data(rest, split_name)  # a mistake in the last name must not surface after an hour
     if any(find_method(name).needs_stable_diffusion for name in names):
         splits = [split_from_name(name, data.y_train, data.class_names) for name in options.split]
         prepare_stable_diffusion_images(data, *splits)

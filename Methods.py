@@ -6,8 +6,8 @@
     history, settings = method.train(model, X_res, y_res, len(X), recipe, seed=0)
 
 :data:`METHODS` are the candidates. ``Development.py`` compares them on development splits, and only there. What the study
-compares is in ``Arms.py``. Methods whose names begin with ``stable`` use the cached Stable Diffusion images; the others
-use no generated image.
+compares is in ``Arms.py``. Methods whose names begin with ``stable`` use the cached Stable Diffusion images, those with
+``gan`` a GAN that is trained on the development split; the others use no generated image.
 
 References
 ----------
@@ -252,12 +252,16 @@ def _stable(match="spectrum", share=0.4):
     )
 
 
+def _gan(match="spectrum"):
+    return GANOverSampler(sampling_strategy=source_balanced_strategy, match=match)
+
+
 def _phases(fraction, real_last=0.0):
     """A constant synthetic fraction of each batch, and none in the last part of the training."""
     return ((1 - real_last, fraction), (1.0, 0.0)) if real_last else ((1.0, fraction),)
 
 
-def _stable_by_source(what, fraction, real_last=0.0, **options):
+def _by_source(what, fraction, real_last=0.0, **options):
     batches = partial(by_source, phases=_phases(fraction, real_last))
     return Method(what=what, **{"sampler": _stable(), "loss": adjusted, "batches": batches} | options)
 
@@ -305,28 +309,28 @@ WITH_STABLE_DIFFUSION = {
         sampler=_stable(match=None), loss=adjusted,
     ),
     "stable-spectrum": Method(what="the same, spectrum matched", sampler=_stable(), loss=adjusted),
-    "stable-statistics": _stable_by_source(
+    "stable-statistics": _by_source(
         "statistics per source, half of each batch synthetic", 0.5, sampler=_stable(match=None)
     ),
-    "stable-spectrum-half": _stable_by_source("spectrum, statistics per source, half synthetic", 0.5),
-    "stable-spectrum-quarter": _stable_by_source("spectrum, statistics per source, a quarter synthetic", 0.25),
-    "stable-spectrum-half-real-last": _stable_by_source(
+    "stable-spectrum-half": _by_source("spectrum, statistics per source, half synthetic", 0.5),
+    "stable-spectrum-quarter": _by_source("spectrum, statistics per source, a quarter synthetic", 0.25),
+    "stable-spectrum-half-real-last": _by_source(
         "spectrum, statistics per source, half synthetic, the last 15 % real only", 0.5, 0.15
     ),
-    "stable-spectrum-quarter-real-last": _stable_by_source(
+    "stable-spectrum-quarter-real-last": _by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15
     ),
-    "stable-spectrum-eighth-real-last": _stable_by_source(
+    "stable-spectrum-eighth-real-last": _by_source(
         "spectrum, statistics per source, an eighth synthetic, the last 15 % real only", 0.125, 0.15
     ),
-    "stable-spectrum-half-real-half": _stable_by_source(
+    "stable-spectrum-half-real-half": _by_source(
         "spectrum, statistics per source, half synthetic, the second half of the steps real only", 0.5, 0.5
     ),
-    "stable-spectrum-all-classes": _stable_by_source(
+    "stable-spectrum-all-classes": _by_source(
         "spectrum, statistics per source, a quarter synthetic, all classes alike, the last 15 % real only", 0.25, 0.15,
         sampler=_stable(share=1.0),
     ),
-    "stable-spectrum-light": _stable_by_source(
+    "stable-spectrum-light": _by_source(
         "spectrum, statistics per source, half synthetic with weight 0.3, the last 15 % real only", 0.5, 0.15,
         batches=partial(by_source, phases=_phases(0.5, 0.15), synthetic_weight=0.3),
     ),
@@ -338,20 +342,35 @@ WITH_STABLE_DIFFUSION = {
         what="spectrum, mixup of a synthetic image and a quarter of the real ones, the last 15 % real only",
         sampler=_stable(), loss=adjusted, batches=partial(pasted, kind="mixup"),
     ),
-    "stable-spectrum-nearest": _stable_by_source(
+    "stable-spectrum-nearest": _by_source(
         "spectrum, statistics per source, a quarter synthetic: the half nearest to the real ones, the last 15 % real only", 0.25,
         0.15, choose=nearest_to_prototypes, compute=1 + CHOOSING_STEPS,
     ),
-    "stable-spectrum-uncertain": _stable_by_source(
+    "stable-spectrum-uncertain": _by_source(
         "spectrum, statistics per source, a quarter synthetic: the half that is least certain, the last 15 % real only", 0.25,
         0.15, choose=most_uncertain, compute=1 + CHOOSING_STEPS,
     ),
-    "stable-placebo": _stable_by_source(
+    "stable-placebo": _by_source(
         "spectrum, statistics per source, a quarter synthetic, synthetic labels shuffled", 0.25, shuffled=True
     ),
 }  # fmt: skip
 
-METHODS = IMAGE_FREE | WITH_STABLE_DIFFUSION
+WITH_GAN = {
+    "gan-adjusted": Method(what="source-balanced, prior per source", sampler=_gan(match=None), loss=adjusted),
+    "gan-spectrum": Method(what="the same, spectrum matched", sampler=_gan(), loss=adjusted),
+    "gan-spectrum-quarter-real-last": _by_source(
+        "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15, sampler=_gan()
+    ),
+    "gan-spectrum-pasted": Method(
+        what="spectrum, a box of a synthetic image in a quarter of the real ones (CMO), the last 15 % real only",
+        sampler=_gan(), loss=adjusted, batches=partial(pasted, kind="cutmix"),
+    ),
+    "gan-placebo": _by_source(
+        "spectrum, statistics per source, a quarter synthetic, synthetic labels shuffled", 0.25, sampler=_gan(), shuffled=True
+    ),
+}  # fmt: skip
+
+METHODS = IMAGE_FREE | WITH_STABLE_DIFFUSION | WITH_GAN
 
 
 def find_method(name):

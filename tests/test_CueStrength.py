@@ -64,6 +64,7 @@ def test_too_few_images_to_test_on_are_refused(development):
 
 def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CueStrength, "held_out_set", lambda data: None)
     monkeypatch.setattr(CueStrength, "development_data", lambda data, name: development)
     monkeypatch.setattr(CueStrength, "cue_strength", lambda *arguments, **options: 0.75)
     for split_name in ("dog-50", "ship-50"):

@@ -10,7 +10,7 @@ import torch
 
 import Development
 from ClassifierTraining import AugmentedBatches
-from Development import SPLITS, Budget, development_data, run_method, validation_scores
+from Development import SPLITS, Budget, development_data, held_out_set, run_method, validation_scores
 from DevelopmentReport import main as report
 from DevelopmentReport import methods_table
 from ImageCache import save_generated_images
@@ -31,9 +31,8 @@ def few(cifar10):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(
-        Development, "development_data", lambda data, name: development_data(data, name, held_out=40)
-    )
+    monkeypatch.setattr(Development, "held_out_set", lambda data: held_out_set(data, 40))
+    monkeypatch.setattr(Development, "COMMITTED_PROFILE", "smoke")  # of the GAN
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def cache():
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_validation_images_are_held_out_or_removed(cifar10, name):
-    development = development_data(cifar10, name)
+    development = development_data(held_out_set(cifar10), name)
     rare = CIFAR10_CLASSES.index(name.split("-")[0])
     assert development.minority == rare
     assert np.bincount(development.y).tolist() == [50 if c == rare else 4000 for c in range(10)]
@@ -59,7 +58,7 @@ def test_validation_images_are_held_out_or_removed(cifar10, name):
 
 
 def test_all_splits_hold_out_the_same_images(cifar10):
-    first, second = (development_data(cifar10, name) for name in SPLITS)
+    first, second = (development_data(held_out_set(cifar10), name) for name in SPLITS)
     held = [{x.tobytes() for x in d.X_val[d.weights == 1]} for d in (first, second)]
     assert len(held[0] & held[1]) >= 8000
 
@@ -67,16 +66,16 @@ def test_all_splits_hold_out_the_same_images(cifar10):
 @pytest.mark.parametrize("name", ["cat-50", "dog+ship-50", "long-tailed-10"])
 def test_a_split_that_the_study_reports_is_no_development_split(cifar10, name):
     with pytest.raises(ValueError, match=f"{name.replace('+', '.')} is no development split"):
-        development_data(cifar10, name)
+        development_data(held_out_set(cifar10), name)
 
 
 def test_a_class_must_have_more_images_than_are_held_out(few):
     with pytest.raises(ValueError, match="Cannot hold out 120 of the 120 images of class 0"):
-        development_data(few, "dog-50", held_out=120)
+        held_out_set(few, 120)
 
 
 def test_scores_count_each_class_alike(few):
-    development = development_data(few, "dog-10", held_out=40)
+    development = development_data(held_out_set(few, 40), "dog-10")
     predictions = development.y_val.copy()
     dogs = np.flatnonzero(predictions == 5)
     assert len(dogs) == 110
@@ -97,13 +96,13 @@ def test_every_method_runs_without_the_test_set_and_leaves_a_result(few, cache, 
     method = METHODS[name]
     assert result["training_images"]["real"] == 9 * 80 + 10
     assert bool(result["training_images"]["synthetic"]) == (method.sampler is not None)
-    assert (name in IMAGE_FREE) != method.needs_stable_diffusion
+    assert (name in IMAGE_FREE) != (method.needs_stable_diffusion or method.needs_gan)
     assert result["recipe"]["steps"] == round(2 / method.compute)
     assert not list(path.parent.glob("*.pt"))
 
 
 def test_removed_images_have_no_influence_on_the_training(few, cache):
-    held = development_data(few, "dog-10", held_out=40)
+    held = development_data(held_out_set(few, 40), "dog-10")
     result = run_method(few, "stable-spectrum-quarter", "dog-10", 0, TINY)
     # The validation images, removed ones among them, become noise; the kept ones stay.
     validation = {x.tobytes() for x in held.X_val}
