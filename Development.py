@@ -211,7 +211,10 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     recipe = budget.recipe(method)
     if path.exists():
         result = read_json(path, RUN)
-        require_same_settings(path, Recipe(steps=1).as_json() | result["recipe"], recipe.as_json())
+        wanted = recipe.as_json() | {"definition": method.definition}
+        # The first results lack settings that could not be chosen, and the definition.
+        found = wanted | Recipe(steps=1).as_json() | result["recipe"]
+        require_same_settings(path, found | {k: result[k] for k in wanted.keys() & result.keys()}, wanted)
         return result
     require_writable(path)
     device, commit = choose_device(device), code_version()
@@ -231,6 +234,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     result = {
         "method": method_name,
         "what": method.what,
+        "definition": method.definition,
         "split": split_name,
         "seed": seed,
         "validation": validation_scores(development, predictions),

@@ -18,6 +18,7 @@ Fill-Up (real images last). Xie et al. (2020), auxiliary batch norm. Yun et al. 
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,6 +81,12 @@ class Method:
     finish: Callable | None = None
     shuffled: bool = False
     what: str = ""
+
+    @property
+    def definition(self):
+        """All that the method decides, in words that are the same in every process."""
+        text = repr(dataclasses.replace(self, what=""))
+        return re.sub(r"\s+", " ", re.sub(r" at 0x[0-9a-f]+", "", text))
 
     @property
     def logit_adjusted(self):
@@ -237,10 +244,10 @@ def pasted(X, sources, recipe, device, seed, *, kind, count=64, real_last=0.15, 
     return PastedBatches(inner, kind, seed=seed, alpha=alpha)
 
 
-def mixed(X, sources, recipe, device, seed, *, kind, batches=None, alpha=1.0):
+def mixed(X, sources, recipe, device, seed, *, kind, alpha=1.0):
     """The images of each micro-batch are mixed with each other."""
-    inner = recipe.batches(X, seed, device) if batches is None else batches(X, sources, recipe, device, seed)
-    return MixedBatches(inner, kind, micro_batch_size=recipe.micro_batch_size, seed=seed, alpha=alpha)
+    batches = recipe.batches(X, seed, device)
+    return MixedBatches(batches, kind, micro_batch_size=recipe.micro_batch_size, seed=seed, alpha=alpha)
 
 
 # --- The methods --------------------------------------------------------------------------------
@@ -275,7 +282,7 @@ IMAGE_FREE = {
     "ldam-deferred": Method(what="LDAM with deferred re-weighting", loss=ldam, cosine_head=True),
     "augmented": Method(what="mild augmentation of the rare class, cross-entropy", sampler=AugmentationOverSampler()),
     "augmented-black-corners": Method(
-        what="the same with black corners", sampler=AugmentationOverSampler(preset="mild-black-corners")
+        what="mild augmentation of the rare class with black corners, cross-entropy", sampler=AugmentationOverSampler(preset="mild-black-corners")
     ),
     "augmented-spectrum": Method(
         what="mild augmentation of the rare class, spectrum matched", sampler=AugmentationOverSampler(match="spectrum")
@@ -308,7 +315,9 @@ WITH_STABLE_DIFFUSION = {
         what="source-balanced, prior per source (the study's best arm until now)",
         sampler=_stable(match=None), loss=adjusted,
     ),
-    "stable-spectrum": Method(what="the same, spectrum matched", sampler=_stable(), loss=adjusted),
+    "stable-spectrum": Method(
+        what="source-balanced, prior per source, spectrum matched", sampler=_stable(), loss=adjusted
+    ),
     "stable-statistics": _by_source(
         "statistics per source, half of each batch synthetic", 0.5, sampler=_stable(match=None)
     ),
@@ -357,7 +366,9 @@ WITH_STABLE_DIFFUSION = {
 
 WITH_GAN = {
     "gan-adjusted": Method(what="source-balanced, prior per source", sampler=_gan(match=None), loss=adjusted),
-    "gan-spectrum": Method(what="the same, spectrum matched", sampler=_gan(), loss=adjusted),
+    "gan-spectrum": Method(
+        what="source-balanced, prior per source, spectrum matched", sampler=_gan(), loss=adjusted
+    ),
     "gan-spectrum-quarter-real-last": _by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15, sampler=_gan()
     ),

@@ -122,6 +122,9 @@ def test_a_finished_run_is_read_and_one_of_another_recipe_refused(few, monkeypat
     monkeypatch.setitem(METHODS, "plain", Method(changes={"padding": 4}))
     with pytest.raises(ValueError, match="other settings .padding: 2 there, 4 now"):
         run_method(few, "plain", "dog-10", 0, TINY)
+    monkeypatch.setitem(METHODS, "plain", Method(loss=METHODS["adjusted"].loss))
+    with pytest.raises(ValueError, match="other settings .definition: Method"):
+        run_method(few, "plain", "dog-10", 0, TINY)
 
 
 def test_the_placebo_shuffles_synthetic_labels_only(few, cache):
