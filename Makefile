@@ -57,10 +57,10 @@ help:  ## this list
 $(ENVIRONMENT): requirements.lock
 	$(PYTHON) -m venv .venv
 ifneq ($(TORCH_INDEX),)
-	.venv/bin/pip install --quiet --index-url $(TORCH_INDEX) $$(grep -E '^torch(vision)?==' requirements.lock)
+	.venv/bin/pip install --quiet --index-url '$(TORCH_INDEX)' $$(grep -E '^torch(vision)?==' requirements.lock)
 endif
 	.venv/bin/pip install --quiet --requirement requirements.lock
-	echo $(TORCH_INDEX) > $@
+	echo '$(TORCH_INDEX)' > $@
 
 ifneq ($(TORCH_INDEX),$(INSTALLED_FROM))
 $(ENVIRONMENT): other-torch

@@ -81,7 +81,7 @@ def test_one_variable_chooses_the_index_of_pytorchs_wheels(own_folder):
     default, chosen = what_make_would_do(), what_make_would_do(f"TORCH_INDEX={wheels}")
     assert "pip install --quiet --requirement requirements.lock" in default and "index" not in default
     torch, rest = (line for line in chosen.splitlines() if "pip install" in line)
-    assert f"--index-url {wheels} " in torch and rest in default, "PyTorch comes from there, first"
+    assert f"--index-url '{wheels}' " in torch and rest in default, "PyTorch comes from there, first"
 
     mark = own_folder / ".venv" / "installed"
     mark.parent.mkdir()
@@ -92,4 +92,4 @@ def test_one_variable_chooses_the_index_of_pytorchs_wheels(own_folder):
     for other in ("TORCH_INDEX=", "TORCH_INDEX=https://example.org"):
         assert "pip uninstall --quiet --yes torch torchvision" in what_make_would_do(other)
     os.utime(mark, (0, 0))
-    assert f"--index-url {wheels} " in what_make_would_do(), "an update keeps the index"
+    assert f"--index-url '{wheels}' " in what_make_would_do(), "an update keeps the index"
