@@ -119,7 +119,7 @@ PROFILES = {
         steps=7000,
         # Width, batch and the two discriminator updates approach Miyato and Koyama's (2018).
         gan=GANSettings(
-            steps=60000, batch_size=64, channels=96, discriminator_steps=2,
+            steps=30000, batch_size=64, channels=96, discriminator_steps=2,
             discriminator_learning_rate=2e-4, ema_decay=0.9999, records=30, quality_images=10000,
         ),
         evidence=True,

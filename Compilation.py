@@ -45,6 +45,8 @@ class CompiledNetwork:
         self.model, self.compiled, self._tried = model, None, set()
         self.backend = backend_for(device)
         if self.backend is not None:
+            # The arms of a study, each with all sizes, run in one process.
+            torch._dynamo.config.recompile_limit = 256
             # One graph for each size: sizes are few, and a CUDA graph has one.
             self.compiled = self._or_nothing(torch.compile, model, backend=self.backend, dynamic=False, fullgraph=True)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Write the tables of ``benchmarks/README.md`` from ``results/benchmarks/``.
+"""Write the tables of ``benchmarks/README.md`` and ``docs/gpu-and-clusters.md`` from ``results/benchmarks/``.
 
     python benchmarks/report.py            # write the tables
     python benchmarks/report.py --check    # write nothing; fail if a table is not current
@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import classifier
 import gan
+import operators
 import profile_training
+import reckon
 import stable_diffusion
 import time_to_accuracy
 
@@ -40,6 +42,7 @@ def generated_parts():
             sorted(classifier.FOLDER.glob("classifier-*.json")), classifier.table, classifier.RECORD
         ),
         "parts": profile_training.table(profiles) if profiles else NOT_RUN,
+        "operators": _tables([operators.RESULT], operators.table),
         **{
             series: time_to_accuracy.table(series) if time_to_accuracy.load_runs(series) else NOT_RUN
             for series in time_to_accuracy.SERIES
@@ -51,18 +54,23 @@ def generated_parts():
     }
 
 
+def reckoned_parts():
+    """The same for the document about GPUs."""
+    return {"reckoned": _tables([reckon.RESULT], reckon.table)}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Tables of benchmarks/README.md from results/benchmarks/.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
     options = parser.parse_args(arguments)
     try:
-        changed = update_documents({README: generated_parts()}, options.check)
+        documents = {README: generated_parts(), reckon.DOCUMENT: reckoned_parts()}
+        changed = update_documents(documents, options.check)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if options.check and changed:
-        parser.exit(
-            1, f"{README} does not show what results/benchmarks/ says. Run 'make report' and commit.\n"
-        )
+        names = ", ".join(map(str, changed))
+        parser.exit(1, f"What results/benchmarks/ says is not in {names}. Run 'make report' and commit.\n")
 
 
 if __name__ == "__main__":
