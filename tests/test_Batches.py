@@ -233,7 +233,7 @@ def test_only_parts_of_synthetic_images_are_trained_on(kind):
                 assert set(SOURCES[part.partners.cpu()]) == {1} and len(part.rows) == 2
                 means = [images[rows].mean() for rows in (part.rows, part.partners)]
                 expected = part.kept * means[0] + (1 - part.kept) * means[1]
-                assert part.images.float().mean() == pytest.approx(expected.item(), rel=0.05)
+                assert part.images.float().mean().item() == pytest.approx(expected.item(), rel=0.05)
 
 
 def test_more_synthetic_than_real_images_cannot_be_pasted():

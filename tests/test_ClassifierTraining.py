@@ -581,7 +581,7 @@ def test_two_processes_train_as_one_process_does_with_the_same_batch():
 # --- Parts that can be replaced -----------------------------------------------------------------
 
 
-def test_a_loss_gets_float32_logits_targets_and_the_rows_of_the_training_set():
+def test_a_loss_gets_float32_logits_targets_and_the_rows_of_the_training_set(float32):
     class Spy(torch.nn.Module):
         rows = []
 
@@ -593,10 +593,14 @@ def test_a_loss_gets_float32_logits_targets_and_the_rows_of_the_training_set():
             return CrossEntropy(0.1)(logits, targets, rows)
 
     replaced, usual = small_model(), small_model()
-    train(replaced, Recipe(steps=2, batch_size=10, micro_batch_size=4), loss=Spy())
-    train(usual, Recipe(steps=2, batch_size=10, micro_batch_size=4, label_smoothing=0.1))
+    # SGD: Muon turns rounding errors of small gradients into large ones. A GPU adds up the two losses in another order.
+    options = {"steps": 2, "batch_size": 10, "micro_batch_size": 4, "optimizer": "sgd", "learning_rate": 0.02}
+    train(replaced, Recipe(**options), loss=Spy())
+    train(usual, Recipe(**options, label_smoothing=0.1))
     assert sorted(Spy.rows) == list(range(20)), "an epoch"
-    assert equal_weights(replaced, usual)
+    replaced, usual = weights_of(replaced), weights_of(usual)
+    for name in usual:
+        torch.testing.assert_close(replaced[name], usual[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_batches_may_be_of_any_kind():

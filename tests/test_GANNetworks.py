@@ -128,10 +128,10 @@ def test_the_power_iteration_runs_in_float32_under_autocast(half):
     torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.1)
 
 
-def test_weights_are_cast_together_as_autocast_does_one_by_one():
+def test_weights_are_cast_together_as_autocast_does_one_by_one(device):
     generator, plain = tiny_generator(), tiny_generator()
-    latents, labels = torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    latents, labels = torch.randn((5, 8), device=device), torch.tensor([0, 1, 2, 0, 1], device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         ours = generator(latents, labels)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GANNetworks, "half_weights", lambda module: contextlib.nullcontext())
@@ -143,18 +143,18 @@ def test_weights_are_cast_together_as_autocast_does_one_by_one():
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_each_conditional_norm_gets_the_gains_and_biases_of_its_labels():
+def test_each_conditional_norm_gets_the_gains_and_biases_of_its_labels(device):
     generator = tiny_generator()
     norms = [norm for block in generator.blocks for norm in (block.norm1, block.norm2)]
     for norm in norms:
         torch.nn.init.normal_(norm.gain.weight), torch.nn.init.normal_(norm.bias.weight)
-    labels = torch.tensor([2, 0, 2, 1])
+    labels = torch.tensor([2, 0, 2, 1], device=device)
     expected = [table(labels) for norm in norms for table in (norm.gain, norm.bias)]
     got = generator._look_up(labels, torch.float32)
     assert len(got) == len(expected) and all(map(torch.equal, got, expected))
-    x = torch.randn(4, 8, 3, 3, requires_grad=True)
-    gain, bias = torch.randn(2, 4, 8, requires_grad=True)
-    norm = ConditionalBatchNorm(8, 3).train()
+    x = torch.randn((4, 8, 3, 3), device=device, requires_grad=True)
+    gain, bias = torch.randn((2, 4, 8), device=device, requires_grad=True)
+    norm = ConditionalBatchNorm(8, 3).to(device).train()
     expected = norm.norm(x) * gain[:, :, None, None] + bias[:, :, None, None]
     torch.testing.assert_close(norm(x, gain, bias), expected)
     gradients = [torch.autograd.grad(y.sin().sum(), (x, gain, bias)) for y in (norm(x, gain, bias), expected)]
