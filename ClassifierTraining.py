@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
 from Compilation import CompiledNetwork
-from DeviceFaults import device_faults
 from GhostBatchNorm import micro_batches
 from Losses import CrossEntropy, LogitAdjustedLoss
 from Muon import KernelMuon
@@ -199,10 +198,8 @@ def train_classifier(
 
     Raises
     ------
-    FloatingPointError
-        If the loss stops being finite. The last checkpoint stays.
-    DeviceFaults.DeviceFaultError
-        If the device fails or has too little memory. The last checkpoint stays.
+    FloatingPointError, DeviceFaults.DeviceFaultError
+        If the loss stops being finite, or the device fails. The last checkpoint stays.
     TypeError, ValueError
         If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
     """
@@ -218,11 +215,7 @@ def train_classifier(
     history = training.resume(store)
     # Such as "cat-50/imbalanced-seed0".
     name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])
-    with (
-        device_faults(f"The training {name}" if checkpoint else "The training", store.path),
-        training.progress_bar(name) as bar,
-        deterministic_convolutions(),
-    ):
+    with training.running(name, store) as bar:
         while training.step < recipe.steps:
             record = training.train_epoch(len(history) + 1, bar)
             if not math.isfinite(record["train_loss"]):
@@ -275,9 +268,16 @@ class _Training:
         self.world_size = getattr(batches, "world_size", 1)
         self.rank = dist.get_rank() if self.world_size > 1 else 0
 
-    def progress_bar(self, name):
-        total, hidden = self.recipe.steps, self.rank > 0
-        return tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=2, disable=hidden)
+    @contextlib.contextmanager
+    def running(self, name, store):
+        """Context of the loop, with a progress bar: convolutions repeat, and a failing device says how to go on."""
+        options = {"unit": "step", "mininterval": 2, "disable": self.rank > 0}
+        with (
+            store.device_faults("The training" if store.path is None else f"The training {name}"),
+            deterministic_convolutions(),
+            tqdm(total=self.recipe.steps, initial=self.step, desc=name, **options) as bar,
+        ):
+            yield bar
 
     def train_epoch(self, number, bar):
         """Train on all batches of an epoch, or on as many as there are steps left; return its record."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from Arms import ARMS, PROFILES, STORY, ArmUnavailableError, default_split, find_arm, resolve_profile
 from ArmTraining import finished_result, run_arm
-from DeviceFaults import DeviceFaultError, device_faults
+from DeviceFaults import device_faults
 from GANExperiment import prepare_generator
 from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
@@ -264,7 +264,7 @@ def main(arguments=None):
             processes=processes if processes.use_distributed else None,
             data_parallel=options.data_parallel,
         )
-    except (ValueError, OSError, FloatingPointError, ArmUnavailableError, DeviceFaultError) as error:
+    except (ValueError, OSError, FloatingPointError, ArmUnavailableError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     for (arm_name, split_name, seed), outcome in outcomes.items():
         if isinstance(outcome, str):
