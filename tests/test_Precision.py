@@ -167,6 +167,18 @@ def test_a_gan_trains_in_float16_and_a_killed_run_continues_to_the_same_weights(
     assert [r["skipped_steps"] for r in resumed.history] == [r["skipped_steps"] for r in whole.history]
 
 
+def test_a_layer_that_computes_its_kernels_from_its_weights_keeps_them():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            assert self.weight.dtype == torch.float32
+            return torch.nn.functional.linear(x, 2 * self.weight)
+
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubled(2, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16), Precision.half_weights(network):
+        assert network[0].weight.dtype == torch.bfloat16
+        assert network(torch.ones(1, 2)).dtype == torch.bfloat16
+
+
 def test_weights_in_half_precision_are_gone_after_an_error():
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(Killed), torch.autocast("cpu", dtype=torch.bfloat16), Precision.half_weights(layer):
