@@ -359,7 +359,10 @@ class _Training:
         content = store.load("history", "states")
         if content is None:
             return []
-        for part, state in zip(self.parts, content["states"], strict=True):
+        states = content["states"]
+        if len(states) == len(self.parts) - 1:  # written before gradients were scaled
+            states.append(self.scaled.state_dict())
+        for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self.step = content["history"][-1]["step"]
         return content["history"]

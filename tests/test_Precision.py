@@ -96,6 +96,26 @@ def test_the_scale_comes_back_also_from_a_run_in_another_type(float16):
     make().load_state_dict({"scaler": {}, "skipped": 3})
 
 
+def test_a_checkpoint_from_before_gradients_were_scaled_is_continued():
+    whole = small_model(device="cpu")
+    train_classifier(whole, X, y, RECIPE, seed=0)
+
+    def kill(model, record):
+        if record["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_classifier(
+            small_model(device="cpu"), X, y, RECIPE, seed=0, after_epoch=kill, checkpoint="run.pt"
+        )
+    content = torch.load("run.pt", weights_only=True)
+    assert content["states"].pop().keys() == {"scaler", "skipped"}
+    torch.save(content, "run.pt")
+    resumed = small_model(seed=9, device="cpu")
+    train_classifier(resumed, X, y, RECIPE, seed=0, checkpoint="run.pt")
+    assert equal_weights(resumed, whole)
+
+
 # --- Trainings in float16 -----------------------------------------------------------------------
 
 
