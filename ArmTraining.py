@@ -84,6 +84,8 @@ def finished_result(study, data, arm_name, seed=0):
     wanted = _recipe_and_network(arm_recipe(study, data), study.settings, data)
     # An old result lacks settings that could not be chosen when it was obtained.
     require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], wanted)
+    definition = {"definition": find_arm(arm_name).method.definition}
+    require_same_settings(path, definition | result.get("method", {}), definition)
     generator = study.generator_checksum() if find_arm(arm_name).needs_gan else None
     if generator is not None and result.get("generator", generator) != generator:
         raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "
@@ -186,7 +188,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
             "class_names": list(data.class_names),
             **_evaluate(model, data, split, history),
             "training_images": _count_images(y, real_rows, classes),
-            "method": method_settings,
+            "method": {"definition": arm.method.definition, **method_settings},
             "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
             "configuration": _recipe_and_network(recipe, study.settings, data)
             | _run_settings(model, arm, world_size, device),

@@ -177,6 +177,12 @@ class Arm:
     whole_training_set: bool = False
     story: bool = False
 
+    def __post_init__(self):
+        if self.method.changes or self.method.compute != 1:
+            raise ValueError(
+                f"The arm {self.title!r} changes the recipe, but all arms of a study have the same one: see Profile.recipe."
+            )
+
     @property
     def needs_gan(self):
         return self.method.needs_gan
@@ -237,7 +243,8 @@ ARMS = {
     ),
     "non-synthetic": Arm(
         "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
-        Method(AugmentationOverSampler()), story=True,
+        # With the corners of the committed results. The evidence is to be obtained anew with reflected ones.
+        Method(AugmentationOverSampler(preset="mild-black-corners")), story=True,
     ),
     "gan": Arm("GAN, minority only", "gan", "resnet_gan", Method(GANOverSampler())),
     "gan-source-balanced": Arm(

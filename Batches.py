@@ -119,8 +119,11 @@ class AugmentedBatches:
 
     @property
     def description(self):
-        """What the batches of another training must have in common with these, besides the recipe."""
-        return type(self).__name__
+        """What the batches of another training must have in common with these."""
+        return (
+            f"{type(self).__name__}(batch_size={self.batch_size}, seed={self.seed}, padding={self.padding}, "
+            f"flip={self.flip}, cutout={self.cutout})"
+        )
 
     def __len__(self):
         return self.n // self.batch_size
@@ -193,12 +196,12 @@ class SourceBatches(AugmentedBatches):
 
     def __init__(
         self, X, sources, batch_size, device, seed, *, steps, phases=((1.0, 0.5),), micro_batch_size=128,
-        synthetic_weight=1.0, **options
+        synthetic_weight=1.0, padding=2, flip=True, cutout=0,
     ):  # fmt: skip
-        super().__init__(X, batch_size, device, seed, **options)
+        super().__init__(X, batch_size, device, seed, padding=padding, flip=flip, cutout=cutout)
         if not 0 <= synthetic_weight < math.inf:
             raise ValueError(f"synthetic_weight must be a finite number, 0 or more: got {synthetic_weight}.")
-        self.micro_batch_size, self.synthetic_weight = micro_batch_size, synthetic_weight
+        self.steps, self.micro_batch_size, self.synthetic_weight = steps, micro_batch_size, synthetic_weight
         self.phases = tuple((float(end), float(fraction)) for end, fraction in phases)
         self.pools = [np.flatnonzero(np.asarray(sources) == source) for source in (0, 1)]
         synthetic = np.round(_fractions(self.phases, steps) * self.batch_size).astype(int)
@@ -208,7 +211,10 @@ class SourceBatches(AugmentedBatches):
         ):
             if needed and not len(pool):
                 raise ValueError(f"The phases {self.phases} need {name} images, but no row is {name}.")
+        if not (self.counts @ (1, synthetic_weight)).all():
+            raise ValueError("synthetic_weight is 0, but the phases have batches that are synthetic only.")
         self.before = np.concatenate([[[0, 0]], self.counts.cumsum(axis=0)])  # rows used before each step
+        self._orders = {}  # (source, pass) -> its rows in random order
 
     def epoch(self, number):
         """Yield a list of :class:`MicroBatch` for each training step, real ones first."""
@@ -228,8 +234,8 @@ class SourceBatches(AugmentedBatches):
         """What the batches of another training must have in common with these."""
         real, synthetic = (checksum(pool) for pool in self.pools)
         return (
-            f"SourceBatches(batch_size={self.batch_size}, phases={self.phases}, "
-            f"synthetic_weight={self.synthetic_weight}, real={real}, synthetic={synthetic})"
+            f"{super().description} phases={self.phases}, steps={self.steps}, micro_batch_size={self.micro_batch_size}, "
+            f"synthetic_weight={self.synthetic_weight}, real={real}, synthetic={synthetic}"
         )
 
     def _rows(self, source, step):
@@ -238,18 +244,18 @@ class SourceBatches(AugmentedBatches):
         if start == end:
             return pool[:0]
         passes = range(start // len(pool), (end - 1) // len(pool) + 1)
-        rows = np.concatenate([self._shuffled(source, number) for number in passes])
+        rows = np.concatenate([self._shuffled(source, k) for k in passes])
         offset = passes[0] * len(pool)
         return rows[start - offset : end - offset]
 
     def _shuffled(self, source, number):
         key = (source, number)
-        if key not in (cache := self.__dict__.setdefault("_orders", {})):
-            for old in [k for k in cache if k[0] == source and k[1] < number - 1]:
-                del cache[old]
+        if key not in self._orders:
+            for old in [k for k in self._orders if k[0] == source and k[1] < number - 1]:
+                del self._orders[old]
             generator = np.random.default_rng(derive_seed(self.seed, 2, source, number))
-            cache[key] = generator.permutation(self.pools[source])
-        return cache[key]
+            self._orders[key] = generator.permutation(self.pools[source])
+        return self._orders[key]
 
     def _micro_batches(self, images, rows, real):
         micro_batches = []
@@ -311,12 +317,14 @@ class MixedBatches:
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.batch_size = batches.batch_size
         self.world_size = getattr(batches, "world_size", 1)
+        if hasattr(batches, "steps"):
+            self.steps = batches.steps
 
     @property
     def description(self):
         """What the batches of another training must have in common with these."""
         mixed = getattr(self.batches, "description", type(self.batches).__name__)
-        return f"MixedBatches({mixed}, {self.kind}, alpha={self.alpha})"
+        return f"MixedBatches({mixed}, {self.kind}, seed={self.seed}, alpha={self.alpha})"
 
     def epoch(self, number):
         """Yield a list of mixed :class:`MicroBatch` for each training step."""
@@ -338,11 +346,12 @@ class PastedBatches:
     This is context-rich minority oversampling (CMO, Park et al. 2022) with synthetic foregrounds. A step of the
     given batches has r real and s synthetic images. Then r - s real images stay as they are, and s others each get
     a box of a synthetic one (CutMix), or are averaged with one (mixup, as in SYNAuG, Ye-Bin et al. 2023). The mixed images
-    have batch-norm statistics of their own.
+    have batch-norm statistics of their own. In steps without synthetic images, only r images are used.
 
     Parameters
     ----------
     batches : SourceBatches
+        With one synthetic fraction, apart from phases without synthetic images, and ``synthetic_weight`` 1.
     kind : {'mixup', 'cutmix'}
     seed : int
     alpha : float, default 1.0
@@ -351,7 +360,8 @@ class PastedBatches:
     Raises
     ------
     ValueError
-        If the kind is unknown, ``alpha`` is not positive, or a step has fewer real images than synthetic ones.
+        If the kind is unknown, ``alpha`` is not positive, a step has fewer real images than synthetic ones, or
+        ``batches`` are not as above.
     """
 
     def __init__(self, batches, kind, *, seed, alpha=1.0):
@@ -361,12 +371,18 @@ class PastedBatches:
             raise ValueError(
                 f"A step needs at least as many real images as synthetic ones: {batches.phases}."
             )
-        self.batch_size = int(batches.counts[0, 0])
+        if batches.synthetic_weight != 1 or len(set(batches.counts[:, 1]) - {0}) != 1:
+            raise ValueError(
+                "Pasting needs batches with one synthetic fraction, apart from phases without synthetic images, and a "
+                f"synthetic_weight of 1: got {batches.phases} and {batches.synthetic_weight}."
+            )
+        self.steps = batches.steps
+        self.batch_size = int(batches.counts[:, 0].min())
 
     @property
     def description(self):
         """What the batches of another training must have in common with these."""
-        return f"PastedBatches({self.batches.description}, {self.kind}, alpha={self.alpha})"
+        return f"PastedBatches({self.batches.description}, {self.kind}, seed={self.seed}, alpha={self.alpha})"
 
     def epoch(self, number):
         """Yield a list of :class:`MicroBatch` for each training step, real ones first."""

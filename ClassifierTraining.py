@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from ClassifierNetwork import CosineLinear
 from Compilation import CompiledNetwork
-from DeviceFaults import device_faults
 from GhostBatchNorm import micro_batches
-from Losses import CrossEntropy, LogitAdjustedLoss
+from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from Muon import KernelMuon
 from Precision import ScaledSteps, half_weights, mixed_precision
 from Runtime import (
@@ -95,7 +95,7 @@ class Recipe:
     Raises
     ------
     ValueError
-        If there is no step, no image in a batch, no such optimizer, or the radius is negative.
+        If there is no step, no image in a batch, no such optimizer, no scale, or the radius is negative.
     """
 
     steps: int
@@ -128,6 +128,8 @@ class Recipe:
             )
         if self.optimizer not in ("muon", "sgd"):
             raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales must be at least one number above 0 and at most 1: got {self.scales}.")
         if not 0 <= self.sam_radius < math.inf:
             raise ValueError(f"sam_radius must be a finite number, 0 or more: got {self.sam_radius}.")
 
@@ -178,7 +180,8 @@ def train_classifier(
         from other losses, because checkpoints are compared by it.
     batches : object, optional
         Default: ``recipe.batches(X, seed, device)``. Any other object needs ``batch_size`` and ``epoch(number)``, as
-        :class:`Batches.AugmentedBatches` has them, or yields lists of :class:`Batches.MicroBatch`. With a ``world_size`` above 1, all processes of torch.distributed's group
+        :class:`Batches.AugmentedBatches` has them, or yields lists of :class:`Batches.MicroBatch`. Its
+        ``description``, if it has one, tells it from other batches in checkpoints. With a ``world_size`` above 1, all processes of torch.distributed's group
         train this network together: each computes its part of every batch, gradients are averaged, and all hold the
         same weights. The loss is then that of one process, up to rounding, if ``batch_size`` is a multiple of
         ``micro_batch_size`` times ``world_size``.
@@ -199,30 +202,25 @@ def train_classifier(
 
     Raises
     ------
-    FloatingPointError
-        If the loss stops being finite. The last checkpoint stays.
-    DeviceFaults.DeviceFaultError
-        If the device fails or has too little memory. The last checkpoint stays.
+    FloatingPointError, DeviceFaults.DeviceFaultError
+        If the loss stops being finite, or the device fails. The last checkpoint stays.
     TypeError, ValueError
         If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
     seed = int(seed)  # a NumPy integer would not come back from the checkpoint
     loss = CrossEntropy(recipe.label_smoothing) if loss is None else loss
-    _check_labels_and_loss(y, model.num_classes, recipe, loss)
+    _check_labels_and_loss(y, model, recipe, loss)
     if batches is None:
         batches = recipe.batches(X, seed, next(model.parameters()).device)
+    _check_batches(batches, recipe)
     training = _Training(model, y, recipe, loss, batches)
     store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)})
     store.require_writable()
     history = training.resume(store)
     # Such as "cat-50/imbalanced-seed0".
     name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])
-    with (
-        device_faults(f"The training {name}" if checkpoint else "The training", store.path),
-        training.progress_bar(name) as bar,
-        deterministic_convolutions(),
-    ):
+    with training.running(name, store) as bar:
         while training.step < recipe.steps:
             record = training.train_epoch(len(history) + 1, bar)
             if not math.isfinite(record["train_loss"]):
@@ -244,18 +242,38 @@ def train_classifier(
     return history
 
 
-def _check_labels_and_loss(y, num_classes, recipe, loss):
-    if y.min() < 0 or y.max() >= num_classes:
+def _check_labels_and_loss(y, model, recipe, loss):
+    if y.min() < 0 or y.max() >= model.num_classes:
         raise ValueError(
-            f"Labels run from {y.min()} to {y.max()}, but the network has classes 0 to {num_classes - 1}."
+            f"Labels run from {y.min()} to {y.max()}, but the network has classes 0 to {model.num_classes - 1}."
         )
     if isinstance(loss, LogitAdjustedLoss):
         if recipe.label_smoothing:
             raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")
-        if (rows := len(loss.log_prior_of_row)) != len(y):
+        priors = loss.log_prior_of_row
+        if (rows := len(priors)) != len(y):
             raise ValueError(
                 f"The loss was made for {rows} rows, but y has {len(y)}. Make it from the same y."
             )
+        if priors.shape[1] != model.num_classes or not priors.cpu()[range(len(y)), y].isfinite().all():
+            raise ValueError(
+                "The loss was made from other labels or another number of classes than the network's."
+            )
+    elif recipe.label_smoothing and isinstance(loss, ClassBalancedLoss | LDAMLoss):
+        raise ValueError(f"{type(loss).__name__} has no label smoothing: set label_smoothing=0.")
+    if isinstance(loss, LDAMLoss) and not isinstance(model.head, CosineLinear):
+        raise ValueError("LDAM needs cosines: create the network with cosine_head=True.")
+
+
+def _check_batches(batches, recipe):
+    if getattr(batches, "steps", recipe.steps) != recipe.steps:
+        raise ValueError(
+            f"The batches are made for {batches.steps} training steps, but the recipe has {recipe.steps}."
+        )
+    if recipe.sam_radius and getattr(batches, "world_size", 1) > 1:
+        raise ValueError(
+            "Sharpness-aware steps need the gradient of the whole batch, so one process: set sam_radius=0."
+        )
 
 
 class _Training:
@@ -275,9 +293,16 @@ class _Training:
         self.world_size = getattr(batches, "world_size", 1)
         self.rank = dist.get_rank() if self.world_size > 1 else 0
 
-    def progress_bar(self, name):
-        total, hidden = self.recipe.steps, self.rank > 0
-        return tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=2, disable=hidden)
+    @contextlib.contextmanager
+    def running(self, name, store):
+        """Context of the loop, with a progress bar: convolutions repeat, and a failing device says how to go on."""
+        options = {"unit": "step", "mininterval": 2, "disable": self.rank > 0}
+        with (
+            store.device_faults("The training" if store.path is None else f"The training {name}"),
+            deterministic_convolutions(),
+            tqdm(total=self.recipe.steps, initial=self.step, desc=name, **options) as bar,
+        ):
+            yield bar
 
     def train_epoch(self, number, bar):
         """Train on all batches of an epoch, or on as many as there are steps left; return its record."""
@@ -345,6 +370,7 @@ class _Training:
             "width": self.model.width,
             "num_classes": self.model.num_classes,
             "downsampling": self.model.downsampling,
+            "head": type(self.model.head).__name__,
             "loss": repr(self.loss),
             "batches": getattr(self.batches, "description", type(self.batches).__name__),
             "rows": len(self.targets),
@@ -359,7 +385,10 @@ class _Training:
         content = store.load("history", "states")
         if content is None:
             return []
-        for part, state in zip(self.parts, content["states"], strict=True):
+        states = content["states"]
+        if len(states) == len(self.parts) - 1:  # written before gradients were scaled
+            states.append(self.scaled.state_dict())
+        for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self.step = content["history"][-1]["step"]
         return content["history"]
@@ -453,15 +482,21 @@ def _weighted_loss(loss, targets, part, logits, wanted):
 
 @contextlib.contextmanager
 def _moved_uphill(model, radius):
-    """Move the weights by ``radius`` along their gradient within the block (Foret et al. 2021)."""
+    """Move the weights by ``radius`` along their gradient within the block (Foret et al. 2021).
+
+    They stay where they are if the gradient is not finite, as in float16 it may be: such a step is skipped.
+    """
     weights = [p for p in model.parameters() if p.grad is not None]
     before = [p.detach().clone() for p in weights]
     with torch.no_grad():
-        length = nn.utils.get_total_norm([p.grad for p in weights]).clamp(min=1e-12)
-        torch._foreach_add_(weights, torch._foreach_mul([p.grad for p in weights], radius / length))
-    yield
-    with torch.no_grad():
-        torch._foreach_copy_(weights, before)
+        length = nn.utils.get_total_norm([p.grad for p in weights])
+        if length.isfinite() and length > 0:
+            torch._foreach_add_(weights, torch._foreach_mul([p.grad for p in weights], radius / length))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
 
 
 def _average_over_processes(tensors):

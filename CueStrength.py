@@ -17,6 +17,7 @@ from imblearn.over_sampling import SMOTE
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
+from BusyMachine import start_again_if_busy
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
 from Development import SPLITS, development_data, held_out_set
@@ -36,7 +37,7 @@ from Runtime import (
 )
 from StableDiffusionGeneration import StableDiffusionOverSampler
 
-# Name -> sampler, and the method of Methods.py that trains on its images of the rare class.
+# Name -> sampler, and the method of Methods.py that adds its images to the rare class alone, with cross-entropy.
 SAMPLERS = {
     "mild augmentation, black corners": (
         AugmentationOverSampler(preset="mild-black-corners"), "augmented-black-corners",
@@ -44,9 +45,9 @@ SAMPLERS = {
     "mild augmentation": (AugmentationOverSampler(), "augmented"),
     "mild augmentation, spectrum matched": (AugmentationOverSampler(match="spectrum"), "augmented-spectrum"),
     "SMOTE": (PixelOverSampler(SMOTE()), "smote"),
-    "Stable Diffusion": (StableDiffusionOverSampler(), "stable-adjusted"),
-    "Stable Diffusion, statistics matched": (StableDiffusionOverSampler(match="statistics"), None),
-    "Stable Diffusion, spectrum matched": (StableDiffusionOverSampler(match="spectrum"), "stable-spectrum"),
+    "Stable Diffusion": (StableDiffusionOverSampler(), "stable"),
+    "Stable Diffusion, statistics matched": (StableDiffusionOverSampler(match="statistics"), "stable-matched-statistics"),
+    "Stable Diffusion, spectrum matched": (StableDiffusionOverSampler(match="spectrum"), "stable-matched-spectrum"),
 }  # fmt: skip
 WIDTH, RECIPE = 8, Recipe(steps=300, scales=(1.0,))  # small images would hide fine cues
 TESTED = 500  # images of each source
@@ -132,6 +133,7 @@ def measure(data, name, split_name, seed, device=None):
 
 
 def main(arguments=None):
+    start_again_if_busy()
     parser = argparse.ArgumentParser(description="Measure how well added images can be told from real ones.")
     add = parser.add_argument
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")

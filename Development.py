@@ -21,16 +21,18 @@ from sklearn.metrics import (
 )
 
 from Arms import COMMITTED_PROFILE, PROFILES
+from BusyMachine import start_again_if_busy
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe
 from DevelopmentReport import FOLDER, RUN, SCORES, methods_table
 from Experiment import prepare_stable_diffusion_images
 from GANExperiment import prepare_generator
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
-from Methods import METHODS, find_method
+from Methods import METHODS, choosing_checkpoint, find_method
 from Precision import precision_name
 from Results import Study, read_json
 from Runtime import (
+    checksum,
     choose_device,
     code_version,
     derive_seed,
@@ -212,9 +214,9 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     if path.exists():
         result = read_json(path, RUN)
         wanted = recipe.as_json() | {"definition": method.definition}
-        # The first results lack settings that could not be chosen, and the definition.
-        found = wanted | Recipe(steps=1).as_json() | result["recipe"]
-        require_same_settings(path, found | {k: result[k] for k in wanted.keys() & result.keys()}, wanted)
+        # The first results lack settings that could not be chosen then.
+        found = Recipe(steps=1).as_json() | result["recipe"] | {"definition": result.get("definition")}
+        require_same_settings(path, found, wanted)
         return result
     require_writable(path)
     device, commit = choose_device(device), code_version()
@@ -224,9 +226,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     if method.needs_gan:  # trained as the study's, on the development split
         generator = prepare_generator(Study(COMMITTED_PROFILE, rest.name, split_name), rest, device)
     X, y = method.fit_resample(development.X, development.y, seed=seed, generator=generator)
-    model = create_classifier(
-        classes, budget.width, channel_statistics(development.X), seed, device, method.cosine_head
-    )
+    model = create_classifier(classes, budget.width, channel_statistics(X), seed, device, method.cosine_head)
     checkpoint = Path("models", "checkpoints", *path.parts[1:]).with_suffix(".pt")
     real = len(development.y)
     history, settings = method.train(model, X, y, real, recipe, seed=seed, checkpoint=checkpoint)
@@ -241,6 +241,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         "width": budget.width,
         "recipe": recipe.as_json(),
         **settings,
+        "checksum_of_training_set": checksum(y, X),
         "training_images": {"real": real, "synthetic": len(y) - real},
         "final_train_loss": history[-1]["train_loss"],
         "seconds": sum(epoch["seconds"] for epoch in history),
@@ -249,15 +250,28 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         "commit": commit,
     }
     save_json(path, result)
-    for left in checkpoint.parent.glob(f"{checkpoint.stem}*.pt"):
-        left.unlink()
+    for left in (checkpoint, choosing_checkpoint(checkpoint)):
+        left.unlink(missing_ok=True)
     return result
 
 
 # --- Command line -------------------------------------------------------------------------------
 
 
+def _natural(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 on is needed, not {text!r}")
+    return int(text)
+
+
+def _positive(text):
+    if (number := _natural(text)) < 1:
+        raise argparse.ArgumentTypeError("a number from 1 on is needed, not 0")
+    return number
+
+
 def main(arguments=None):
+    start_again_if_busy()
     parser = argparse.ArgumentParser(
         description="Compare methods on development splits, without the test set.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -266,9 +280,19 @@ def main(arguments=None):
     add = parser.add_argument
     add("--method", nargs="+", required=True, metavar="METHOD", help="one or more methods, or 'all'")
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
-    add("--steps", type=int, default=PROFILES["cpu"].steps, help="training steps (default: those of cpu)")
-    add("--width", type=int, default=PROFILES["cpu"].width, help="of the ResNet-18 (default: that of cpu)")
+    add("--seed", nargs="+", type=_natural, default=[0], help="seeds (default: 0)")
+    add(
+        "--steps",
+        type=_positive,
+        default=PROFILES["cpu"].steps,
+        help="training steps (default: those of cpu)",
+    )
+    add(
+        "--width",
+        type=_positive,
+        default=PROFILES["cpu"].width,
+        help="of the ResNet-18 (default: that of cpu)",
+    )
     add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
     options = parser.parse_args(arguments)
     budget = Budget(options.width, options.steps)

@@ -31,7 +31,10 @@ CUE = {
 
 
 def methods_table(folder):
-    """Markdown table of all finished runs of a budget: mean scores of each method, the best F1 first.
+    """Markdown tables of all finished runs of a budget: mean scores of each method, the best F1 first.
+
+    Only means over the same splits and seeds may be compared, so each set of them has a table of its own, the
+    largest first.
 
     Parameters
     ----------
@@ -41,47 +44,59 @@ def methods_table(folder):
     Returns
     -------
     str
-        The methods that were run on the most splits and seeds come first: only their means may be compared.
     """
     runs = {}
-    for path in sorted(Path(folder).glob("*/*-seed*.json")):
-        result = read_json(path, RUN)
+    for result in _read_runs(folder):
         runs.setdefault(result["method"], []).append(result)
-    rows = []
+    tables = {}
     for name, results in runs.items():
         means = {key: np.mean([result["validation"][key] for result in results]) for key in SCORES}
         scores = [f"{100 * means[key]:.1f}" for key in SCORES]
-        rows.append(
-            (-len(results), -means["f1"], (f"`{name}`: {results[0]['what']}", *scores, _where(results)))
-        )
-    head = ("method", "recall", "precision", "F1", "accuracy", "split and seed")
-    return markdown_table(head, [row for *_, row in sorted(rows)])
+        row = (-means["f1"], (f"`{name}`: {results[0]['what']}", *scores))
+        tables.setdefault(_where(results), []).append(row)
+    head = ("method", "recall", "precision", "F1", "accuracy")
+    return "\n\n".join(
+        f"Means over {where}:\n\n{markdown_table(head, [row for _, row in sorted(rows)])}"
+        for where, rows in sorted(tables.items(), key=lambda item: (-item[0].count(","), item))
+    )
 
 
 def cue_table():
-    """Markdown table of the cues: how well added images are told from real ones, and the recall of training on them."""
-    cues, recalls = {}, {}
+    """Markdown table of the cues: how well added images are told from real ones, and the recall of training on them.
+
+    The recall is the mean over the splits and seeds on which the cue was measured; empty if one of them is missing.
+    """
+    cues = {}
     for path in sorted(CUES.glob("*/*.json")):
         result = read_json(path, CUE)
         cues.setdefault(result["sampler"], []).append(result)
-    for path in sorted(FOLDER.glob("width*/*/*-seed*.json")):
-        result = read_json(path, RUN)
-        recalls.setdefault((result["method"], path.parts[-3]), []).append(result["validation"]["recall"])
-    budgets = sorted({budget for _, budget in recalls})
+    folders = sorted(FOLDER.glob("width*-steps*"))
+    recalls = {
+        (folder.name, run["method"], run["split"], run["seed"]): run["validation"]["recall"]
+        for folder in folders
+        for run in _read_runs(folder)
+    }
     rows = []
     for name, results in cues.items():
-        auc, method = np.mean([result["auc"] for result in results]), results[0]["method"]
-        found = [recalls.get((method, budget)) for budget in budgets]
-        cells = [f"{100 * np.mean(recall):.1f}" if recall else "" for recall in found]
-        rows.append((name, f"{auc:.3f}", method or "", *cells, _where(results)))
+        cells = []
+        for folder in folders:
+            keys = [(folder.name, r["method"], r["split"], r["seed"]) for r in results]
+            complete = all(key in recalls for key in keys)
+            cells.append(f"{100 * np.mean([recalls[key] for key in keys]):.1f}" if complete else "")
+        auc = np.mean([result["auc"] for result in results])
+        rows.append((-auc, (name, f"{auc:.3f}", results[0]["method"] or "", *cells, _where(results))))
     head = (
         "images",
         "AUC of the cue",
         "method",
-        *(f"recall, {budget}" for budget in budgets),
+        *(f"recall, {folder.name}" for folder in folders),
         "split and seed",
     )
-    return markdown_table(head, sorted(rows, key=lambda row: -float(row[1])))
+    return markdown_table(head, [row for _, row in sorted(rows)])
+
+
+def _read_runs(folder):
+    return [read_json(path, RUN) for path in sorted(Path(folder).glob("*/*-seed*.json"))]
 
 
 def _where(results):
@@ -92,11 +107,11 @@ def generated_parts():
     """Name of each generated part of ``docs/development.md`` -> its text."""
     methods = []
     for folder in sorted(FOLDER.glob("width*-steps*")):
-        first = read_json(next(folder.glob("*/*-seed*.json")), RUN)
+        hardware = sorted({hardware_text(run["hardware"]) for run in _read_runs(folder)})
         width, steps = folder.name.removeprefix("width").split("-steps")
         methods.append(
-            f"Width {width}, {int(steps):,} training steps, {hardware_text(first['hardware'])}. Scores on validation "
-            f"images in percent:\n\n{methods_table(folder)}"
+            f"Width {width}, {int(steps):,} training steps, {'; '.join(hardware)}. Scores on validation images in "
+            f"percent.\n\n{methods_table(folder)}"
         )
     cues = cue_table() if CUES.exists() else NOT_RUN
     return {"methods": "\n\n".join(methods) or NOT_RUN, "cues": cues}

@@ -13,8 +13,11 @@ import torch
 MARKS = "CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "MPS backend", "HIP error"  # fmt: skip
 
 
-class DeviceFaultError(RuntimeError):
-    """The device failed or has too little memory. The message says how to go on."""
+class DeviceFaultError(RuntimeError, OSError):
+    """The device failed or has too little memory. The message says how to go on.
+
+    It is an OSError, as what a disk does, so that every command line ends with its message.
+    """
 
 
 def describe_fault(error):
@@ -61,7 +64,9 @@ def device_faults(what, checkpoint=None):
     except RuntimeError as error:
         if isinstance(error, DeviceFaultError) or (line := describe_fault(error)) is None:
             raise
-        how = "Then run the same command again: it starts again, because there was no checkpoint yet."
+        how = "Then run the same command again"
         if checkpoint is not None and Path(checkpoint).exists():
-            how = f"Then run the same command again: it goes on from the last checkpoint, {checkpoint}."
-        raise DeviceFaultError(f"{what} was broken off. {line} {how}") from error
+            how += f": it goes on from the last checkpoint, {checkpoint}"
+        elif checkpoint is not None:
+            how += ": it starts again, because there was no checkpoint yet"
+        raise DeviceFaultError(f"{what} was broken off. {line} {how}.") from error

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from DeviceFaults import device_faults
 from FiniteNumbers import check_weights, finite_numbers
 from Precision import half_precision
 from Runtime import choose_device, is_reachable, require_free_space, user_path
@@ -457,6 +458,7 @@ class Painter:
         self._model = pipeline.name_or_path
         self._savings = self._memory_savings()
 
+    @device_faults("Drawing images")  # what was drawn before lies in the shards
     def draw(self, prompts, seeds, sources=None, strength=None):
         """Draw one image per prompt.
 

@@ -181,7 +181,9 @@ def match_spectrum(images, real):
 
     Generated images have too much or too little power at some frequencies, and a network can tell them from real ones
     by that (Durall et al. 2020). Each frequency of each channel gets one gain for all images: the square root of the
-    ratio of its mean power in the real and in the generated images. The mean of each image stays.
+    ratio of its mean power in the real and in the generated images. The mean of each image stays, except for values
+    that would leave 0 to 255 and are cut off. Differences between classes are matched away, too, if the two sets show
+    other classes.
 
     Parameters
     ----------
@@ -209,7 +211,10 @@ def match_spectrum(images, real):
         raise ValueError(
             "A mean power spectrum needs at least 2 real images, but there is 1. Keep more images."
         )
-    gain = np.sqrt(mean_power(real) / np.maximum(mean_power(images), 1e-12))
+    rounding = (
+        np.prod(images.shape[1:3]) / 12
+    )  # the power of rounding to whole pixel values; it is not amplified
+    gain = np.sqrt(mean_power(real) / np.maximum(mean_power(images), rounding))
     gain[0, 0] = 1  # the mean of an image
     matched = np.empty_like(images)
     for start in range(0, len(images), 1000):  # the spectra of all at once would take gigabytes

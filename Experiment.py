@@ -15,7 +15,7 @@ import numpy as np
 from Arms import ARMS, PROFILES, STORY, ArmUnavailableError, default_split, find_arm, resolve_profile
 from ArmTraining import finished_result, run_arm
 from BusyMachine import start_again_if_busy
-from DeviceFaults import DeviceFaultError, device_faults
+from DeviceFaults import device_faults
 from GANExperiment import prepare_generator
 from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
@@ -150,6 +150,11 @@ def run_arms(studies, data, arm_names, seeds=(0,), *, device=None, processes=Non
 def _run(study, data, arm_name, seed, device, processes):
     if _is_finished(study.result_path(arm_name, seed), processes):
         return finished_result(study, data, arm_name, seed)
+    method = find_arm(arm_name).method
+    if processes is not None and (method.batches or method.choose):
+        raise ArmUnavailableError(
+            "several processes cannot train one network on its batches. Run it without --data-parallel"
+        )
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
     with device_faults(f"The run {arm_name}, {study.split}, seed {seed}", checkpoint):
         X, y = make_training_set(study, data, arm_name, seed, device)
@@ -265,7 +270,7 @@ def main(arguments=None):
             processes=processes if processes.use_distributed else None,
             data_parallel=options.data_parallel,
         )
-    except (ValueError, OSError, FloatingPointError, ArmUnavailableError, DeviceFaultError) as error:
+    except (ValueError, OSError, FloatingPointError, ArmUnavailableError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     for (arm_name, split_name, seed), outcome in outcomes.items():
         if isinstance(outcome, str):

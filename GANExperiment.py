@@ -17,6 +17,7 @@ from GANGeneration import GANCollapseError, count_flops, train_gan
 from GANNetworks import save_discriminator, save_generator
 from GenerationQuality import frechet_distance_to
 from ImbalancedCIFAR10 import split_from_name
+from Precision import precision_name
 from QualityExperiment import classifier_features
 from Runtime import (
     choose_device,
@@ -108,6 +109,7 @@ def save_gan(study, data, run, quality_name):
         Name of the features behind the quality measure.
     """
     settings, classes = gan_settings(study, data), len(data.class_names)
+    device = next(run.generator.parameters()).device
     record = {
         "data": study.data,
         "split": study.split,
@@ -125,7 +127,8 @@ def save_gan(study, data, run, quality_name):
             "training": sum(record["seconds"] for record in run.history),
             "judging": sum(record["seconds_of_quality"] for record in run.history),
         },
-        "hardware": describe_hardware(next(run.generator.parameters()).device),
+        "hardware": describe_hardware(device),
+        "precision": precision_name(device),
         "versions": {"torch": version("torch"), "commit": code_version()},
         "history": [_without_nan(record) for record in run.history],
     }

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from DeviceFaults import device_faults
 from GANNetworks import (
     Generator,
     check_sampling,
@@ -144,7 +143,7 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     record_steps = {max(1, settings.steps * k // settings.records) for k in range(1, settings.records + 1)}
 
     with (
-        device_faults("The training of the GAN", checkpoint.path),
+        checkpoint.device_faults("The training of the GAN"),
         tqdm(
             total=settings.steps,
             initial=(unjudged or {}).get("step", progress.step),

@@ -36,7 +36,16 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         affine = self.scales_and_shifts or [(self.weight, self.bias)] * len(self.parts)
         normalised = [
-            F.batch_norm(part, self.running_mean, self.running_var, *weight_bias, True, momentum, self.eps)
+            # Without running statistics where they are not to follow: 0 times infinity would be NaN.
+            F.batch_norm(
+                part,
+                self.running_mean if momentum else None,
+                self.running_var if momentum else None,
+                *weight_bias,
+                True,
+                momentum,
+                self.eps,
+            )
             for part, (_, momentum), weight_bias in zip(
                 x.split([size for size, _ in self.parts]), self.parts, affine, strict=True
             )
@@ -58,14 +67,22 @@ def micro_batches(model, sizes, tracked, compiled=False):
         Whether the running statistics follow each part.
     compiled : bool, default False
         Whether the network is compiled. Otherwise it gets what saves operators.
+
+    Raises
+    ------
+    TypeError
+        If the network has other batch norms.
     """
-    norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if others := [norm for norm in norms if not isinstance(norm, GhostBatchNorm2d)]:
+        raise TypeError(f"Micro-batches need GhostBatchNorm2d, but the network has {others[0]}.")
     for norm in norms:
         momenta = [norm.momentum if follow else 0.0 for follow in tracked]
         norm.parts = tuple(zip(sizes, momenta, strict=True))
     if len(sizes) > 1 and not compiled:
         _give_each_part_its_own(norms, len(sizes))
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], len(sizes))
+    if norms:
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], len(sizes))
     try:
         yield
     finally:

@@ -94,7 +94,8 @@ class ImageOverSampler(BaseOverSampler):
     match : {None, 'spectrum', 'statistics'}, default None
         What the new images get from the given ones, so that they are harder to tell apart:
         :func:`Downsampling.match_spectrum` (power at each frequency), :func:`Downsampling.match_statistics` (colours
-        and sharpness), or nothing. One map for all new images.
+        and sharpness), or nothing. One map for all new images, made from all given ones. So give every class new images
+        (:func:`source_balanced_strategy`), or what distinguishes the class is matched away.
     """
 
     def __init__(self, *, sampling_strategy="auto", random_state=None, match=None):

@@ -5,14 +5,15 @@
 Reference: Kang et al. (2020), Decoupling representation and classifier for long-tailed recognition.
 """
 
-import warnings
+import dataclasses
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from ClassifierNetwork import CosineLinear
 from Precision import mixed_precision
+from Runtime import derive_seed
 
 VIEWS = 2  # augmented views of each image
 
@@ -21,13 +22,14 @@ def retrain_last_layer(model, X, y, recipe, seed):
     """Replace the last layer by a logistic regression with balanced class weights on features of augmented images.
 
     Kang et al. train a new last layer by gradient descent on batches with equally many images of each class. The
-    weights here have the same effect on the loss, and the regression converges.
+    weights here have the same effect on the loss.
 
     Parameters
     ----------
     model : ClassifierNetwork.ResNet18
         Trained, with a linear head. Changed in place.
     X : ndarray of uint8, shape (n, height, width, 3)
+        Real images.
     y : ndarray of int, shape (n,)
     recipe : ClassifierTraining.Recipe
         Its augmentation is used.
@@ -37,29 +39,30 @@ def retrain_last_layer(model, X, y, recipe, seed):
     Raises
     ------
     ValueError
-        If a class of the network has no image.
+        If a class of the network has no image, or its head gives cosines.
     """
-    if len(np.unique(y)) != model.num_classes:
+    if isinstance(model.head, CosineLinear):
         raise ValueError(
-            f"The last layer needs images of all {model.num_classes} classes, but y has {len(np.unique(y))} of them."
+            "A cosine head has no bias, so a regression cannot replace it. Train with a linear head."
+        )
+    if not np.array_equal(np.unique(y), np.arange(model.num_classes)):
+        raise ValueError(
+            f"The last layer needs images of all {model.num_classes} classes, but y has {np.unique(y).tolist()}."
         )
     device = next(model.parameters()).device
-    batches = recipe.batches(X, seed, device)
+    # One batch, so that no row is left out.
+    batches = dataclasses.replace(recipe, batch_size=len(y)).batches(X, derive_seed(seed, 7), device)
     model.eval()
     features, labels = [], []
     with torch.inference_mode(), mixed_precision(device):
         for number in range(1, VIEWS + 1):
-            for images, rows in batches.epoch(number):
-                features.append(model.features(images).float().cpu())
-                labels.append(y[rows.cpu().numpy()])
+            [(images, rows)] = batches.epoch(number)
+            features += [model.features(part).float().cpu() for part in images.split(recipe.micro_batch_size)]
+            labels.append(y[rows.cpu().numpy()])
     features, labels = torch.cat(features).numpy(), np.concatenate(labels)
     mean, scale = features.mean(axis=0), features.std()  # one scale: a feature that hardly varies stays small
-    with warnings.catch_warnings():
-        # Convergence to the last digit is not needed.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        regression = LogisticRegression(class_weight="balanced", max_iter=200).fit(
-            (features - mean) / scale, labels
-        )
+    regression = LogisticRegression(class_weight="balanced", max_iter=2000)
+    regression.fit((features - mean) / scale, labels)
     weight = regression.coef_ / scale
     bias = regression.intercept_ - weight @ mean
     if len(weight) == 1:  # of two classes there is one difference

@@ -17,7 +17,6 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,11 +24,10 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from DeviceFaults import DeviceFaultError, device_faults
+import Precision
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
-from Precision import ScaledSteps, mixed_precision
 from Prompts import with_article
 from Runtime import (
     Checkpoint,
@@ -159,17 +157,18 @@ def _train(X, class_name, folder, recipe, seed, device):
         range(len(history), recipe.steps), initial=len(history), total=recipe.steps,
         desc=f"adapter, {class_name}", unit="step", mininterval=2,
     )  # fmt: skip
-    for step in bar:
-        # A generator for each step, so that the checkpoint needs no state of random numbers.
-        random = torch.Generator().manual_seed(derive_seed(seed, 1, step))
-        batch = _draw_batch(means, deviations, schedule, recipe.batch_size, random)
-        loss, portion = _backward_within_memory(unet, steps, batch, text, portion, recipe.size)
-        _check_loss(loss, step, recipe)
-        steps.step()
-        history.append(loss)
-        bar.set_postfix(loss=f"{np.mean(history[-50:]):.4f}", refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
-            _save(folder, checkpoint, unet, steps, history, finished=step + 1 == recipe.steps)
+    with checkpoint.device_faults("The training of the adapter"):
+        for step in bar:
+            # A generator for each step, so that the checkpoint needs no state of random numbers.
+            random = torch.Generator().manual_seed(derive_seed(seed, 1, step))
+            batch = _draw_batch(means, deviations, schedule, recipe.batch_size, random)
+            loss, portion = _backward_within_memory(unet, steps, batch, text, portion, recipe.size)
+            _check_loss(loss, step, recipe)
+            steps.step()
+            history.append(loss)
+            bar.set_postfix(loss=f"{np.mean(history[-50:]):.4f}", refresh=False)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
+                _save(folder, checkpoint, unet, steps, history, finished=step + 1 == recipe.steps)
     return history
 
 
@@ -260,7 +259,7 @@ def _add_adapter(pipeline, rank, seed):
 
 def _optimiser_steps(unet, learning_rate):
     trained = [p for p in unet.parameters() if p.requires_grad]
-    return ScaledSteps(trained, [torch.optim.AdamW(trained, lr=learning_rate)], unet.device)
+    return Precision.ScaledSteps(trained, [torch.optim.AdamW(trained, lr=learning_rate)], unet.device)
 
 
 def _restore(state, unet, steps):
@@ -321,7 +320,7 @@ def _backward(unet, batch, text, portion, backward):
     loss = 0.0
     for start in range(0, total, portion):
         noisy, times, target = (part[start : start + portion].to(device) for part in batch)
-        with mixed_precision(device):
+        with Precision.mixed_precision(device):
             predicted = unet(noisy, times, text.expand(len(noisy), -1, -1), return_dict=False)[0]
         error = F.mse_loss(predicted.float(), target, reduction="sum") / batch[2].numel()
         backward(error)
@@ -404,16 +403,10 @@ def main(arguments=None):
         _check_arguments(recipe, CIFAR10_CLASSES[c], options.seed, options.output)
         data = load_cifar10()
         X, y = split_from_name(options.split, data.y_train).cut(data.X_train, data.y_train)
-        with device_faults("The training of the adapter", Path(options.output) / STATE):
-            history = train_lora(
-                X[y == c],
-                CIFAR10_CLASSES[c],
-                options.output,
-                recipe,
-                seed=options.seed,
-                device=options.device,
-            )
-    except (ValueError, OSError, MemoryError, FloatingPointError, DeviceFaultError) as error:
+        history = train_lora(
+            X[y == c], CIFAR10_CLASSES[c], options.output, recipe, seed=options.seed, device=options.device
+        )
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
     print(
         f"{options.output}: adapter of rank {recipe.rank} from {np.sum(y == c)} images, loss "

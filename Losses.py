@@ -108,6 +108,10 @@ def _check_sources(sources, y):
 
 def class_log_priors(y, num_classes, sources):
     """Log class frequencies of each source: float32 (n_sources, num_classes), -inf for a class that a source lacks."""
+    if y.min() < 0 or y.max() >= num_classes:
+        raise ValueError(
+            f"Labels run from {y.min()} to {y.max()}, but there are classes 0 to {num_classes - 1}."
+        )
     counts = np.zeros((sources.max() + 1, num_classes))
     np.add.at(counts, (sources, y), 1)
     with np.errstate(divide="ignore"):

@@ -64,7 +64,7 @@ class Method:
         ``(model, X, y, real_rows) -> rows``: which rows are trained on. Another network is trained first, for
         ``CHOOSING_STEPS`` of the steps; ``compute`` must count it.
     finish : callable or None
-        ``(model, X, y, recipe, seed) -> None``: changes the trained network in place.
+        ``(model, X, y, recipe, seed) -> None``: changes the trained network in place, by the real images.
     shuffled : bool
         Whether the labels of the synthetic images are shuffled: the placebo.
     what : str
@@ -171,7 +171,7 @@ class Method:
             batches = recipe.batches(X, seed, device, rank, world_size)
         elif world_size > 1:
             raise ValueError(
-                f"{world_size} processes cannot train one network by this method ({self.batches}). Run it without "
+                f"{world_size} processes cannot train one network on batches of one source. Run it without "
                 "--data-parallel."
             )
         else:
@@ -188,19 +188,24 @@ class Method:
             checkpoint=checkpoint,
         )
         if self.finish is not None:
-            self.finish(model, X, y, recipe, seed)
+            self.finish(model, X[:real_rows], y[:real_rows], recipe, seed)
         return history, {"loss": repr(loss), "batches": batches.description, "rows": len(y)}
 
     def _chosen_rows(self, model, X, y, real_rows, recipe, seed, checkpoint):
         """Train a copy of the network for a part of the steps, and let it choose the rows to train on."""
         first = dataclasses.replace(self, choose=None, finish=None)
         network = copy.deepcopy(model)
-        path = None if checkpoint is None else checkpoint.with_stem(checkpoint.stem + "-choosing")
+        path = None if checkpoint is None else choosing_checkpoint(checkpoint)
         steps = max(1, round(CHOOSING_STEPS * recipe.steps))
         first.train(
             network, X, y, real_rows, dataclasses.replace(recipe, steps=steps), seed=seed, checkpoint=path
         )
         return self.choose(network, X, y, real_rows)
+
+
+def choosing_checkpoint(checkpoint):
+    """The checkpoint of the network that chooses images, beside that of the training (a pathlib.Path)."""
+    return checkpoint.with_stem(checkpoint.stem + "-choosing")
 
 
 def sampling_seed(seed):
@@ -311,6 +316,14 @@ IMAGE_FREE = {
 }  # fmt: skip
 
 WITH_STABLE_DIFFUSION = {
+    "stable": Method(what="minority only, cross-entropy (the reference's way)", sampler=StableDiffusionOverSampler()),
+    "stable-matched-statistics": Method(
+        what="minority only, colours and sharpness matched, cross-entropy",
+        sampler=StableDiffusionOverSampler(match="statistics"),
+    ),
+    "stable-matched-spectrum": Method(
+        what="minority only, spectrum matched, cross-entropy", sampler=StableDiffusionOverSampler(match="spectrum")
+    ),
     "stable-adjusted": Method(
         what="source-balanced, prior per source (the study's best arm until now)",
         sampler=_stable(match=None), loss=adjusted,

@@ -25,7 +25,7 @@ from Runtime import check_images, seeded
 def mild_augmentation(size):
     """Transforms that vary a small photograph without changing its class.
 
-    They were chosen before any result was seen. Crops and rotations are small because the object fills a
+    They were chosen before any result was seen, except for the corners. Crops and rotations are small because the object fills a
     32x32 image. Hue stays because coat colour is a cue. Nothing is solarised or turned upside down, since no
     test image is. There is no flip, because the training loop flips images already and not every data
     set allows it. The corners that a rotation leaves are filled by reflection. Black ones would tell a

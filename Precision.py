@@ -18,7 +18,8 @@ import contextlib
 import torch
 from torch import nn
 
-CAST_LAYERS = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
+# Of layers that multiply by their weights as they are. A layer that computes its kernels from them has its own.
+FORWARDS = nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward
 
 
 def half_precision(device):
@@ -69,24 +70,26 @@ def half_weights(module):
     slots = [
         (layer._parameters, name)
         for layer in module.modules()
-        if isinstance(layer, CAST_LAYERS)
+        if type(layer).forward in FORWARDS
         for name, parameter in layer._parameters.items()
         if parameter is not None
     ]
-    device_type = slots[0][0][slots[0][1]].device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    parameters = [owner[name] for owner, name in slots]
+    if not (parameters and _is_autocast(parameters[0].device.type)):
         yield
         return
-    parameters = [owner[name] for owner, name in slots]
-    for (owner, name), cast in zip(
-        slots, _Cast.apply(torch.get_autocast_dtype(device_type), *parameters), strict=True
-    ):
+    dtype = torch.get_autocast_dtype(parameters[0].device.type)
+    for (owner, name), cast in zip(slots, _Cast.apply(dtype, *parameters), strict=True):
         owner[name] = cast
     try:
         yield
     finally:
         for (owner, name), parameter in zip(slots, parameters, strict=True):
             owner[name] = parameter
+
+
+def _is_autocast(device_type):
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class _Cast(torch.autograd.Function):

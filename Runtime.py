@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import torch
 
-from DeviceFaults import describe_fault
+from DeviceFaults import describe_fault, device_faults
 from Hardware import cuda_works
 
 # --- Randomness ---------------------------------------------------------------------------------
@@ -540,6 +540,10 @@ class Checkpoint:
                 f"The checkpoint {self.path} belongs to another training ({differences}). Remove it to start again."
             )
         return content
+
+    def device_faults(self, what):
+        """Context in which a failing device ends ``what`` and says how to go on: see :func:`DeviceFaults.device_faults`."""
+        return device_faults(what, self.path)
 
     def save(self, **content):
         """Write ``content`` (tensors, state dicts, plain values) with the identity, atomically."""

@@ -18,7 +18,6 @@ import os
 import numpy as np
 
 from CandidateImages import SHARDS, STRENGTHS, CandidateMaker, GenerationSettings
-from DeviceFaults import DeviceFaultError, device_faults
 from DiffusionPipelines import PRESETS, SIZE
 from ImageCache import CACHE, load_generated_images
 from ImageGeneration import check_class, generate_images
@@ -104,14 +103,13 @@ def main(arguments=None):
         if maker.settings.strengths or selection.match:
             real_images = _load_kept_images(classes, options.split)
         for name in classes:
-            with device_faults(f"Drawing images of {name}", SHARDS):
-                report = generate_images(
-                    name, options.count, maker, selection=selection, real_images=real_images.get(name),
-                    label=options.label, path=options.output, replace=options.replace,
-                )  # fmt: skip
+            report = generate_images(
+                name, options.count, maker, selection=selection, real_images=real_images.get(name),
+                label=options.label, path=options.output, replace=options.replace,
+            )  # fmt: skip
             if processes.is_main_process:
                 print(f"{options.output}: {_summary(name, report)}", flush=True)
-    except (ValueError, OSError, SelectionError, MemoryError, FloatingPointError, DeviceFaultError) as error:
+    except (ValueError, OSError, SelectionError, MemoryError, FloatingPointError) as error:
         parser.exit(1, f"{parser.prog}: {' '.join(str(error).splitlines())}\n")
 
 

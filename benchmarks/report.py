@@ -17,6 +17,7 @@ import gan
 import operators
 import profile_training
 import reckon
+import side_by_side
 import stable_diffusion
 import time_to_accuracy
 
@@ -43,6 +44,7 @@ def generated_parts():
         ),
         "parts": profile_training.table(profiles) if profiles else NOT_RUN,
         "operators": _tables([operators.RESULT], operators.table),
+        "side-by-side": _tables([side_by_side.RESULT], side_by_side.sentence),
         **{
             series: time_to_accuracy.table(series) if time_to_accuracy.load_runs(series) else NOT_RUN
             for series in time_to_accuracy.SERIES

@@ -11,9 +11,16 @@ convolutional networks (here for the group of two elements, the identity and the
 Nordström and Kahl (2025), Flopping for FLOPs: leveraging equivariance for computational efficiency.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from GhostBatchNorm import GhostBatchNorm2d
 
 
 def strided_downsampling(model):
@@ -139,7 +146,7 @@ class HalvedMirroredConv2d(MirroredConv2d):
         return torch.cat([even + odd, even - odd], dim=1)
 
 
-class MirroredBatchNorm2d(nn.BatchNorm2d):
+class MirroredBatchNorm2d(GhostBatchNorm2d):
     """Batch norm whose statistics, scale and shift are shared by a channel and its mirrored partner.
 
     Parameters

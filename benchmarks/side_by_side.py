@@ -80,6 +80,18 @@ def ratios(make_step, earlier, rounds, steps):
     return found
 
 
+def sentence(result):
+    """What a result says, for the README."""
+    classifier, gan = (
+        f"{result[name]['median']:.2f} ({min(result[name]['ratios']):.2f} to {max(result[name]['ratios']):.2f})"
+        for name in ("classifier", "gan")
+    )
+    return (
+        f"The classifier's step takes {classifier} times as long as before, and the GAN's step {gan} times: medians "
+        f"of {len(result['gan']['ratios'])} rounds, with their range; {result['hardware']['name']}, one thread."
+    )
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Time training steps of two checkouts side by side.")
     parser.add_argument("earlier", type=Path, help="folder of the earlier checkout")

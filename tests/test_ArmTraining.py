@@ -39,6 +39,14 @@ def refuse_constant(name):
     raise AssertionError(f"{name} is not JSON")
 
 
+def test_a_result_of_another_method_under_the_same_name_is_refused(tiny_data, monkeypatch):
+    smoke("imbalanced", tiny_data)
+    changed = dataclasses.replace(ARMS["imbalanced"], method=Methods.Method(loss=Methods.adjusted))
+    monkeypatch.setitem(ARMS, "imbalanced", changed)
+    with pytest.raises(ValueError, match="other settings .definition: Method"):
+        finished_result(smoke_study(tiny_data), tiny_data, "imbalanced")
+
+
 # --- What an arm leaves -------------------------------------------------------------------------
 
 

@@ -106,6 +106,12 @@ def test_a_new_arm_is_one_entry(tiny_data, monkeypatch):
     assert {"images/smoke/cat-5/cm_smote_2.png", "models/smoke/cat-5/resnet_smote_2.pt"} <= files()
 
 
+def test_an_arm_cannot_change_the_recipe_of_all_arms():
+    for method in (Method(changes={"cutout": 8}), Method(compute=2.0)):
+        with pytest.raises(ValueError, match="changes the recipe, but all arms of a study have the same one"):
+            Arms.Arm("Cutout", "cutout", "resnet_cutout", method)
+
+
 # --- Training sets ------------------------------------------------------------------------------
 
 

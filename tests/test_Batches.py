@@ -239,3 +239,65 @@ def test_only_parts_of_synthetic_images_are_trained_on(kind):
 def test_more_synthetic_than_real_images_cannot_be_pasted():
     with pytest.raises(ValueError, match="at least as many real images as synthetic ones"):
         PastedBatches(source_batches(phases=((1.0, 0.75),)), "cutmix", seed=0)
+
+
+def test_pasting_needs_one_fraction_and_whole_weights():
+    for options in (
+        {"phases": ((0.5, 0.5), (1.0, 0.25))},
+        {"phases": ((1.0, 0.0),)},
+        {"synthetic_weight": 0.5},
+    ):
+        with pytest.raises(ValueError, match="Pasting needs batches with one synthetic fraction"):
+            PastedBatches(source_batches(**options), "cutmix", seed=0)
+
+
+# --- What the training checks -------------------------------------------------------------------
+
+
+def test_batches_of_another_length_of_training_are_refused():
+    for batches in (
+        source_batches(steps=9),
+        MixedBatches(source_batches(steps=9), "mixup", micro_batch_size=8, seed=0),
+    ):
+        with pytest.raises(ValueError, match="made for 9 training steps, but the recipe has 10"):
+            train_classifier(small_model(), X, y, Recipe(steps=10, batch_size=8), seed=0, batches=batches)
+
+
+def test_synthetic_batches_need_a_weight():
+    with pytest.raises(
+        ValueError, match="synthetic_weight is 0, but the phases have batches that are synthetic only"
+    ):
+        source_batches(phases=((0.5, 1.0), (1.0, 0.0)), synthetic_weight=0)
+
+
+def test_descriptions_differ_wherever_the_batches_do():
+    plain = {"batch_size": 8, "device": choose_device(), "seed": 0}
+    changes = ({}, {"batch_size": 9}, {"seed": 1}, {"padding": 4}, {"flip": False}, {"cutout": 4})
+    names = [AugmentedBatches(X, **plain | change).description for change in changes]
+    more = (
+        {"micro_batch_size": 4},
+        {"steps": 9},
+        {"phases": ((1.0, 0.25),)},
+        {"synthetic_weight": 0.5},
+        {"sources": 1 - SOURCES},
+    )
+    names += [source_batches(**change).description for change in (*changes, *more)]
+    names += [
+        MixedBatches(source_batches(), kind, micro_batch_size=8, seed=seed, alpha=alpha).description
+        for kind, seed, alpha in (("mixup", 0, 1.0), ("cutmix", 0, 1.0), ("mixup", 1, 1.0), ("mixup", 0, 0.5))
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_an_infinite_synthetic_image_leaves_the_running_statistics_finite():
+    class Infinite(SourceBatches):
+        def epoch(self, number):
+            for step in super().epoch(number):
+                images = torch.full_like(step[-1].images, torch.inf, dtype=torch.float32)
+                yield [*step[:-1], MicroBatch(images, step[-1].rows, step[-1].weight, tracked=False)]
+
+    model = small_model()
+    batches = Infinite(X, SOURCES, 8, choose_device(), 0, steps=1, micro_batch_size=8)
+    with pytest.raises(FloatingPointError):
+        train_classifier(model, X, y, Recipe(steps=1, batch_size=8), seed=0, batches=batches)
+    assert model.norm.running_mean.isfinite().all() and model.norm.running_var.isfinite().all()

@@ -13,9 +13,11 @@ from test_GANNetworks import equal
 
 import ClassifierTraining
 import Experiment
+import LoRATraining
 import Runtime
 from ClassifierTraining import Recipe, train_classifier
 from DeviceFaults import DeviceFaultError, describe_fault, device_faults
+from DiffusionPipelines import Painter, load_pipeline
 from GANGeneration import train_gan
 from GANTrainingStep import Adversaries
 
@@ -54,6 +56,19 @@ def test_other_errors_are_left_as_they_are(error):
     with pytest.raises(type(error)) as caught, device_faults("The run"):
         raise error
     assert caught.value is error
+
+
+def test_an_adapters_training_and_drawing_end_with_a_clear_line(monkeypatch, models):
+    pipeline = load_pipeline("fast", models["stable"], device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(type(pipeline.unet), "forward", failing_at(1, None, LAUNCH))
+    with pytest.raises(
+        DeviceFaultError, match=r"Drawing images was broken off\..*run the same command again\.$"
+    ):
+        Painter(pipeline, "fast", size=64).draw(["a cat"], [0])
+    monkeypatch.setattr(LoRATraining, "_backward", failing_at(1, None, LOST))
+    recipe = LoRATraining.LoRARecipe(models["stable"], rank=2, steps=2, batch_size=2, size=64)
+    with pytest.raises(OSError, match="The training of the adapter was broken off.*no checkpoint yet"):
+        LoRATraining.train_lora(X, "cat", "adapter", recipe, device="cpu")
 
 
 def failing_at(calls, function, error):

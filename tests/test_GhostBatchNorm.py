@@ -105,6 +105,13 @@ def test_each_part_is_normalised_by_its_own_statistics():
     torch.testing.assert_close(whole.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
 
 
+def test_a_network_with_other_batch_norms_is_refused():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    refused = pytest.raises(TypeError, match="need GhostBatchNorm2d, but the network has BatchNorm2d")
+    with refused, micro_batches(network, [4, 6], [True, True]):
+        pass
+
+
 def test_evaluation_within_the_context_uses_the_running_statistics():
     norm = GhostBatchNorm2d(3).eval()
     x = torch.randn(10, 3, 4, 4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_ClassifierNetwork import noise, small_model
 
-from ClassifierNetwork import evaluate_classifier
+from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe
 from LastLayer import retrain_last_layer
 
@@ -33,5 +33,18 @@ def test_classes_weigh_alike():
 
 
 def test_a_class_without_an_image_is_refused():
-    with pytest.raises(ValueError, match="needs images of all 10 classes, but y has 2"):
-        retrain_last_layer(small_model(), noise(20), np.arange(20) % 2, Recipe(steps=1), seed=0)
+    for labels in (np.arange(20) % 2, 1 + np.arange(20) % 10):
+        with pytest.raises(ValueError, match="needs images of all 10 classes, but y has"):
+            retrain_last_layer(small_model(), noise(20), labels, Recipe(steps=1), seed=0)
+
+
+def test_a_cosine_head_is_refused():
+    model = create_classifier(10, 4, channel_statistics(noise(20)), 0, cosine_head=True)
+    with pytest.raises(ValueError, match="A cosine head has no bias"):
+        retrain_last_layer(model, noise(20), np.arange(20) % 10, Recipe(steps=1), seed=0)
+
+
+def test_a_class_of_one_image_is_never_left_out():
+    X, y = noise(33), np.minimum(np.arange(33), 1)
+    for seed in range(5):  # batches of 16 would leave out one row, sometimes the only one of class 0
+        retrain_last_layer(small_model(num_classes=2), X, y, Recipe(steps=1, batch_size=16), seed=seed)

@@ -93,3 +93,21 @@ def test_losses_that_differ_have_different_names_for_checkpoints():
         LogitAdjustedLoss(Y, 3), LogitAdjustedLoss(Y, 3, tau=2.0),
     ]  # fmt: skip
     assert len({repr(loss) for loss in losses}) == len(losses)
+
+
+def test_a_loss_that_does_not_fit_the_network_or_the_labels_is_refused():
+    def train(loss, recipe=None, **options):
+        model = small_model(**options)
+        recipe = recipe or Recipe(steps=1, batch_size=20)
+        return train_classifier(model, X, labels, recipe, seed=0, loss=loss)
+
+    with pytest.raises(ValueError, match="LDAM needs cosines: create the network with cosine_head=True"):
+        train(LDAMLoss(labels, 10))
+    with pytest.raises(ValueError, match="made from other labels or another number of classes"):
+        train(LogitAdjustedLoss(labels, 12))
+    with pytest.raises(ValueError, match="made from other labels or another number of classes"):
+        train(LogitAdjustedLoss(np.minimum(labels, 5), 10))
+    with pytest.raises(ValueError, match="ClassBalancedLoss has no label smoothing"):
+        train(ClassBalancedLoss(labels, 10), Recipe(steps=1, batch_size=20, label_smoothing=0.1))
+    with pytest.raises(ValueError, match="Labels run from -1 to 2"):
+        LogitAdjustedLoss(np.array([-1, 0, 2]), 3)

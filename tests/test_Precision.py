@@ -96,6 +96,26 @@ def test_the_scale_comes_back_also_from_a_run_in_another_type(float16):
     make().load_state_dict({"scaler": {}, "skipped": 3})
 
 
+def test_a_checkpoint_from_before_gradients_were_scaled_is_continued():
+    whole = small_model(device="cpu")
+    train_classifier(whole, X, y, RECIPE, seed=0)
+
+    def kill(model, record):
+        if record["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_classifier(
+            small_model(device="cpu"), X, y, RECIPE, seed=0, after_epoch=kill, checkpoint="run.pt"
+        )
+    content = torch.load("run.pt", weights_only=True)
+    assert content["states"].pop().keys() == {"scaler", "skipped"}
+    torch.save(content, "run.pt")
+    resumed = small_model(seed=9, device="cpu")
+    train_classifier(resumed, X, y, RECIPE, seed=0, checkpoint="run.pt")
+    assert equal_weights(resumed, whole)
+
+
 # --- Trainings in float16 -----------------------------------------------------------------------
 
 
@@ -165,6 +185,18 @@ def test_a_gan_trains_in_float16_and_a_killed_run_continues_to_the_same_weights(
     assert equal(resumed.generator.state_dict(), whole.generator.state_dict())
     assert equal(resumed.discriminator.state_dict(), whole.discriminator.state_dict())
     assert [r["skipped_steps"] for r in resumed.history] == [r["skipped_steps"] for r in whole.history]
+
+
+def test_a_layer_that_computes_its_kernels_from_its_weights_keeps_them():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            assert self.weight.dtype == torch.float32
+            return torch.nn.functional.linear(x, 2 * self.weight)
+
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubled(2, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16), Precision.half_weights(network):
+        assert network[0].weight.dtype == torch.bfloat16
+        assert network(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
 def test_weights_in_half_precision_are_gone_after_an_error():
