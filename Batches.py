@@ -29,7 +29,7 @@ from Runtime import checksum, derive_seed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images that pass through the network at once and share their batch-norm statistics.
+    """Images that share their batch-norm statistics.
 
     Attributes
     ----------

@@ -66,9 +66,9 @@ class Recipe:
     batch_size : int
         Images per training step, over all processes together.
     micro_batch_size : int
-        Images that pass through the network at once and share batch-norm statistics (ghost batch normalisation,
-        Hoffer et al. 2017). The gradients of a batch's micro-batches are averaged. So memory does not grow with
-        the batch, and several processes compute what one process would.
+        Images that share batch-norm statistics (ghost batch normalisation, Hoffer et al. 2017). The gradients of a
+        batch's micro-batches are averaged, so several processes compute what one process would. On a CPU,
+        micro-batches pass through the network one after another, otherwise all at once.
     optimizer : {'muon', 'sgd'}
         Muon (Jordan et al. 2024) for the kernels of the residual blocks and SGD for the rest, or SGD for all weights.
     learning_rate, momentum, weight_decay : float
