@@ -166,17 +166,9 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     )
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
     history, method_settings = arm.method.train(
-        model,
-        X,
-        y,
-        real_rows,
-        recipe,
-        seed=seed,
+        model, X, y, real_rows, recipe, seed=seed, checkpoint=checkpoint, rank=rank, world_size=world_size,
         after_epoch=epoch_evaluator(data, split, recipe, len(X)),
-        checkpoint=checkpoint,
-        rank=rank,
-        world_size=world_size,
-    )
+    )  # fmt: skip
     result = (
         {
             "arm": arm_name,
@@ -204,7 +196,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
         save_classifier(model, study.weights_path(arm_name, seed))
         study.save_test_labels(data.y_test)
         save_json(study.result_path(arm_name, seed), result)  # last: it marks the arm as finished
-        checkpoint.unlink(missing_ok=True)
+        arm.method.remove_checkpoints(checkpoint)
         _save_plots(study, arm_name)
     return result
 

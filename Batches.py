@@ -3,7 +3,7 @@
     batches = AugmentedBatches(X, 256, device, seed=0)
     for images, rows in batches.epoch(1): ...
 
-    batches = SourceBatches(X, sources, 256, device, seed=0, steps=2000, phases=((1.0, 0.25),))
+    batches = SourceBatches(X, sources, recipe, device, seed=0, phases=((1.0, 0.25),))
     for micro_batches in batches.epoch(1): ...        # a list of MicroBatch for each training step
 
 A batch is a pair of images and their rows in the training set, or a list of :class:`MicroBatch`.
@@ -174,19 +174,19 @@ class SourceBatches(AugmentedBatches):
 
     Parameters
     ----------
-    X, batch_size, device, seed, padding, flip, cutout
+    X, device, seed
         See :class:`AugmentedBatches`.
     sources : ndarray of int or bool, shape (n,)
         Source of each row: 0 real, 1 synthetic.
-    steps : int
-        Training steps of the whole training.
-    micro_batch_size : int, default 128
-        At most so many images share their statistics.
+    recipe : ClassifierTraining.Recipe
+        Sizes of batches and micro-batches, number of steps, augmentation.
     phases : sequence of pairs of float
         ``(end, fraction)``: until ``end``, a fraction of the training, so much of each batch is synthetic. The
         ends ascend to 1. ``((0.85, 0.25), (1.0, 0.0))`` ends on real images alone.
     synthetic_weight : float, default 1.0
         Weight of a synthetic image in the loss of a step, relative to a real one.
+    more : int, default 0
+        Images in a batch beyond ``recipe.batch_size``.
 
     Raises
     ------
@@ -195,16 +195,16 @@ class SourceBatches(AugmentedBatches):
     """
 
     def __init__(
-        self, X, sources, batch_size, device, seed, *, steps, phases=((1.0, 0.5),), micro_batch_size=128,
-        synthetic_weight=1.0, padding=2, flip=True, cutout=0,
-    ):  # fmt: skip
-        super().__init__(X, batch_size, device, seed, padding=padding, flip=flip, cutout=cutout)
+        self, X, sources, recipe, device, seed, *, phases=((1.0, 0.5),), synthetic_weight=1.0, more=0
+    ):
+        super().__init__(X, recipe.batch_size + more, device, seed, **recipe.augmentation)
         if not 0 <= synthetic_weight < math.inf:
             raise ValueError(f"synthetic_weight must be a finite number, 0 or more: got {synthetic_weight}.")
-        self.steps, self.micro_batch_size, self.synthetic_weight = steps, micro_batch_size, synthetic_weight
+        self.steps, self.micro_batch_size = recipe.steps, recipe.micro_batch_size
+        self.synthetic_weight = synthetic_weight
         self.phases = tuple((float(end), float(fraction)) for end, fraction in phases)
         self.pools = [np.flatnonzero(np.asarray(sources) == source) for source in (0, 1)]
-        synthetic = np.round(_fractions(self.phases, steps) * self.batch_size).astype(int)
+        synthetic = np.round(_fractions(self.phases, self.steps) * self.batch_size).astype(int)
         self.counts = np.stack([self.batch_size - synthetic, synthetic], axis=1)
         for name, pool, needed in zip(
             ("real", "synthetic"), self.pools, self.counts.sum(axis=0), strict=True

@@ -211,8 +211,7 @@ def train_classifier(
     seed = int(seed)  # a NumPy integer would not come back from the checkpoint
     loss = CrossEntropy(recipe.label_smoothing) if loss is None else loss
     _check_labels_and_loss(y, model, recipe, loss)
-    if batches is None:
-        batches = recipe.batches(X, seed, next(model.parameters()).device)
+    batches = batches if batches is not None else recipe.batches(X, seed, next(model.parameters()).device)
     _check_batches(batches, recipe)
     training = _Training(model, y, recipe, loss, batches)
     store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)})

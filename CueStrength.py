@@ -13,19 +13,17 @@ import argparse
 from functools import partial
 
 import numpy as np
-from imblearn.over_sampling import SMOTE
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
 from BusyMachine import start_again_if_busy
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
-from Development import SPLITS, development_data, held_out_set
 from DevelopmentReport import CUE, CUES, cue_table
-from Experiment import prepare_stable_diffusion_images
+from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
 from ImageOverSampler import source_balanced_strategy
-from ImbalancedCIFAR10 import load_cifar10, split_from_name
-from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
+from ImbalancedCIFAR10 import load_cifar10
+from Methods import METHODS, sampling_seed
 from Results import read_json
 from Runtime import (
     choose_device,
@@ -35,20 +33,17 @@ from Runtime import (
     require_same_settings,
     save_json,
 )
-from StableDiffusionGeneration import StableDiffusionOverSampler
 
-# Name -> sampler, and the method of Methods.py that adds its images to the rare class alone, with cross-entropy.
+# Name -> the method of Methods.py that adds such images to the rare class alone, with cross-entropy.
 SAMPLERS = {
-    "mild augmentation, black corners": (
-        AugmentationOverSampler(preset="mild-black-corners"), "augmented-black-corners",
-    ),
-    "mild augmentation": (AugmentationOverSampler(), "augmented"),
-    "mild augmentation, spectrum matched": (AugmentationOverSampler(match="spectrum"), "augmented-spectrum"),
-    "SMOTE": (PixelOverSampler(SMOTE()), "smote"),
-    "Stable Diffusion": (StableDiffusionOverSampler(), "stable"),
-    "Stable Diffusion, statistics matched": (StableDiffusionOverSampler(match="statistics"), "stable-matched-statistics"),
-    "Stable Diffusion, spectrum matched": (StableDiffusionOverSampler(match="spectrum"), "stable-matched-spectrum"),
-}  # fmt: skip
+    "mild augmentation, black corners": "augmented-black-corners",
+    "mild augmentation": "augmented",
+    "mild augmentation, spectrum matched": "augmented-spectrum",
+    "SMOTE": "smote",
+    "Stable Diffusion": "stable",
+    "Stable Diffusion, statistics matched": "stable-matched-statistics",
+    "Stable Diffusion, spectrum matched": "stable-matched-spectrum",
+}
 WIDTH, RECIPE = 8, Recipe(steps=300, scales=(1.0,))  # small images would hide fine cues
 TESTED = 500  # images of each source
 
@@ -82,7 +77,7 @@ def cue_strength(development, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, te
         If there are too few images of the rare class to test on.
     """
     strategy = partial(source_balanced_strategy, share=0.25)
-    sampler = clone(sampler).set_params(sampling_strategy=strategy, random_state=derive_seed(seed, 2) % 2**32)
+    sampler = clone(sampler).set_params(sampling_strategy=strategy, random_state=sampling_seed(seed))
     X, y = sampler.fit_resample(development.X, development.y)
     added = np.arange(len(y)) >= len(development.y)
     rng = np.random.default_rng(derive_seed(seed, 6))
@@ -123,9 +118,9 @@ def measure(data, name, split_name, seed, device=None):
         return result
     commit = code_version()
     development = development_data(held_out_set(data), split_name)
-    auc = cue_strength(development, SAMPLERS[name][0], seed=seed, device=device)
+    auc = cue_strength(development, METHODS[SAMPLERS[name]].sampler, seed=seed, device=device)
     result = {
-        "sampler": name, "method": SAMPLERS[name][1], "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
+        "sampler": name, "method": SAMPLERS[name], "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
         "hardware": describe_hardware(choose_device(device)), "commit": commit,
     }  # fmt: skip
     save_json(path, result)
@@ -142,8 +137,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         data = load_cifar10()
-        splits = [split_from_name(name, data.y_train, data.class_names) for name in options.split]
-        prepare_stable_diffusion_images(data, *splits)
+        prepare_images(data, options.split)
         for seed in options.seed:
             for split_name in options.split:
                 for name in SAMPLERS:

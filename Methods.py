@@ -139,7 +139,7 @@ class Method:
         """Train a network in place, on its device, with this method's loss and batches.
 
         It has the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method
-        itself decides, and three more.
+        itself decides, and four more. So it has ten.
 
         Parameters
         ----------
@@ -191,11 +191,16 @@ class Method:
             self.finish(model, X[:real_rows], y[:real_rows], recipe, seed)
         return history, {"loss": repr(loss), "batches": batches.description, "rows": len(y)}
 
+    def remove_checkpoints(self, checkpoint):
+        """Remove what :meth:`train` left at ``checkpoint`` (a pathlib.Path), when its outcome is saved."""
+        for path in (checkpoint, _choosing_checkpoint(checkpoint)):
+            path.unlink(missing_ok=True)
+
     def _chosen_rows(self, model, X, y, real_rows, recipe, seed, checkpoint):
         """Train a copy of the network for a part of the steps, and let it choose the rows to train on."""
         first = dataclasses.replace(self, choose=None, finish=None)
         network = copy.deepcopy(model)
-        path = None if checkpoint is None else choosing_checkpoint(checkpoint)
+        path = None if checkpoint is None else _choosing_checkpoint(checkpoint)
         steps = max(1, round(CHOOSING_STEPS * recipe.steps))
         first.train(
             network, X, y, real_rows, dataclasses.replace(recipe, steps=steps), seed=seed, checkpoint=path
@@ -203,8 +208,8 @@ class Method:
         return self.choose(network, X, y, real_rows)
 
 
-def choosing_checkpoint(checkpoint):
-    """The checkpoint of the network that chooses images, beside that of the training (a pathlib.Path)."""
+def _choosing_checkpoint(checkpoint):
+    """The checkpoint of the network that chooses images, beside that of the training."""
     return checkpoint.with_stem(checkpoint.stem + "-choosing")
 
 
@@ -234,25 +239,19 @@ def ldam(y, num_classes, sources):
 # --- Batches ------------------------------------------------------------------------------------
 
 
-def by_source(X, sources, recipe, device, seed, *, phases=((1.0, 0.5),), synthetic_weight=1.0, more=0):
-    """Micro-batches of one source, each with batch-norm statistics of its own; ``more`` enlarges the batch."""
-    return SourceBatches(
-        X, sources, recipe.batch_size + more, device, seed, steps=recipe.steps, phases=phases,
-        micro_batch_size=recipe.micro_batch_size, synthetic_weight=synthetic_weight, **recipe.augmentation,
-    )  # fmt: skip
+def pasted(X, sources, recipe, device, seed, *, kind):
+    """A quarter of the images of each batch are real ones into which a synthetic one is mixed; none at the end."""
+    count = recipe.batch_size // 4
+    phases = _phases(count / (recipe.batch_size + count), real_last=0.15)
+    return PastedBatches(
+        SourceBatches(X, sources, recipe, device, seed, phases=phases, more=count), kind, seed=seed
+    )
 
 
-def pasted(X, sources, recipe, device, seed, *, kind, count=64, real_last=0.15, alpha=1.0):
-    """``count`` images of each batch are real ones into which a synthetic one is mixed."""
-    phases = _phases(count / (recipe.batch_size + count), real_last)
-    inner = by_source(X, sources, recipe, device, seed, phases=phases, more=count)
-    return PastedBatches(inner, kind, seed=seed, alpha=alpha)
-
-
-def mixed(X, sources, recipe, device, seed, *, kind, alpha=1.0):
+def mixed(X, sources, recipe, device, seed, *, kind):
     """The images of each micro-batch are mixed with each other."""
     batches = recipe.batches(X, seed, device)
-    return MixedBatches(batches, kind, micro_batch_size=recipe.micro_batch_size, seed=seed, alpha=alpha)
+    return MixedBatches(batches, kind, micro_batch_size=recipe.micro_batch_size, seed=seed)
 
 
 # --- The methods --------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def _phases(fraction, real_last=0.0):
 
 
 def _by_source(what, fraction, real_last=0.0, **options):
-    batches = partial(by_source, phases=_phases(fraction, real_last))
+    batches = partial(SourceBatches, phases=_phases(fraction, real_last))
     return Method(what=what, **{"sampler": _stable(), "loss": adjusted, "batches": batches} | options)
 
 
@@ -354,7 +353,7 @@ WITH_STABLE_DIFFUSION = {
     ),
     "stable-spectrum-light": _by_source(
         "spectrum, statistics per source, half synthetic with weight 0.3, the last 15 % real only", 0.5, 0.15,
-        batches=partial(by_source, phases=_phases(0.5, 0.15), synthetic_weight=0.3),
+        batches=partial(SourceBatches, phases=_phases(0.5, 0.15), synthetic_weight=0.3),
     ),
     "stable-spectrum-pasted": Method(
         what="spectrum, a box of a synthetic image in a quarter of the real ones (CMO), the last 15 % real only",

@@ -13,7 +13,9 @@ SOURCES = np.repeat([0, 1], [12, 8])  # of 20 rows
 
 
 def source_batches(steps=10, batch_size=8, seed=0, images=X, sources=SOURCES, **options):
-    return SourceBatches(images, sources, batch_size, choose_device(), seed, steps=steps, **options)
+    names = {"micro_batch_size", "padding", "flip", "cutout"} & options.keys()
+    recipe = Recipe(steps, batch_size, **{name: options.pop(name) for name in names})
+    return SourceBatches(images, sources, recipe, choose_device(), seed, **options)
 
 
 def all_steps(batches, epochs):
@@ -296,7 +298,7 @@ def test_an_infinite_synthetic_image_leaves_the_running_statistics_finite():
                 yield [*step[:-1], MicroBatch(images, step[-1].rows, step[-1].weight, tracked=False)]
 
     model = small_model()
-    batches = Infinite(X, SOURCES, 8, choose_device(), 0, steps=1, micro_batch_size=8)
+    batches = Infinite(X, SOURCES, Recipe(steps=1, batch_size=8), choose_device(), 0)
     with pytest.raises(FloatingPointError):
         train_classifier(model, X, y, Recipe(steps=1, batch_size=8), seed=0, batches=batches)
     assert model.norm.running_mean.isfinite().all() and model.norm.running_var.isfinite().all()

@@ -9,10 +9,11 @@ from imblearn.over_sampling import RandomOverSampler
 import CueStrength
 from ClassifierTraining import Recipe
 from CueStrength import SAMPLERS, cue_strength
-from Development import Budget, DevelopmentData
 from DevelopmentReport import cue_table
+from DevelopmentSplits import DevelopmentData
 from ImageOverSampler import ImageOverSampler
 from Methods import METHODS
+from MethodTraining import Budget
 from NonSyntheticGeneration import PixelOverSampler
 
 SHORT = {"recipe": Recipe(steps=12, batch_size=64, scales=(1.0,)), "width": 4, "tested": 20}
@@ -85,4 +86,4 @@ def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
 
 
 def test_the_methods_beside_the_samplers_exist():
-    assert all(method is None or method in METHODS for _, method in SAMPLERS.values())
+    assert all(METHODS[name].sampler is not None and METHODS[name].loss is None for name in SAMPLERS.values())

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 import Development
+import DevelopmentSplits
+import MethodTraining
 from ClassifierTraining import AugmentedBatches
-from Development import SPLITS, Budget, development_data, held_out_set, run_method, validation_scores
 from DevelopmentReport import main as report
 from DevelopmentReport import methods_table
+from DevelopmentSplits import SPLITS, development_data, held_out_set, validation_scores
 from ImageCache import save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
 from Methods import IMAGE_FREE, METHODS, Method, find_method
+from MethodTraining import Budget, run_method
 
 TINY = Budget(width=4, steps=2)
 
@@ -31,8 +34,9 @@ def few(cifar10):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(Development, "held_out_set", lambda data: held_out_set(data, 40))
-    monkeypatch.setattr(Development, "COMMITTED_PROFILE", "smoke")  # of the GAN
+    for module in (Development, MethodTraining):
+        monkeypatch.setattr(module, "held_out_set", lambda data: held_out_set(data, 40))
+    monkeypatch.setattr(DevelopmentSplits, "COMMITTED_PROFILE", "smoke")  # of the GAN
 
 
 @pytest.fixture
