@@ -128,8 +128,8 @@ class Recipe:
             )
         if self.optimizer not in ("muon", "sgd"):
             raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
-        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales must be at least one number above 0 and at most 1: got {self.scales}.")
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales must be one or more positive numbers: got {self.scales}.")
         if not 0 <= self.sam_radius < math.inf:
             raise ValueError(f"sam_radius must be a finite number, 0 or more: got {self.sam_radius}.")
 

@@ -325,6 +325,8 @@ def _temporary_beside(path, make_folders=True):
             folder.mkdir(parents=True, exist_ok=True)
         else:
             folder = next(f for f in (folder, *folder.parents) if os.path.exists(f))
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file")
         # Cut, because a name that just fits would be too long with the additions.
         descriptor, temporary = tempfile.mkstemp(target.suffix, f".{target.stem[:40]}-", folder)
         os.close(descriptor)

@@ -44,7 +44,7 @@ from Utils import markdown_table
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")
 RECORD = {  # what :func:`table` asks of a run, see Results.read_json
     "seed": int, "width": int, "passes": Real, "pflops": Real, "accuracy": Real, "accuracy_with_averaged_flips": Real,
-    "seconds": Real, "bfloat16": bool, "hardware": HARDWARE,
+    "seconds": Real, "hardware": HARDWARE,
 }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def table(series):
         if timed:
             minutes = f"{np.median([run['seconds'] for run in runs]) / 60:.0f}"
             # Results from before float16 was possible say only whether it was bfloat16.
-            precision = first.get("precision") or ("bfloat16" if first["bfloat16"] else "float32")
+            precision = first.get("precision") or ("bfloat16" if first.get("bfloat16") else "float32")
             cells.insert(4, minutes if precision == "bfloat16" else f"{minutes} ({precision})")
         rows.append(cells)
         hardware |= {hardware_text(run["hardware"]): None for run in runs}

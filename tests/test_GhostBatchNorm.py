@@ -33,7 +33,8 @@ def evenly():
 
 
 def by_source():
-    batches = SourceBatches(X, SOURCES, 16, CPU, 0, steps=4, phases=((1.0, 0.25),), micro_batch_size=6)
+    recipe = Recipe(steps=4, batch_size=16, micro_batch_size=6)
+    batches = SourceBatches(X, SOURCES, recipe, CPU, 0, phases=((1.0, 0.25),))
     parts = next(batches.epoch(1))
     assert [len(part.rows) for part in parts] == [6, 6, 4]
     assert [part.tracked for part in parts] == [True, True, False]
