@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from Methods import METHODS
 from Report import NOT_RUN, update_documents
 from Results import HARDWARE, read_json
 from Runtime import hardware_text
@@ -52,7 +53,8 @@ def methods_table(folder):
     for name, results in runs.items():
         means = {key: np.mean([result["validation"][key] for result in results]) for key in SCORES}
         scores = [f"{100 * means[key]:.1f}" for key in SCORES]
-        row = (-means["f1"], (f"`{name}`: {results[0]['what']}", *scores))
+        what = METHODS[name].what if name in METHODS else results[0]["what"]
+        row = (-means["f1"], (f"`{name}`: {what}", *scores))
         tables.setdefault(_where(results), []).append(row)
     head = ("method", "recall", "precision", "F1", "accuracy")
     return "\n\n".join(
