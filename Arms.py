@@ -243,7 +243,7 @@ ARMS = {
     ),
     "non-synthetic": Arm(
         "Non-synthetic, mild augmentation", "nsd", "resnet_non_synthetic",
-        # With the corners of the committed results. The evidence is to be obtained anew with reflected ones.
+        # With the corners of the committed results. The evidence has to be repeated with reflected ones.
         Method(AugmentationOverSampler(preset="mild-black-corners")), story=True,
     ),
     "gan": Arm("GAN, minority only", "gan", "resnet_gan", Method(GANOverSampler())),

@@ -3,8 +3,8 @@
     os.environ |= passive_waiting()     # for the programs that are started from here
     start_again_if_busy()               # the first line of a program that trains
 
-OpenMP reads the variables once, when PyTorch is loaded. Passive waiting costs a few percent on an idle machine, so it
-is chosen on a busy one only. The numbers that a training computes do not depend on it.
+OpenMP reads the variables once, when PyTorch is loaded. Passive waiting was slower on an
+idle machine (see docs/lab-notes.md), so it is chosen on a busy one only. The numbers that a training computes do not depend on it.
 """
 
 import os

@@ -4,7 +4,7 @@
     logits = network(images)                    # as model(images)
 
 On CUDA the pass is recorded as a CUDA graph for each size of the images, forwards and backwards. A CPU does not wait
-for launches, so nothing is compiled there. ``COMPILE_BACKEND`` in the environment chooses another backend of
+for launches, so nothing is compiled there by default. ``COMPILE_BACKEND`` in the environment chooses another backend of
 torch.compile (``inductor`` also merges operators, but takes minutes to compile all sizes), or ``none``.
 """
 
@@ -25,7 +25,7 @@ def backend_for(device):
 
 
 class CompiledNetwork:
-    """A network in training mode, compiled if the device gains from it and it can be.
+    """A network in training mode, compiled on CUDA, or if ``COMPILE_BACKEND`` names a backend.
 
     Whatever cannot be compiled is computed as it is, and a line says so once.
 

@@ -55,7 +55,7 @@ def cue_strength(development, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, te
 
     Parameters
     ----------
-    development : Development.DevelopmentData
+    development : DevelopmentSplits.DevelopmentData
     sampler : imbalanced-learn over-sampler
         Its ``sampling_strategy`` is replaced, so that each class gets images.
     seed : int

@@ -56,7 +56,7 @@ def methods_table(folder):
         what = METHODS[name].what if name in METHODS else results[0]["what"]
         row = (-means["f1"], (f"`{name}`: {what}", *scores))
         tables.setdefault(_where(results), []).append(row)
-    head = ("method", "recall", "precision", "F1", "accuracy")
+    head = ("method", "minority recall", "minority precision", "minority F1", "balanced accuracy")
     return "\n\n".join(
         f"Means over {where}:\n\n{markdown_table(head, [row for _, row in sorted(rows)])}"
         for where, rows in sorted(tables.items(), key=lambda item: (-item[0].count(","), item))
@@ -102,7 +102,7 @@ def _read_runs(folder):
 
 
 def _where(results):
-    return ", ".join(sorted(f"{result['split']} {result['seed']}" for result in results))
+    return ", ".join(sorted(f"{result['split']} seed {result['seed']}" for result in results))
 
 
 def generated_parts():

@@ -16,7 +16,7 @@ MARKS = "CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "CUDN
 class DeviceFaultError(RuntimeError, OSError):
     """The device failed or has too little memory. The message says how to go on.
 
-    It is an OSError, as what a disk does, so that every command line ends with its message.
+    It is also an OSError, like a disk's errors, because every command catches those and ends with their message.
     """
 
 
@@ -55,7 +55,7 @@ def device_faults(what, checkpoint=None):
     Parameters
     ----------
     what : str
-        What is broken off, to begin the message with.
+        What was interrupted: the first words of the message.
     checkpoint : path, optional
         From which the same command goes on. It is written atomically, so that a fault leaves it as it was.
     """

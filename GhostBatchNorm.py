@@ -3,7 +3,7 @@
     with micro_batches(network, sizes=[128, 128], tracked=[True, True]):
         logits = network(images)                     # 256 images; each half is normalised by its own statistics
 
-A GPU computes one pass of 256 images in less time than two of 128. The outcome is that of one pass after another.
+One pass of 256 images launches fewer operators than two of 128. The outcome is the same up to rounding.
 
 References
 ----------
@@ -66,7 +66,8 @@ def micro_batches(model, sizes, tracked, compiled=False):
     tracked : list of bool
         Whether the running statistics follow each part.
     compiled : bool, default False
-        Whether the network is compiled. Otherwise it gets what saves operators.
+        Whether the network is compiled. If not, the weights are shared as views of
+        one tensor, which saves operators in the backward pass.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
     method = METHODS["stable-spectrum-quarter"]
     X_res, y_res = method.fit_resample(X, y, seed=0)
-    model = create_classifier(10, 16, channel_statistics(X), seed=0, cosine_head=method.cosine_head)
+    model = create_classifier(10, 16, channel_statistics(X_res), seed=0, cosine_head=method.cosine_head)
     history, settings = method.train(model, X_res, y_res, len(X), recipe, seed=0)
 
 :data:`METHODS` are the candidates. ``Development.py`` compares them on development splits, and only there. What the study
@@ -57,7 +57,8 @@ class Method:
     changes : dict
         Arguments of :class:`ClassifierTraining.Recipe` that differ from the other methods'.
     compute : float
-        Cost of a step, relative to the other methods'. The number of steps is divided by it.
+        Cost of the whole training per step of the final network, relative to the other methods'. The number of
+        steps is divided by it.
     cosine_head : bool
         See :class:`ClassifierNetwork.ResNet18`.
     choose : callable or None
@@ -139,7 +140,7 @@ class Method:
         """Train a network in place, on its device, with this method's loss and batches.
 
         It has the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method
-        itself decides, and four more. So it has ten.
+        itself decides (loss and batches), and three more: ten.
 
         Parameters
         ----------
@@ -171,7 +172,7 @@ class Method:
             batches = recipe.batches(X, seed, device, rank, world_size)
         elif world_size > 1:
             raise ValueError(
-                f"{world_size} processes cannot train one network on batches of one source. Run it without "
+                f"{world_size} processes cannot train one network on this method's batches. Run it without "
                 "--data-parallel."
             )
         else:
@@ -324,7 +325,7 @@ WITH_STABLE_DIFFUSION = {
         what="minority only, spectrum matched, cross-entropy", sampler=StableDiffusionOverSampler(match="spectrum")
     ),
     "stable-adjusted": Method(
-        what="source-balanced, prior per source (the study's best arm until now)",
+        what="source-balanced, prior per source (an arm of the study)",
         sampler=_stable(match=None), loss=adjusted,
     ),
     "stable-spectrum": Method(

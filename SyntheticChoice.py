@@ -1,12 +1,12 @@
-"""Choose among synthetic images by what a network that was trained on them thinks of them.
+"""Choose among synthetic images with a network that was trained on them.
 
     rows = nearest_to_prototypes(model, X, y, real_rows)      # row numbers to train on, all real ones among them
 
 References
 ----------
 Snell et al. (2017), Prototypical networks (the class mean in feature space). Gal and Ghahramani (2016), Dropout as a
-Bayesian approximation, is what a study of this imbalance used to choose uncertain images; here uncertainty is the
-entropy of the network's own answer.
+Bayesian approximation: github.com/Tma2333/StableDiffusionProject chose uncertain images so. Here uncertainty is the
+entropy of the network's prediction.
 """
 
 import math

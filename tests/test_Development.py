@@ -168,11 +168,11 @@ def test_the_table_shows_means_over_runs_and_the_best_first(few):
             result["validation"]["f1"] = f1 + change
             TINY.path(name, result["split"], 0).write_text(json.dumps(result))
     lines = methods_table(TINY.folder).splitlines()
-    assert lines[0] == "Means over dog-10 0, ship-10 0:"
+    assert lines[0] == "Means over dog-10 seed 0, ship-10 seed 0:"
     assert [line.split(":")[0] for line in lines[4:]] == ["| `adjusted`", "| `plain`"]
     assert "| 75.0 |" in lines[4]
     run_method(few, "class-balanced", "dog-10", 0, TINY)  # cannot be compared with them
-    assert methods_table(TINY.folder).startswith("\n".join(lines) + "\n\nMeans over dog-10 0:")
+    assert methods_table(TINY.folder).startswith("\n".join(lines) + "\n\nMeans over dog-10 seed 0:")
 
 
 def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys):
