@@ -2,7 +2,7 @@
 
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
-    with normalised(layers, training=True, half={layers[0]: torch.bfloat16}):
+    with normalised(layers, half={layers[0]: torch.bfloat16}):
         x = layers[0](images)                         # each weight is divided by its largest singular value
 
 PyTorch's ``spectral_norm`` computes the same layer by layer, with about thirty operators for each, forwards and
