@@ -224,8 +224,8 @@ class SourceBatches(AugmentedBatches):
         order = torch.from_numpy(np.concatenate(rows)).to(self.device)
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
         augment = self._augmentation(generator, len(order))
-        for number, step in enumerate(steps):
-            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        for k, step in enumerate(steps):
+            part = slice(k * self.batch_size, (k + 1) * self.batch_size)
             images, rows = augment(order[part], part), order[part]
             yield self._micro_batches(images, rows, int(self.counts[step, 0]))
 

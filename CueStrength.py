@@ -21,6 +21,7 @@ from ClassifierNetwork import channel_statistics, create_classifier, evaluate_cl
 from ClassifierTraining import Recipe, train_classifier
 from DevelopmentReport import CUE, CUES, cue_table
 from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
+from Experiment import seed_number
 from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_cifar10
 from Methods import METHODS, sampling_seed
@@ -132,7 +133,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Measure how well added images can be told from real ones.")
     add = parser.add_argument
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    add("--seed", nargs="+", type=seed_number, default=[0], help="seeds (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
     options = parser.parse_args(arguments)
     try:

@@ -14,21 +14,16 @@ from Arms import PROFILES
 from BusyMachine import start_again_if_busy
 from DevelopmentReport import SCORES, methods_table
 from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
+from Experiment import seed_number
 from ImbalancedCIFAR10 import load_cifar10
 from Methods import METHODS, find_method
 from MethodTraining import Budget, run_method
 
 
-def _natural(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number from 0 on is needed, not {text!r}")
-    return int(text)
-
-
 def _positive(text):
-    if (number := _natural(text)) < 1:
-        raise argparse.ArgumentTypeError("a number from 1 on is needed, not 0")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {text!r}")
+    return int(text)
 
 
 def main(arguments=None):
@@ -41,7 +36,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("--method", nargs="+", required=True, metavar="METHOD", help="one or more methods, or 'all'")
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
-    add("--seed", nargs="+", type=_natural, default=[0], help="seeds (default: 0)")
+    add("--seed", nargs="+", type=seed_number, default=[0], help="seeds (default: 0)")
     add(
         "--steps",
         type=_positive,

@@ -173,7 +173,8 @@ def _is_finished(path, processes):
 # --- Command line -------------------------------------------------------------------------------
 
 
-def _seed(text):
+def seed_number(text):
+    """A seed from a command line; argparse.ArgumentTypeError if it is no whole number from 0 on."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 on, not {text!r}")
     return int(text)
@@ -194,7 +195,7 @@ def _parse(arguments):
     add("--split", nargs="+", metavar="SPLIT",
         help="cat-50 (class, kept images; the default), dog-0.01 (class, kept fraction), cat+dog-50, "
         "long-tailed-100 or step-10 (imbalance factor); add @1 for another choice of kept images")  # fmt: skip
-    add("--seed", nargs="+", type=_seed, default=[0], metavar="N",
+    add("--seed", nargs="+", type=seed_number, default=[0], metavar="N",
         help="seeds of sampler, initial weights and image order (default: 0)")  # fmt: skip
     add(
         "--profile",
