@@ -7,6 +7,7 @@ Nothing here trains. ``Development.py`` and ``CueStrength.py`` obtain the result
 """
 
 import argparse
+import itertools
 from numbers import Real
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def methods_table(folder):
     """Markdown tables of all finished runs of a budget: mean scores of each method, the best F1 first.
 
     Only means over the same splits and seeds may be compared, so each set of them has a table of its own, the
-    largest first.
+    largest first. It has every method that was run on all of them.
 
     Parameters
     ----------
@@ -49,13 +50,15 @@ def methods_table(folder):
     runs = {}
     for result in _read_runs(folder):
         runs.setdefault(result["method"], []).append(result)
-    tables = {}
-    for name, results in runs.items():
+    tables = {_where(results): [] for results in runs.values()}
+    for (where, rows), (name, results) in itertools.product(tables.items(), runs.items()):
+        results = [result for result in results if _where([result]) in where.split(", ")]
+        if _where(results) != where:
+            continue
         means = {key: np.mean([result["validation"][key] for result in results]) for key in SCORES}
         scores = [f"{100 * means[key]:.1f}" for key in SCORES]
         what = METHODS[name].what if name in METHODS else results[0]["what"]
-        row = (-means["f1"], (f"`{name}`: {what}", *scores))
-        tables.setdefault(_where(results), []).append(row)
+        rows.append((-means["f1"], (f"`{name}`: {what}", *scores)))
     head = ("method", "minority recall", "minority precision", "minority F1", "balanced accuracy")
     return "\n\n".join(
         f"Means over {where}:\n\n{markdown_table(head, [row for _, row in sorted(rows)])}"

@@ -10,7 +10,8 @@ References
 ----------
 Cao et al. (2019), Learning imbalanced datasets with label-distribution-aware margin loss (LDAM-DRW). Cui et al. (2019),
 Class-balanced loss based on effective number of samples. Menon et al. (2021), Long-tail learning via logit
-adjustment. Ren et al. (2020), Balanced meta-softmax for long-tailed visual recognition.
+adjustment. Ren et al. (2020), Balanced meta-softmax for long-tailed visual recognition. Shin et al. (2023), Fill-Up:
+Balancing long-tailed data with generative models.
 """
 
 import numpy as np
@@ -66,6 +67,8 @@ class LogitAdjustedLoss(nn.Module):
         Source of each row: 0 real, 1 synthetic. Default: all rows have the same source.
     tau : float, default 1.0
         How much of the adjustment is made. Above 1, rare classes are preferred beyond equal frequencies.
+    real_prior_for_all : bool, default False
+        Whether synthetic rows are adjusted by the class frequencies of the real rows, too (Shin et al. 2023).
 
     Raises
     ------
@@ -76,7 +79,7 @@ class LogitAdjustedLoss(nn.Module):
     mean_over_images = True
     progress = 0.0
 
-    def __init__(self, y, num_classes, sources=None, *, tau=1.0):
+    def __init__(self, y, num_classes, sources=None, *, tau=1.0, real_prior_for_all=False):
         super().__init__()
         if not 0 <= tau < float("inf"):
             raise ValueError(f"tau must be a finite number, 0 or more: got {tau}.")
@@ -84,7 +87,8 @@ class LogitAdjustedLoss(nn.Module):
         log_priors = torch.from_numpy(class_log_priors(y, num_classes, sources))
         if tau != 1:  # 0 times -inf would be NaN
             log_priors = torch.where(log_priors.isfinite(), tau * log_priors, log_priors)
-        self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(sources)])
+        priors = np.zeros_like(sources) if real_prior_for_all else sources
+        self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(priors)])
 
     def forward(self, logits, targets, rows):
         return F.cross_entropy(logits + self.log_prior_of_row[rows], targets)

@@ -18,6 +18,7 @@ Fill-Up (real images last). Xie et al. (2020), auxiliary batch norm. Yun et al. 
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from functools import partial
 
 import numpy as np
 from imblearn.base import BaseSampler
-from imblearn.over_sampling import SMOTE
+from imblearn.over_sampling import SMOTE, RandomOverSampler
 from sklearn.base import clone
 
 from Batches import MixedBatches, PastedBatches, SourceBatches
@@ -222,9 +223,14 @@ def sampling_seed(seed):
 # --- Losses -------------------------------------------------------------------------------------
 
 
-def adjusted(y, num_classes, sources, *, tau=1.0):
-    """Each row's loss is adjusted by the class frequencies of its own source."""
-    return LogitAdjustedLoss(y, num_classes, sources, tau=tau)
+def adjusted(y, num_classes, sources, *, tau=1.0, real_prior_for_all=False):
+    """Each row's loss is adjusted by the class frequencies of its own source, or of the real rows."""
+    return LogitAdjustedLoss(y, num_classes, sources, tau=tau, real_prior_for_all=real_prior_for_all)
+
+
+def adjusted_by_all_rows(y, num_classes, sources):
+    """One prior: the class frequencies of all rows, added ones included."""
+    return LogitAdjustedLoss(y, num_classes)
 
 
 def class_balanced(y, num_classes, sources, *, deferred_until=0.0):
@@ -253,6 +259,16 @@ def mixed(X, sources, recipe, device, seed, *, kind):
     """The images of each micro-batch are mixed with each other."""
     batches = recipe.batches(X, seed, device)
     return MixedBatches(batches, kind, micro_batch_size=recipe.micro_batch_size, seed=seed)
+
+
+# --- How many images ----------------------------------------------------------------------------
+
+
+def at_least_a_tenth(y):
+    """A ``sampling_strategy``: each class gets at least a tenth of the largest class's images."""
+    classes, sizes = np.unique(y, return_counts=True)
+    fewest = math.ceil(sizes.max() / 10)
+    return {int(c): max(int(size), fewest) for c, size in zip(classes, sizes, strict=True)}
 
 
 # --- The methods --------------------------------------------------------------------------------
@@ -302,6 +318,11 @@ IMAGE_FREE = {
     "adjusted": Method(what="logit-adjusted loss (balanced softmax)", loss=adjusted),
     "adjusted-tau-1.25": Method(what="logit-adjusted loss, tau 1.25", loss=partial(adjusted, tau=1.25)),
     "adjusted-tau-1.5": Method(what="logit-adjusted loss, tau 1.5", loss=partial(adjusted, tau=1.5)),
+    "adjusted-oversampled": Method(
+        what="logit-adjusted loss, the rare class's images repeated to a tenth of the others'",
+        sampler=PixelOverSampler(RandomOverSampler(), sampling_strategy=at_least_a_tenth),
+        loss=adjusted_by_all_rows,
+    ),
     "adjusted-cutout": Method(what="logit-adjusted loss, cutout of 8 pixels", loss=adjusted, changes={"cutout": 8}),
     "adjusted-mixup": Method(
         what="logit-adjusted loss, mixup", loss=adjusted, batches=partial(mixed, kind="mixup")
@@ -341,6 +362,14 @@ WITH_STABLE_DIFFUSION = {
     ),
     "stable-spectrum-quarter-real-last": _by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15
+    ),
+    "stable-spectrum-quarter-real-last-tau-1.25": _by_source(
+        "spectrum, statistics per source, a quarter synthetic, the last 15 % real only, tau 1.25", 0.25, 0.15,
+        loss=partial(adjusted, tau=1.25),
+    ),
+    "stable-spectrum-quarter-real-last-real-prior": _by_source(
+        "spectrum, statistics per source, a quarter synthetic, the last 15 % real only, real prior for all", 0.25, 0.15,
+        loss=partial(adjusted, real_prior_for_all=True),
     ),
     "stable-spectrum-eighth-real-last": _by_source(
         "spectrum, statistics per source, an eighth synthetic, the last 15 % real only", 0.125, 0.15
