@@ -95,7 +95,7 @@ def finished_result(study, data, arm_name, seed=0):
     return result
 
 
-def epoch_evaluator(data, split, recipe, images):
+def epoch_evaluator(data, split, recipe):
     """A callback that evaluates on the test set during training, for the learning curves. It decides nothing.
 
     It evaluates so seldom that this costs at most about 2 % of the run: evaluating an image costs less than half of
@@ -106,8 +106,6 @@ def epoch_evaluator(data, split, recipe, images):
     data : ImbalancedCIFAR10.ImageDataSet
     split : ImbalancedCIFAR10.Split
     recipe : ClassifierTraining.Recipe
-    images : int
-        Number of images in the training set.
 
     Returns
     -------
@@ -118,7 +116,7 @@ def epoch_evaluator(data, split, recipe, images):
         data.X_test,
         data.y_test,
         split.minority_classes,
-        epochs=recipe.epochs(images),
+        steps=recipe.steps,
         evaluations=evaluations,
     )
 
@@ -167,7 +165,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
     history, method_settings = arm.method.train(
         model, X, y, real_rows, recipe, seed=seed, checkpoint=checkpoint, rank=rank, world_size=world_size,
-        after_epoch=epoch_evaluator(data, split, recipe, len(X)),
+        after_epoch=epoch_evaluator(data, split, recipe),
     )  # fmt: skip
     result = (
         {

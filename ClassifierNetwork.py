@@ -13,7 +13,6 @@ He et al. (2016), Deep residual learning for image recognition. Zhang (2019), Ma
 shift-invariant again.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -335,11 +334,10 @@ class EpochEvaluator:
         Test images and labels, as for :func:`evaluate_classifier`.
     minority_classes : sequence of int
         Their mean recall is recorded, 0 if there are none.
-    epochs : int
-        Number of epochs of the training: see :meth:`ClassifierTraining.Recipe.epochs`.
+    steps : int
+        Number of steps of the training.
     evaluations : int
-        After how many epochs to evaluate, evenly spread with the last one among them. More than ``epochs`` means
-        every epoch. The attribute ``epochs`` is the set of these epochs, counted from 1.
+        How often to evaluate: after the epochs that reach equal parts of the steps. If there are fewer epochs, after each.
 
     Raises
     ------
@@ -347,17 +345,22 @@ class EpochEvaluator:
         If ``X`` and ``y`` are not images with labels, or if a minority class has no test image.
     """
 
-    def __init__(self, X, y, minority_classes, *, epochs, evaluations):
+    def __init__(self, X, y, minority_classes, *, steps, evaluations):
         self.X, self.y = map(np.ascontiguousarray, check_images(X, y))
         if missing := set(minority_classes) - set(self.y.tolist()):
             raise ValueError(f"The test set has no image of the minority classes {sorted(missing)}.")
         self.minority_classes = tuple(minority_classes)
-        evaluations = min(evaluations, epochs)
-        self.epochs = {math.ceil(i * epochs / evaluations) for i in range(1, evaluations + 1)}
+        self.steps, self.evaluations = steps, evaluations
+
+    def is_due(self, epoch, step):
+        """Whether to evaluate after this epoch, counted from 1, which ended after ``step`` steps in all: a bool."""
+        # All epochs but the last one have equally many steps, and the last one is always due.
+        parts, parts_before = (n * self.evaluations // self.steps for n in (step, step - step // epoch))
+        return step == self.steps or parts > parts_before
 
     def __call__(self, model, record):
         """``test_loss``, ``test_accuracy``, ``test_minority_recall`` and ``seconds_of_test``, or {} if none is due."""
-        if record["epoch"] not in self.epochs:
+        if not self.is_due(record["epoch"], record["step"]):
             return {}
         started = time.perf_counter()
         evaluation = evaluate_classifier(model, self.X, self.y)

@@ -141,10 +141,6 @@ class Recipe:
         """Relative side of the images in step ``step``, counted from 0."""
         return self.scales[min(step * len(self.scales) // self.steps, len(self.scales) - 1)]
 
-    def epochs(self, n):
-        """Number of epochs for ``n`` training images. The last one may be incomplete."""
-        return math.ceil(self.steps / (n // min(self.batch_size, n)))
-
     def batches(self, X, seed, device, rank=0, world_size=1):
         """The :class:`Batches.AugmentedBatches` of this recipe; see there for the parameters."""
         options = self.augmentation | {"rank": rank, "world_size": world_size}

@@ -325,7 +325,7 @@ def test_the_walk_of_the_notebook_gives_the_result_that_run_arm_gives(tiny_data,
     model = ArmTraining.create_classifier(10, 4, ArmTraining.channel_statistics(X_res), seed=0)
     history = ClassifierTraining.train_classifier(
         model, X_res, y_res, recipe, seed=0,
-        after_epoch=epoch_evaluator(tiny_data, split, recipe, len(X_res)),
+        after_epoch=epoch_evaluator(tiny_data, split, recipe),
         checkpoint=study.checkpoint_path("non-synthetic-seed0"),
     )  # fmt: skip
     predictions = evaluate_classifier(model, tiny_data.X_test, tiny_data.y_test).predictions
@@ -345,8 +345,9 @@ def test_evaluating_during_training_costs_about_two_percent_but_makes_a_curve(ti
     split = split_from_name(SPLIT, tiny_data.y_train)
     for steps, evaluations in [(6, 3), (1000, 3), (10_000, 5), (40_000, 20)]:
         recipe = Recipe(steps=steps, batch_size=128)
-        evaluator = epoch_evaluator(test_set, split, recipe, images=128)  # an epoch is a step
-        assert len(evaluator.epochs) == evaluations
+        evaluator = epoch_evaluator(test_set, split, recipe)
+        due = [evaluator.is_due(step, step) for step in range(1, steps + 1)]  # an epoch is a step
+        assert sum(due) == evaluations
 
 
 def test_a_damaged_result_is_named(tiny_data):

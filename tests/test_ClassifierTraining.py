@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def train(model, recipe=SHORT, *, seed=0, **options):
 
 
 def evaluator(recipe=SHORT, evaluations=99, minority_classes=(), X_test=X, y_test=y):
-    return EpochEvaluator(X_test, y_test, minority_classes, epochs=recipe.epochs(20), evaluations=evaluations)
+    return EpochEvaluator(X_test, y_test, minority_classes, steps=recipe.steps, evaluations=evaluations)
 
 
 def without_seconds(history):
@@ -173,11 +174,20 @@ def test_the_batches_of_a_recipe_are_augmented_as_it_says():
         assert torch.equal(images, expected_images) and torch.equal(rows, expected_rows)
 
 
-@pytest.mark.parametrize(("steps", "n"), [(1, 20), (7, 20), (8, 20), (9, 20), (5, 3), (5, 8)])
-def test_the_number_of_epochs_is_known_before_the_training(steps, n):
-    recipe = Recipe(steps=steps, batch_size=8)
-    history = train_classifier(small_model(), X[:n], y[:n], recipe, seed=0)
-    assert recipe.epochs(n) == len(history)
+@pytest.mark.parametrize("n", [8, 20, 64])
+def test_the_test_set_is_evaluated_as_often_as_wished_whatever_an_epoch_is(n):
+    recipe = Recipe(steps=21, batch_size=8)
+    images, labels = np.resize(X, (n, *X.shape[1:])), np.resize(y, n)
+    options = {"after_epoch": evaluator(recipe, 3)}
+    history = train_classifier(small_model(), images, labels, recipe, seed=0, **options)
+    steps = [record["step"] for record in history if "test_accuracy" in record]
+    steps_of_an_epoch = n // 8
+    assert steps == [steps_of_an_epoch * math.ceil(step / steps_of_an_epoch) for step in (7, 14)] + [21]
+
+
+def test_more_evaluations_than_epochs_are_one_after_each_epoch():
+    history = train(small_model(), after_epoch=evaluator(evaluations=99))
+    assert all("test_accuracy" in record for record in history) and len(history) > 2
 
 
 # --- Class priors -------------------------------------------------------------------------------
@@ -540,7 +550,7 @@ recipe = Recipe(steps=8, batch_size=8, micro_batch_size=4)
 history = train_classifier(
     model, X, y, recipe, seed=0, loss=LogitAdjustedLoss(y, 10, y % 2),
     batches=recipe.batches(X, 0, torch.device("cpu"), state.process_index, state.num_processes),
-    after_epoch=EpochEvaluator(X, y, [], epochs=recipe.epochs(len(X)), evaluations=4),
+    after_epoch=EpochEvaluator(X, y, [], steps=recipe.steps, evaluations=4),
     checkpoint=f"run-{state.num_processes}.pt",
 )
 accuracy = float((evaluate_classifier(model, X, y).predictions == y).mean())
