@@ -166,7 +166,7 @@ class AugmentedBatches:
 
 
 class SourceBatches(AugmentedBatches):
-    """Batches whose micro-batches hold real images only, or synthetic images only.
+    """Batches with a given fraction of synthetic images, whose micro-batches hold images of one source.
 
     So each source is normalised by statistics of its own (Xie et al. 2020, without their second set of scales
     and shifts), and the running statistics, which evaluation uses, are those of real images. Each source weighs by
@@ -187,21 +187,30 @@ class SourceBatches(AugmentedBatches):
         Weight of a synthetic image in the loss of a step, relative to a real one.
     more : int, default 0
         Images in a batch beyond ``recipe.batch_size``.
+    statistics_per_source : bool, default True
+        False: every micro-batch holds images of both sources, in the batch's proportion. What the separation is worth
+        can be measured that way.
 
     Raises
     ------
     ValueError
-        If the phases are not as above, a source that they need has no row, or the weight is negative or not finite.
+        If the phases are not as above, a source that they need has no row, the weight is negative or not finite, or
+        sources with different weights are to share micro-batches.
     """
 
     def __init__(
-        self, X, sources, recipe, device, seed, *, phases=((1.0, 0.5),), synthetic_weight=1.0, more=0
-    ):
+        self, X, sources, recipe, device, seed, *, phases=((1.0, 0.5),), synthetic_weight=1.0, more=0,
+        statistics_per_source=True,
+    ):  # fmt: skip
         super().__init__(X, recipe.batch_size + more, device, seed, **recipe.augmentation)
         if not 0 <= synthetic_weight < math.inf:
             raise ValueError(f"synthetic_weight must be a finite number, 0 or more: got {synthetic_weight}.")
+        if synthetic_weight != 1 and not statistics_per_source:
+            raise ValueError(
+                "A synthetic_weight needs micro-batches of one source: statistics_per_source=True."
+            )
         self.steps, self.micro_batch_size = recipe.steps, recipe.micro_batch_size
-        self.synthetic_weight = synthetic_weight
+        self.synthetic_weight, self.statistics_per_source = synthetic_weight, statistics_per_source
         self.phases = tuple((float(end), float(fraction)) for end, fraction in phases)
         self.pools = [np.flatnonzero(np.asarray(sources) == source) for source in (0, 1)]
         synthetic = np.round(_fractions(self.phases, self.steps) * self.batch_size).astype(int)
@@ -217,7 +226,7 @@ class SourceBatches(AugmentedBatches):
         self._orders = {}  # (source, pass) -> its rows in random order
 
     def epoch(self, number):
-        """Yield a list of :class:`MicroBatch` for each training step, real ones first."""
+        """Yield a list of :class:`MicroBatch` for each training step, real ones first if they are apart."""
         first = (number - 1) * len(self)
         steps = range(first, min(first + len(self), len(self.counts)))
         rows = [self._rows(source, step) for step in steps for source in (0, 1)]
@@ -235,7 +244,8 @@ class SourceBatches(AugmentedBatches):
         real, synthetic = (checksum(pool) for pool in self.pools)
         return (
             f"{super().description} phases={self.phases}, steps={self.steps}, micro_batch_size={self.micro_batch_size}, "
-            f"synthetic_weight={self.synthetic_weight}, real={real}, synthetic={synthetic}"
+            f"synthetic_weight={self.synthetic_weight}, statistics_per_source={self.statistics_per_source}, "
+            f"real={real}, synthetic={synthetic}"
         )
 
     def _rows(self, source, step):
@@ -258,6 +268,10 @@ class SourceBatches(AugmentedBatches):
         return self._orders[key]
 
     def _micro_batches(self, images, rows, real):
+        if not self.statistics_per_source:
+            pieces = math.ceil(len(rows) / self.micro_batch_size)
+            dealt = torch.cat([torch.arange(k, len(rows), pieces) for k in range(pieces)]).to(rows.device)
+            return split_evenly(images[dealt], rows[dealt], self.micro_batch_size)
         micro_batches = []
         whole = real + self.synthetic_weight * (len(rows) - real)
         for source, part in ((0, slice(real)), (1, slice(real, None))):

@@ -363,6 +363,22 @@ WITH_STABLE_DIFFUSION = {
     "stable-spectrum-quarter-real-last": _by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15
     ),
+    "stable-quarter-real-last": _by_source(
+        "statistics per source, a quarter synthetic, the last 15 % real only, spectrum not matched", 0.25, 0.15,
+        sampler=_stable(match=None),
+    ),
+    "stable-spectrum-quarter-real-last-shared-statistics": _by_source(
+        "spectrum, a quarter synthetic, the last 15 % real only, statistics of both sources together", 0.25, 0.15,
+        batches=partial(SourceBatches, phases=_phases(0.25, 0.15), statistics_per_source=False),
+    ),
+    "stable-spectrum-quarter-real-last-not-adjusted": _by_source(
+        "spectrum, statistics per source, a quarter synthetic, the last 15 % real only, cross-entropy", 0.25, 0.15,
+        loss=None,
+    ),
+    "stable-placebo-real-last": _by_source(
+        "spectrum, statistics per source, a quarter synthetic, the last 15 % real only, synthetic labels shuffled",
+        0.25, 0.15, shuffled=True,
+    ),
     "stable-spectrum-quarter-real-last-tau-1.25": _by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only, tau 1.25", 0.25, 0.15,
         loss=partial(adjusted, tau=1.25),

@@ -58,6 +58,25 @@ def test_a_micro_batch_holds_one_source_and_only_real_ones_are_tracked():
             assert len(part.images) == len(part.rows) and part.weight == len(part.rows) / 8
 
 
+def test_micro_batches_of_both_sources_have_the_batch_s_proportion_and_are_tracked():
+    options = {"phases": ((0.5, 0.25), (1.0, 0.0)), "micro_batch_size": 4}
+    together = all_steps(source_batches(statistics_per_source=False, **options), epochs=5)
+    for step, apart in zip(together, all_steps(source_batches(**options), epochs=5), strict=True):
+        assert [(len(part.rows), part.weight, part.tracked) for part in step] == [(4, 0.5, True)] * 2
+        synthetic = [int(SOURCES[part.rows.cpu()].sum()) for part in step]
+        assert synthetic == [1, 1] or synthetic == [0, 0]
+        images, images_apart = (
+            sorted((int(row), image.tolist()) for part in parts for row, image in zip(part.rows, part.images, strict=True))
+            for parts in (step, apart)
+        )  # fmt: skip
+        assert images == images_apart
+
+
+def test_sources_of_different_weight_do_not_share_micro_batches():
+    with pytest.raises(ValueError, match="A synthetic_weight needs micro-batches of one source"):
+        source_batches(statistics_per_source=False, synthetic_weight=0.3)
+
+
 def test_each_row_of_a_source_comes_equally_often():
     steps = all_steps(source_batches(steps=12, phases=((1.0, 0.5),)), epochs=6)
     counts = np.bincount(torch.cat([part.rows for step in steps for part in step]).cpu(), minlength=20)

@@ -99,10 +99,20 @@ def test_every_method_runs_without_the_test_set_and_leaves_a_result(few, cache, 
     assert json.loads(path.read_text()) == result
     method = METHODS[name]
     assert result["training_images"]["real"] == 9 * 80 + 10
-    assert bool(result["training_images"]["synthetic"]) == (method.sampler is not None)
+    lacks_images = name != "adjusted-oversampled"  # it asks for a tenth of 80 images, and there are 10
+    assert bool(result["training_images"]["synthetic"]) == (method.sampler is not None and lacks_images)
     assert (name in IMAGE_FREE) != (method.needs_stable_diffusion or method.needs_gan)
     assert result["recipe"]["steps"] == round(2 / method.compute)
     assert not list(path.parent.glob("*.pt"))
+
+
+def test_rare_images_can_be_repeated_to_a_tenth_of_the_others(few):
+    kept = np.concatenate([np.flatnonzero(few.y_train == c)[: 2 if c == 5 else 80] for c in range(10)])
+    X, y = few.X_train[kept], few.y_train[kept]
+    X_res, y_res = METHODS["adjusted-oversampled"].fit_resample(X, y, seed=0)
+    assert np.bincount(y_res).tolist() == [80] * 5 + [8] + [80] * 4
+    loss = METHODS["adjusted-oversampled"].loss(y_res, 10, np.arange(len(y_res)) >= len(y))
+    assert np.allclose(loss.log_prior_of_row.exp()[0], np.bincount(y_res) / len(y_res))
 
 
 def test_removed_images_have_no_influence_on_the_training(few, cache):
@@ -172,7 +182,11 @@ def test_the_table_shows_means_over_runs_and_the_best_first(few):
     assert [line.split(":")[0] for line in lines[4:]] == ["| `adjusted`", "| `plain`"]
     assert "| 75.0 |" in lines[4]
     run_method(few, "class-balanced", "dog-10", 0, TINY)  # cannot be compared with them
-    assert methods_table(TINY.folder).startswith("\n".join(lines) + "\n\nMeans over dog-10 seed 0:")
+    first, second = methods_table(TINY.folder).split("\n\nMeans over dog-10 seed 0:")
+    assert first == "\n".join(lines)
+    for name in ("`plain`", "`adjusted`", "`class-balanced`"):  # the others were run on these splits, too
+        assert name in second
+    assert "| 65.0 |" in second  # of adjusted on dog-10 alone
 
 
 def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys):

@@ -66,6 +66,14 @@ def test_tau_scales_the_adjustment(tau):
     )
 
 
+def test_synthetic_rows_can_have_the_real_rows_prior():
+    sources = np.arange(len(Y)) % 2
+    real_only = LogitAdjustedLoss(Y[sources == 0], 3).log_prior_of_row[0]
+    rows = LogitAdjustedLoss(Y, 3, sources, real_prior_for_all=True).log_prior_of_row
+    assert torch.allclose(rows, real_only)
+    assert not (LogitAdjustedLoss(Y, 3, sources).log_prior_of_row == real_only).all()
+
+
 def test_a_class_that_is_missing_stays_impossible_whatever_tau_is():
     assert LogitAdjustedLoss(Y, 4, tau=0.0).log_prior_of_row[:, 3].eq(-torch.inf).all()
     for tau in (-1, float("nan"), float("inf")):
