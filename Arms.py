@@ -14,7 +14,7 @@ from imblearn.over_sampling import SMOTE, RandomOverSampler
 from ClassifierTraining import Recipe
 from GANGeneration import GANOverSampler, GANSettings
 from ImageOverSampler import UnsuitableImagesError, source_balanced_strategy
-from Methods import Method, adjusted
+from Methods import METHODS, Method, adjusted
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import choose_device
 from StableDiffusionGeneration import StableDiffusionOverSampler
@@ -272,6 +272,33 @@ ARMS = {
         "Stable Diffusion, source-balanced, logit-adjusted per source", "stable_source_balanced_adjusted",
         "resnet_stable_diffusion_source_balanced_adjusted",
         Method(StableDiffusionOverSampler(sampling_strategy=source_balanced_strategy), adjusted), story=True,
+    ),
+    # Chosen on development splits, see docs/development.md. The next four lack one ingredient each.
+    "stable-source-aware": Arm(
+        "Stable Diffusion, source-aware", "stable_source_aware", "resnet_stable_diffusion_source_aware",
+        METHODS["stable-spectrum-quarter-real-last"], story=True,
+    ),
+    "stable-source-aware-unmatched": Arm(
+        "Stable Diffusion, source-aware, spectrum not matched", "stable_source_aware_unmatched",
+        "resnet_stable_diffusion_source_aware_unmatched", METHODS["stable-quarter-real-last"],
+    ),
+    "stable-source-aware-shared-statistics": Arm(
+        "Stable Diffusion, source-aware, shared batch-norm statistics", "stable_source_aware_shared_statistics",
+        "resnet_stable_diffusion_source_aware_shared_statistics",
+        METHODS["stable-spectrum-quarter-real-last-shared-statistics"],
+    ),
+    "stable-source-aware-cross-entropy": Arm(
+        "Stable Diffusion, source-aware, cross-entropy", "stable_source_aware_cross_entropy",
+        "resnet_stable_diffusion_source_aware_cross_entropy",
+        METHODS["stable-spectrum-quarter-real-last-not-adjusted"],
+    ),
+    "stable-source-aware-to-the-end": Arm(
+        "Stable Diffusion, source-aware, synthetic images to the end", "stable_source_aware_to_the_end",
+        "resnet_stable_diffusion_source_aware_to_the_end", METHODS["stable-spectrum-quarter"],
+    ),
+    "stable-source-aware-placebo": Arm(
+        "Stable Diffusion, source-aware, labels shuffled (placebo)", "stable_source_aware_placebo",
+        "resnet_stable_diffusion_source_aware_placebo", METHODS["stable-placebo-real-last"],
     ),
     "balanced": Arm(
         "Balanced (ceiling: no image removed)", "balanced", "resnet_balanced", whole_training_set=True,

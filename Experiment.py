@@ -185,7 +185,7 @@ def _parse(arguments):
         description="Run arms of the study: each rebalances a split, trains a ResNet-18 and evaluates it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="arms:\n"
-        + "\n".join(f"  {name:34}{arm.title}" for name, arm in ARMS.items())
+        + "\n".join(f"  {name:40}{arm.title}" for name, arm in ARMS.items())
         + "\n\nprofiles:\n"
         + "\n".join(f"  {name:8}{profile.purpose}" for name, profile in PROFILES.items()),
     )

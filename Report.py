@@ -33,6 +33,7 @@ README_ARMS = (
     "stable",
     "logit-adjusted",
     "stable-source-balanced-adjusted",
+    "stable-source-aware",
 )
 
 # The questions that the study asks of two arms: does the second find more of the minority than the first?
@@ -47,6 +48,13 @@ QUESTIONS = {
     ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to that loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images add to that loss?",
+    ("logit-adjusted", "stable-source-aware"): "Do they add to it in source-aware training?",
+    ("logit-adjusted", "stable-source-aware-placebo"): "Do images with shuffled labels add to it in the same training?",
+    ("stable-source-aware-unmatched", "stable-source-aware"): "Does it help to match the spectrum?",
+    ("stable-source-aware-shared-statistics", "stable-source-aware"):
+        "Do batch-norm statistics per source help?",
+    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does the adjusted loss help there?",
+    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does it help to end on real images?",
     ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
         "With that loss, does Stable Diffusion beat the GAN?",
 }  # fmt: skip
@@ -169,7 +177,7 @@ def results_table(results, columns=COLUMNS):
 
 
 def arms_table(names):
-    """Markdown table of what arms differ in: the sampler, the classes that get its images, the loss.
+    """Markdown table of what arms differ in: the sampler, the classes that get its images, the loss, the batches.
 
     Parameters
     ----------
@@ -185,11 +193,27 @@ def arms_table(names):
         arm = ARMS[name]
         sampler, classes = "none", ""
         if (made_by := arm.method.sampler) is not None:
-            sampler = f"`{type(made_by).__name__}`"
+            sampler = f"`{type(made_by).__name__}`" + (
+                ", spectrum matched" if made_by.match == "spectrum" else ""
+            )
+            sampler += ", labels shuffled" if arm.method.shuffled else ""
             classes = "every class" if callable(made_by.sampling_strategy) else "the minority"
         loss = "logit-adjusted cross-entropy" if arm.method.logit_adjusted else "cross-entropy"
-        rows.append((arm.title, sampler, classes, loss))
-    return markdown_table(("arm", "sampler", "adds images to", "loss"), rows)
+        rows.append((arm.title, sampler, classes, loss, _batches_in_words(arm.method.batches)))
+    return markdown_table(("arm", "sampler", "adds images to", "loss", "batches"), rows)
+
+
+def _batches_in_words(batches):
+    """What is special in the batches of an arm: a partial of ``SourceBatches``, or None."""
+    if batches is None:
+        return "all images alike"
+    phases = batches.keywords["phases"]
+    words = [f"{phases[0][1]:.0%} synthetic"]
+    if phases[-1][1] == 0:
+        words.append(f"none in the last {1 - phases[-2][0]:.0%} of the steps")
+    if batches.keywords.get("statistics_per_source", True):
+        words.append("batch-norm statistics per source")
+    return ", ".join(words)
 
 
 def _same_seed(results, first, second):

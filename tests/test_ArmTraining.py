@@ -56,7 +56,7 @@ def expected_counts(arm_name):
     if arm_name == "balanced":
         return real.tolist(), synthetic.tolist()
     real[CAT] = 5
-    if "source-balanced" in arm_name:
+    if "source-balanced" in arm_name or "source-aware" in arm_name:
         synthetic[:] = 12  # 0.4 x 30
     if arm_name not in ("imbalanced", "logit-adjusted"):
         synthetic[CAT] = 25
@@ -102,7 +102,9 @@ def test_an_arm_leaves_its_result_weights_and_two_plots(arm_name, tiny_data, tin
     configuration = result["configuration"]
     assert (configuration["steps"], configuration["width"]) == (6, 4), "every arm gets the same compute"
     assert result["history"][-1]["step"] == 6
-    assert configuration["logit_adjusted"] == arm_name.endswith("adjusted")
+    assert configuration["logit_adjusted"] == (
+        arm_name.endswith("adjusted") or ("source-aware" in arm_name and "cross-entropy" not in arm_name)
+    )
     assert configuration["label_smoothing"] == 0
 
     real, synthetic = expected_counts(arm_name)

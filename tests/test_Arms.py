@@ -87,6 +87,7 @@ def test_no_two_arms_write_the_same_file():
 def test_the_story_needs_neither_smote_nor_the_ceiling():
     assert STORY == (
         "imbalanced", "non-synthetic", "stable", "logit-adjusted", "stable-source-balanced-adjusted",
+        "stable-source-aware",
     )  # fmt: skip
 
 

@@ -81,14 +81,29 @@ def test_every_stored_score_has_a_column(results):
 
 def test_the_table_of_arms_says_what_they_differ_in():
     rows = [cells(row) for row in Report.arms_table(STORY).splitlines()[2:]]
+    alike = "all images alike"
     assert rows == [
-        ["Imbalanced", "none", "", "cross-entropy"],
-        ["Non-synthetic, mild augmentation", "`AugmentationOverSampler`", "the minority", "cross-entropy"],
-        ["Stable Diffusion, minority only", "`StableDiffusionOverSampler`", "the minority", "cross-entropy"],
-        ["Logit-adjusted loss, no added image", "none", "", "logit-adjusted cross-entropy"],
+        ["Imbalanced", "none", "", "cross-entropy", alike],
+        ["Non-synthetic, mild augmentation", "`AugmentationOverSampler`", "the minority", "cross-entropy", alike],
+        ["Stable Diffusion, minority only", "`StableDiffusionOverSampler`", "the minority", "cross-entropy", alike],
+        ["Logit-adjusted loss, no added image", "none", "", "logit-adjusted cross-entropy", alike],
         ["Stable Diffusion, source-balanced, logit-adjusted per source", "`StableDiffusionOverSampler`",
-         "every class", "logit-adjusted cross-entropy"],
+         "every class", "logit-adjusted cross-entropy", alike],
+        ["Stable Diffusion, source-aware", "`StableDiffusionOverSampler`, spectrum matched",
+         "every class", "logit-adjusted cross-entropy",
+         "25% synthetic, none in the last 15% of the steps, batch-norm statistics per source"],
     ]  # fmt: skip
+    others = ("to-the-end", "shared-statistics", "placebo", "unmatched", "cross-entropy")
+    rows = [
+        cells(row)
+        for row in Report.arms_table([f"stable-source-aware-{name}" for name in others]).splitlines()[2:]
+    ]
+    assert [row[4] for row in rows[:2]] == [
+        "25% synthetic, batch-norm statistics per source", "25% synthetic, none in the last 15% of the steps",
+    ]  # fmt: skip
+    assert [row[1].count("shuffled") for row in rows] == [0, 0, 1, 0, 0]
+    assert [row[1].count("spectrum") for row in rows] == [1, 1, 1, 0, 1]
+    assert [row[3] == "cross-entropy" for row in rows] == [False] * 4 + [True]
 
 
 @pytest.fixture
