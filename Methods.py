@@ -96,6 +96,19 @@ class Method:
         return getattr(self.loss, "func", self.loss) is adjusted
 
     @property
+    def batches_in_words(self):
+        """What is special in the batches of a method that has none or ``SourceBatches``: a str."""
+        if self.batches is None:
+            return "all images alike"
+        phases = self.batches.keywords["phases"]
+        words = [f"{phases[0][1]:.0%} synthetic"]
+        if phases[-1][1] == 0:
+            words.append(f"none in the last {1 - phases[-2][0]:.0%} of the steps")
+        if self.batches.keywords.get("statistics_per_source", True):
+            words.append("batch-norm statistics per source")
+        return ", ".join(words)
+
+    @property
     def needs_gan(self):
         return isinstance(self.sampler, GANOverSampler)
 

@@ -199,21 +199,8 @@ def arms_table(names):
             sampler += ", labels shuffled" if arm.method.shuffled else ""
             classes = "every class" if callable(made_by.sampling_strategy) else "the minority"
         loss = "logit-adjusted cross-entropy" if arm.method.logit_adjusted else "cross-entropy"
-        rows.append((arm.title, sampler, classes, loss, _batches_in_words(arm.method.batches)))
+        rows.append((arm.title, sampler, classes, loss, arm.method.batches_in_words))
     return markdown_table(("arm", "sampler", "adds images to", "loss", "batches"), rows)
-
-
-def _batches_in_words(batches):
-    """What is special in the batches of an arm: a partial of ``SourceBatches``, or None."""
-    if batches is None:
-        return "all images alike"
-    phases = batches.keywords["phases"]
-    words = [f"{phases[0][1]:.0%} synthetic"]
-    if phases[-1][1] == 0:
-        words.append(f"none in the last {1 - phases[-2][0]:.0%} of the steps")
-    if batches.keywords.get("statistics_per_source", True):
-        words.append("batch-norm statistics per source")
-    return ", ".join(words)
 
 
 def _same_seed(results, first, second):

@@ -244,6 +244,35 @@ def plot_image_rows(rows, title):
     return figure
 
 
+def plot_power_spectra(powers, title):
+    """Power at each spatial frequency, averaged over directions and colour channels.
+
+    Parameters
+    ----------
+    powers : dict
+        Name of a set of images -> its mean power, as :func:`Downsampling.mean_power` returns it: float, shape
+        (side, side // 2 + 1, channels).
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
+    for name, power in powers.items():
+        side, columns, _ = power.shape
+        rows = np.minimum(
+            np.arange(side), side - np.arange(side)
+        )  # the second half holds negative frequencies
+        frequency = np.rint(np.hypot(rows[:, None], np.arange(columns))).astype(int)
+        means = np.bincount(frequency.ravel(), power.mean(axis=2).ravel()) / np.bincount(frequency.ravel())
+        frequencies = np.arange(1, columns)
+        axes.semilogy(frequencies, means[frequencies], label=name)
+    axes.set(xlabel="frequency (cycles per image)", ylabel="mean power", title=title)
+    axes.legend()
+    return figure
+
+
 def plot_learning_curves(histories, title, chance=None):
     """Loss, accuracy and minority recall over training, one line per run.
 

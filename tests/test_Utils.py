@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from Downsampling import mean_power
 from Runtime import save_json
 from Utils import (
     COLOURS,
@@ -24,6 +25,7 @@ from Utils import (
     plot_image_rows,
     plot_learning_curves,
     plot_memorisation,
+    plot_power_spectra,
     save_figure,
 )
 
@@ -187,6 +189,19 @@ def test_image_rows_show_every_image_beside_its_label():
     shown = [int(image.get_array()[0, 0, 0]) for ax in figure.axes for image in ax.images]
     assert shown == [10] * 2 + [99] * 5
     assert [t.get_text() for ax in figure.axes for t in ax.texts] == ["real", "synthetic"]
+
+
+def test_a_wave_shows_at_its_frequency_in_any_direction():
+    wave = 100 + 50 * np.cos(2 * np.pi * 3 * np.arange(16) / 16)
+    across = np.broadcast_to(wave[:, None], (16, 16, 3)).astype(np.uint8)
+    powers = {"across": mean_power(across[None]), "down": mean_power(across.swapaxes(0, 1)[None])}
+    figure = plot_power_spectra(powers, "Title")
+    [axes] = figure.axes
+    for line in axes.lines:
+        assert line.get_xdata().tolist() == list(range(1, 9))
+        assert line.get_xdata()[line.get_ydata().argmax()] == 3
+    assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title() == "Title"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["across", "down"]
 
 
 def test_learning_curves_have_a_line_for_each_run_and_quantity():
