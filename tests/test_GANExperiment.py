@@ -20,8 +20,8 @@ import GANExperiment
 import QualityExperiment
 import Results
 from Arms import ARMS, PROFILES
-from ClassifierNetwork import create_classifier, load_classifier, save_classifier
 from ArmTraining import finished_result
+from ClassifierNetwork import create_classifier, load_classifier, save_classifier
 from Experiment import run_arms
 from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measure, save_gan
 from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
