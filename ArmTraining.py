@@ -23,11 +23,11 @@ from ClassifierNetwork import (
     evaluate_classifier,
     save_classifier,
 )
-from ClassifierTraining import Recipe, count_training_flops
+from ClassifierTraining import count_training_flops
 from ImbalancedCIFAR10 import split_from_name
 from Precision import precision_name
 from Report import save_arm_plots
-from Results import read_result
+from Results import configuration_of, read_result
 from Runtime import (
     checksum,
     choose_device,
@@ -74,19 +74,20 @@ def finished_result(study, data, arm_name, seed=0):
     Raises
     ------
     ValueError
-        If the file is damaged, or was obtained with another recipe, network or generator than this study's.
+        If the file is damaged, or was obtained with another recipe, network or generator than this study's, or the
+        study's profile does not run the arm.
     """
+    arm = find_arm(arm_name, study.profile)
     path = study.result_path(arm_name, seed)
     if not path.exists():
         return None
     result = read_result(path)
     # Arms are compared with each other, so all must have been trained in the same way.
     wanted = _recipe_and_network(arm_recipe(study, data), study.settings, data)
-    # An old result lacks settings that could not be chosen when it was obtained.
-    require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], wanted)
-    definition = {"definition": find_arm(arm_name).method.definition}
+    require_same_settings(path, configuration_of(result), wanted)
+    definition = {"definition": arm.method.definition}
     require_same_settings(path, definition | result.get("method", {}), definition)
-    generator = study.generator_checksum() if find_arm(arm_name).needs_gan else None
+    generator = study.generator_checksum() if arm.needs_gan else None
     if generator is not None and result.get("generator", generator) != generator:
         raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "
                          "Remove it to run again.")  # fmt: skip
@@ -147,11 +148,12 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     Raises
     ------
     ValueError
-        If the first rows of ``X`` and ``y`` are not the images that the split keeps, in order.
+        If the first rows of ``X`` and ``y`` are not the images that the split keeps, in order, or the study's profile
+        does not run the arm.
     OSError
         If an output cannot be written; noticed before the training.
     """
-    arm, seed, device = find_arm(arm_name), int(seed), choose_device(device)
+    arm, seed, device = find_arm(arm_name, study.profile), int(seed), choose_device(device)
     split = split_from_name(study.split, data.y_train, data.class_names)
     recipe, classes = arm_recipe(study, data), len(data.class_names)
     kept = np.arange(len(data.y_train)) if arm.whole_training_set else split.kept_rows(data.y_train)
@@ -159,9 +161,11 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     study.require_writable(arm_name, seed)
     real_rows = len(kept)
     rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
+    network = study.settings.network(data.mirrored_images_keep_their_class)
     model = create_classifier(
-        classes, study.settings.width, channel_statistics(X), seed, device, arm.method.cosine_head
-    )
+        classes, mean_std=channel_statistics(X), seed=seed, device=device, cosine_head=arm.method.cosine_head,
+        **network,
+    )  # fmt: skip
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
     history, method_settings = arm.method.train(
         model, X, y, real_rows, recipe, seed=seed, checkpoint=checkpoint, rank=rank, world_size=world_size,
@@ -182,8 +186,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
             "checksum_of_training_set": checksum(y, X),  # tells whether two results had the same images
             "configuration": _recipe_and_network(recipe, study.settings, data)
             | _run_settings(model, arm, world_size, device),
-            "training_pflops": _training_flops(model.num_classes, model.width, recipe, data.X_test.shape[1:3])
-            / 1e15,
+            "training_pflops": _training_flops(classes, recipe, data.X_test.shape[1:3], **network) / 1e15,
             "hardware": describe_hardware(device),
             "versions": _versions(),
             "history": history,
@@ -217,17 +220,17 @@ def _check_real_rows(X, y, data, kept, arm_name):
 
 
 def _recipe_and_network(recipe, settings, data):
-    return recipe.as_json() | {
-        "width": settings.width,
+    network = settings.network(data.mirrored_images_keep_their_class)
+    return recipe.as_json() | network | {
         "downsampling": ResNet18.downsampling,
         "most_images_a_class": data.most_images_a_class,
-    }
+    }  # fmt: skip
 
 
 @cache
-def _training_flops(num_classes, width, recipe, image_size):
+def _training_flops(num_classes, recipe, image_size, **network):
     """The same for all arms, and counting it takes longer than the training of ``smoke``."""
-    model = create_classifier(num_classes, width, ((0.0,) * 3, (1.0,) * 3), seed=0)
+    model = create_classifier(num_classes, mean_std=((0.0,) * 3, (1.0,) * 3), seed=0, **network)
     return count_training_flops(model, recipe, image_size)
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from GhostBatchNorm import GhostBatchNorm2d
+from MirroredFilters import HalvedMirroredConv2d, mirrored_filters
 from Precision import mixed_precision
 from Runtime import (
     check_images,
@@ -97,18 +98,29 @@ class ResNet18(nn.Module):
     cosine_head : bool, default False
         Whether logits are cosines of the angle between the features and each class's weights, as
         :class:`Losses.LDAMLoss` needs them.
+    mirrored : bool, default False
+        Whether every filter's mirror image is a filter too, so that an image and its mirror image get the same logits:
+        see :func:`MirroredFilters.mirrored_filters`.
 
     Raises
     ------
     ValueError
-        If ``num_classes`` or ``width`` is too small.
+        If ``num_classes`` or ``width`` is too small, or ``width`` is odd and filters come in mirrored pairs.
     """
 
     # Weights of a network with strides have the same shapes but would predict wrongly here, so files
     # and checkpoints name this.
     downsampling = "average pooling"
+    mirrored = False
 
-    def __init__(self, num_classes=10, width=64, mean_std=((127.5,) * 3, (63.75,) * 3), cosine_head=False):
+    def __init__(
+        self,
+        num_classes=10,
+        width=64,
+        mean_std=((127.5,) * 3, (63.75,) * 3),
+        cosine_head=False,
+        mirrored=False,
+    ):
         super().__init__()
         num_classes, width = int(num_classes), int(width)  # a NumPy integer would not come back from a file
         if width < 1 or num_classes < 2:
@@ -128,6 +140,8 @@ class ResNet18(nn.Module):
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.head = CosineLinear(channels, num_classes) if cosine_head else nn.Linear(channels, num_classes)
+        if mirrored:
+            mirrored_filters(self, HalvedMirroredConv2d)
 
     @property
     def num_classes(self):
@@ -138,18 +152,20 @@ class ResNet18(nn.Module):
         return self.conv.out_channels
 
     def features(self, x):
-        """Pooled features: (n, 3, height, width) pixels from 0 to 255 -> (n, 8 x width)."""
+        """Pooled features: (n, 3, height, width) pixels from 0 to 255 -> (n, 8 x width), of a mirrored network (n, 4 x width)."""
         x = torch.sub(x, self.mean) / self.std  # float32
         x = F.relu(self.norm(self.conv(x)))
         # On CUDA a plain mean has a deterministic gradient. That of adaptive pooling adds atomically.
-        return self.blocks(x).mean(dim=(2, 3))
+        features = self.blocks(x).mean(dim=(2, 3))
+        # The second half of the channels are the mirrored partners of the first.
+        return features.unflatten(1, (2, -1)).mean(dim=1) if self.mirrored else features
 
     def forward(self, x):
         """Logits: (n, 3, height, width) pixels from 0 to 255, uint8 or float -> (n, num_classes)."""
         return self.head(self.features(x))
 
 
-def create_classifier(num_classes, width, mean_std, seed, device=None, cosine_head=False):
+def create_classifier(num_classes, width, mean_std, seed, device=None, cosine_head=False, mirrored=False):
     """A :class:`ResNet18` whose initial weights depend only on its shape and on ``seed``.
 
     Parameters
@@ -160,7 +176,7 @@ def create_classifier(num_classes, width, mean_std, seed, device=None, cosine_he
         Of the initial weights. They are the same on every device.
     device : str or torch.device, optional
         Where the network is put, and so where it is trained and evaluated. Default: the fastest there is.
-    cosine_head : bool, default False
+    cosine_head, mirrored : bool, default False
         See :class:`ResNet18`.
 
     Returns
@@ -168,7 +184,7 @@ def create_classifier(num_classes, width, mean_std, seed, device=None, cosine_he
     ResNet18
     """
     with seeded(derive_seed(seed, 0)):
-        return ResNet18(num_classes, width, mean_std, cosine_head).to(choose_device(device))
+        return ResNet18(num_classes, width, mean_std, cosine_head, mirrored).to(choose_device(device))
 
 
 def channel_statistics(X):
@@ -216,6 +232,7 @@ def save_classifier(model, path):
         "width": model.width,
         "downsampling": model.downsampling,
         "cosine_head": isinstance(model.head, CosineLinear),
+        "mirrored": model.mirrored,
         "model": model.state_dict(),
     }
     require_finite(content["model"], "The classifier's weights", "Train it again.")
@@ -249,15 +266,16 @@ def load_classifier(path, device=None):
             "Remove it and run again."
         )
     try:
-        # Files from before there was a choice have a linear head.
-        model = ResNet18(
-            content["num_classes"], content["width"], cosine_head=content.get("cosine_head", False)
-        )
+        # Files from before there was a choice have a linear head and usual filters.
+        kind = {name: content.get(name, False) for name in ("cosine_head", "mirrored")}
+        model = ResNet18(content["num_classes"], content["width"], **kind)
         model.load_state_dict(content["model"])
     except Exception as error:  # what PyTorch raises depends on what is wrong
         reason = " ".join(str(error).split())
+        filters = "filters in mirrored pairs" if content.get("mirrored", False) else "usual filters"
         raise ValueError(
-            f"{path} does not fit a ResNet-18 of width {content['width']}: {reason[:200]}. Remove it and run again."
+            f"{path} does not fit a ResNet-18 of width {content['width']} with {filters}: {reason[:200]}. Remove it "
+            "and run again."
         ) from error
     require_finite(content["model"], f"The weights in {path}", "Remove it and run again.")
     return model.to(choose_device(device)).eval()

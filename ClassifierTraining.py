@@ -10,7 +10,8 @@ References
 Foret et al. (2021), Sharpness-aware minimization for efficiently improving generalization.
 Menon et al. (2021), Long-tail learning via logit adjustment. Smith and Topin (2018), Super-convergence (the
 one-cycle schedule). Hoffer et al. (2017), Train longer, generalize better (ghost batch normalisation). Howard
-(2018), Training ImageNet in 3 hours for 25 minutes (progressive resizing).
+(2018), Training ImageNet in 3 hours for 25 minutes (progressive resizing). Jordan (2024), 94% on CIFAR-10 in 3.29
+seconds on a single GPU (fast batch-norm shifts).
 """
 
 import contextlib
@@ -91,11 +92,14 @@ class Recipe:
     sam_radius : float
         If above 0, each gradient is taken where the loss is highest within about this distance of the weights
         (sharpness-aware minimisation, Foret et al. 2021). A step then costs twice as much.
+    norm_shift_rate : float
+        The learning rate of the shifts of batch norm, relative to that of SGD (Jordan 2024).
 
     Raises
     ------
     ValueError
-        If there is no step, no image in a batch, no such optimizer, no scale, or the radius is negative.
+        If there is no step, no image in a batch, no such optimizer, no scale, the radius is negative, or the relative
+        rate is not positive.
     """
 
     steps: int
@@ -116,6 +120,7 @@ class Recipe:
     flip: bool = True
     cutout: int = 0
     sam_radius: float = 0.0
+    norm_shift_rate: float = 1.0
 
     def __post_init__(self):
         for name, value in plain(self).items():  # PyTorch refuses some NumPy scalars
@@ -132,6 +137,8 @@ class Recipe:
             raise ValueError(f"scales must be one or more positive numbers: got {self.scales}.")
         if not 0 <= self.sam_radius < math.inf:
             raise ValueError(f"sam_radius must be a finite number, 0 or more: got {self.sam_radius}.")
+        if not 0 < self.norm_shift_rate < math.inf:
+            raise ValueError(f"norm_shift_rate must be a positive number: got {self.norm_shift_rate}.")
 
     def as_json(self):
         """The settings as a dict that equals what is read back from a JSON file of them."""
@@ -210,7 +217,9 @@ def train_classifier(
     batches = batches if batches is not None else recipe.batches(X, seed, next(model.parameters()).device)
     _check_batches(batches, recipe)
     training = _Training(model, y, recipe, loss, batches)
-    store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)})
+    # An old checkpoint lacks settings that could not be chosen when it was written.
+    defaults = asdict(Recipe(steps=1)) | {"mirrored": False}
+    store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)}, defaults)
     store.require_writable()
     history = training.resume(store)
     # Such as "cat-50/imbalanced-seed0".
@@ -365,6 +374,7 @@ class _Training:
             "width": self.model.width,
             "num_classes": self.model.num_classes,
             "downsampling": self.model.downsampling,
+            "mirrored": self.model.mirrored,
             "head": type(self.model.head).__name__,
             "loss": repr(self.loss),
             "batches": getattr(self.batches, "description", type(self.batches).__name__),
@@ -394,12 +404,17 @@ def _create_optimizers(model, recipe):
     kernels = []
     if recipe.optimizer == "muon":
         kernels = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Conv2d)]
-    taken = set(map(id, kernels))
+    shifts = []
+    if recipe.norm_shift_rate != 1:  # else they are among the others, as in older checkpoints
+        shifts = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    taken = set(map(id, kernels + shifts))
     decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in taken]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    others = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in taken]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}]
+    if shifts:
+        groups.append({"params": shifts, "lr": recipe.norm_shift_rate * recipe.learning_rate})
     sgd = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others}],
-        lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
         fused=others[0].device.type in ("cpu", "cuda"),
     )  # fmt: skip
     if not kernels:
@@ -412,11 +427,11 @@ def _create_optimizers(model, recipe):
 
 
 def _create_scheduler(optimizer, recipe):
-    """The one-cycle schedule: a linear rise to the optimizer's learning rate, and a linear fall."""
-    peak, total_steps = optimizer.defaults["lr"], recipe.steps + 1
+    """The one-cycle schedule: a linear rise to the optimizer's learning rates, and a linear fall."""
+    peaks, total_steps = [group["lr"] for group in optimizer.param_groups], recipe.steps + 1
     warmup = max(recipe.warmup, 2 / total_steps)  # a rise takes at least a step
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak, total_steps, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False
+        optimizer, peaks, total_steps, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False
     )
 
 

@@ -1,6 +1,7 @@
 """Compare methods on development splits, without the test set and without the class that the study reports.
 
     python Development.py --method adjusted stable-spectrum-quarter --split dog-50 ship-50 --seed 0
+    python Development.py --method adjusted --profile headline      # with the network and recipe of that profile
     python DevelopmentReport.py      # the tables in docs/development.md
 
 1,000 images of each class are held out of the training set first. Another class than the study's is then cut in the
@@ -37,21 +38,17 @@ def main(arguments=None):
     add("--method", nargs="+", required=True, metavar="METHOD", help="one or more methods, or 'all'")
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
     add("--seed", nargs="+", type=seed_number, default=[0], help="seeds (default: 0)")
-    add(
-        "--steps",
-        type=_positive,
-        default=PROFILES["cpu"].steps,
-        help="training steps (default: those of cpu)",
-    )
-    add(
-        "--width",
-        type=_positive,
-        default=PROFILES["cpu"].width,
-        help="of the ResNet-18 (default: that of cpu)",
-    )
+    add("--steps", type=_positive, help="training steps (default: those of cpu)")
+    add("--width", type=_positive, help="of the ResNet-18 (default: that of cpu)")
+    add("--profile", choices=PROFILES, help="network and recipe of a profile, instead of --steps and --width")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the fastest there is")
     options = parser.parse_args(arguments)
-    budget = Budget(options.width, options.steps)
+    if options.profile and (options.steps or options.width):
+        parser.error("--profile decides width and steps: leave out --steps and --width")
+    cpu = PROFILES["cpu"]
+    budget = Budget(options.width or cpu.width, options.steps or cpu.steps)
+    if options.profile:
+        budget = Budget.of_profile(options.profile)
     names = list(METHODS) if options.method == ["all"] else options.method
     try:
         for name in names:

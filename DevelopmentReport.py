@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from Arms import PROFILES
 from Methods import METHODS
 from Report import NOT_RUN, update_documents
 from Results import HARDWARE, read_json
@@ -75,7 +76,7 @@ def cue_table():
     for path in sorted(CUES.glob("*/*.json")):
         result = read_json(path, CUE)
         cues.setdefault(result["sampler"], []).append(result)
-    folders = sorted(FOLDER.glob("width*-steps*"))
+    folders = _folders()
     recalls = {
         (folder.name, run["method"], run["split"], run["seed"]): run["validation"]["recall"]
         for folder in folders
@@ -100,6 +101,22 @@ def cue_table():
     return markdown_table(head, [row for _, row in sorted(rows)])
 
 
+def _folders():
+    """The folders of all budgets that were used, first those that are no profile of the study."""
+    profiles = [FOLDER / name for name in PROFILES]
+    return sorted(FOLDER.glob("width*-steps*")) + [folder for folder in profiles if folder.is_dir()]
+
+
+def _describe(folder):
+    """The budget of a folder in words."""
+    if folder.name not in PROFILES:
+        width, steps = folder.name.removeprefix("width").split("-steps")
+        return f"Width {width}, {int(steps):,} training steps"
+    profile = PROFILES[folder.name]
+    filters = ", filters in mirrored pairs" if profile.mirrored else ""
+    return f"Profile `{folder.name}`: width {profile.width}{filters}, {profile.steps:,} training steps"
+
+
 def _read_runs(folder):
     return [read_json(path, RUN) for path in sorted(Path(folder).glob("*/*-seed*.json"))]
 
@@ -111,12 +128,11 @@ def _where(results):
 def generated_parts():
     """Name of each generated part of ``docs/development.md`` -> its text."""
     methods = []
-    for folder in sorted(FOLDER.glob("width*-steps*")):
+    for folder in _folders():
         hardware = sorted({hardware_text(run["hardware"]) for run in _read_runs(folder)})
-        width, steps = folder.name.removeprefix("width").split("-steps")
         methods.append(
-            f"Width {width}, {int(steps):,} training steps, {'; '.join(hardware)}. Scores on validation images in "
-            f"percent.\n\n{methods_table(folder)}"
+            f"{_describe(folder)}, {'; '.join(hardware)}. Scores on validation images in percent.\n\n"
+            f"{methods_table(folder)}"
         )
     cues = cue_table() if CUES.exists() else NOT_RUN
     return {"methods": "\n\n".join(methods) or NOT_RUN, "cues": cues}

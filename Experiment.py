@@ -12,7 +12,7 @@ import contextlib
 
 import numpy as np
 
-from Arms import ARMS, PROFILES, STORY, ArmUnavailableError, default_split, find_arm, resolve_profile
+from Arms import ARMS, PROFILES, ArmUnavailableError, default_split, expand_arms, find_arm, resolve_profile
 from ArmTraining import finished_result, run_arm
 from BusyMachine import start_again_if_busy
 from DeviceFaults import device_faults
@@ -88,7 +88,7 @@ def make_training_set(study, data, arm_name, seed=0, device=None):
     ArmUnavailableError
         If the arm needs images that are not available, or more images of a class than there are.
     """
-    arm = find_arm(arm_name)
+    arm = find_arm(arm_name, study.profile)
     if arm.whole_training_set:
         return data.X_train, data.y_train
     split = split_from_name(study.split, data.y_train, data.class_names)
@@ -129,7 +129,8 @@ def run_arms(studies, data, arm_names, seeds=(0,), *, device=None, processes=Non
         process took part in.
     """
     for name in arm_names:  # a typing error in the last name must not surface after an hour
-        find_arm(name)
+        for study in studies:
+            find_arm(name, study.profile)
     # A run named twice is run once: two processes would write to the same checkpoint.
     runs = list(
         dict.fromkeys((study, name, int(seed)) for seed in seeds for study in studies for name in arm_names)
@@ -187,11 +188,12 @@ def _parse(arguments):
         epilog="arms:\n"
         + "\n".join(f"  {name:40}{arm.title}" for name, arm in ARMS.items())
         + "\n\nprofiles:\n"
-        + "\n".join(f"  {name:8}{profile.purpose}" for name, profile in PROFILES.items()),
+        + "\n".join(f"  {name:10}{profile.purpose}" for name, profile in PROFILES.items()),
     )
     add = parser.add_argument
     add("--arm", nargs="+", default=["story"], metavar="ARM",
-        help="one or more arms; 'story' for the arms of Main.ipynb (default), 'all' for every arm")  # fmt: skip
+        help="one or more arms; 'story' for the arms of Main.ipynb (default), 'all' for every arm. A profile of few "
+        "arms runs these for both")  # fmt: skip
     add("--split", nargs="+", metavar="SPLIT",
         help="cat-50 (class, kept images; the default), dog-0.01 (class, kept fraction), cat+dog-50, "
         "long-tailed-100 or step-10 (imbalance factor); add @1 for another choice of kept images")  # fmt: skip
@@ -200,7 +202,7 @@ def _parse(arguments):
     add(
         "--profile",
         default="auto",
-        help="smoke, quick, cpu, full, or auto (default): full with CUDA, else quick",
+        help=f"{', '.join(PROFILES)}, or auto (default): full with CUDA, else quick",
     )
     add(
         "--prepare-data",
@@ -212,10 +214,7 @@ def _parse(arguments):
     add("--data-parallel", action="store_true",
         help="under torchrun or accelerate launch: all processes train each run together; "
         "without it, each process takes its part of the list of runs")  # fmt: skip
-    options = parser.parse_args(arguments)
-    groups = {"story": STORY, "all": tuple(ARMS)}
-    options.arms = [arm for name in options.arm for arm in groups.get(name, (name,))]
-    return parser, options
+    return parser, parser.parse_args(arguments)
 
 
 def _prepare_sources(studies, data, splits, options):
@@ -241,8 +240,7 @@ def main(arguments=None):
         # What was typed is checked before any data is loaded or downloaded.
         profile, settings = resolve_profile(options.profile)
         choose_device(options.device)
-        for name in options.arms:
-            find_arm(name)
+        options.arms = expand_arms(options.arm, profile)
         processes = start_processes(options.device)
         if options.data_parallel and not processes.use_distributed:
             parser.error(

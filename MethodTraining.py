@@ -8,6 +8,7 @@ The result goes to ``results/development/``. It is read if it is there, so that 
 from dataclasses import dataclass
 from pathlib import Path
 
+from Arms import PROFILES
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe
 from DevelopmentReport import FOLDER, RUN
@@ -30,14 +31,33 @@ code_version()  # read and cached now: a commit made during a training is not th
 
 @dataclass(frozen=True)
 class Budget:
-    """Network and number of steps of all methods that are compared: ``width`` and ``steps``."""
+    """Network and recipe of all methods that are compared.
+
+    Attributes
+    ----------
+    width, steps : int
+    profile : str or None
+        The key of :data:`Arms.PROFILES` that decides all else: see :meth:`of_profile`.
+    """
 
     width: int
     steps: int
+    profile: str | None = None
+
+    @classmethod
+    def of_profile(cls, name):
+        """Network and recipe of a profile of the study, by its name."""
+        return cls(PROFILES[name].width, PROFILES[name].steps, name)
 
     @property
     def folder(self):
-        return FOLDER / f"width{self.width}-steps{self.steps}"
+        return FOLDER / (self.profile or f"width{self.width}-steps{self.steps}")
+
+    @property
+    def network(self):
+        """A dict of arguments of :func:`ClassifierNetwork.create_classifier`."""
+        mirrored = self.profile is not None and PROFILES[self.profile].network(flip=True)["mirrored"]
+        return {"width": self.width, "mirrored": mirrored}
 
     def path(self, method_name, split_name, seed):
         """Where the result of a run goes."""
@@ -45,7 +65,8 @@ class Budget:
 
     def recipe(self, method):
         """The training recipe of a :class:`Methods.Method`."""
-        return Recipe(steps=max(1, round(self.steps / method.compute)), **method.changes)
+        changes = PROFILES[self.profile].changes(flip=True) if self.profile else {}
+        return Recipe(steps=max(1, round(self.steps / method.compute)), **changes | method.changes)
 
 
 def run_method(data, method_name, split_name, seed, budget, device=None):
@@ -76,9 +97,9 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     recipe = budget.recipe(method)
     if path.exists():
         result = read_json(path, RUN)
-        wanted = recipe.as_json() | {"definition": method.definition}
+        wanted = recipe.as_json() | budget.network | {"definition": method.definition}
         # The first results lack settings that could not be chosen then.
-        found = Recipe(steps=1).as_json() | result["recipe"] | {"definition": result.get("definition")}
+        found = Recipe(steps=1).as_json() | {"mirrored": False} | result | result["recipe"]
         require_same_settings(path, found, wanted)
         return result
     require_writable(path)
@@ -89,7 +110,10 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     if method.needs_gan:  # trained as the study's, on the development split
         generator = development_generator(rest, split_name, device)
     X, y = method.fit_resample(development.X, development.y, seed=seed, generator=generator)
-    model = create_classifier(classes, budget.width, channel_statistics(X), seed, device, method.cosine_head)
+    model = create_classifier(
+        classes, mean_std=channel_statistics(X), seed=seed, device=device, cosine_head=method.cosine_head,
+        **budget.network,
+    )  # fmt: skip
     checkpoint = Path("models", "checkpoints", *path.parts[1:]).with_suffix(".pt")
     real = len(development.y)
     history, settings = method.train(model, X, y, real, recipe, seed=seed, checkpoint=checkpoint)
@@ -101,7 +125,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
         "split": split_name,
         "seed": seed,
         "validation": validation_scores(development, predictions),
-        "width": budget.width,
+        **budget.network,
         "recipe": recipe.as_json(),
         **settings,
         "checksum_of_training_set": checksum(y, X),

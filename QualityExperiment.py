@@ -23,6 +23,7 @@ from GenerationQuality import (
     memorisation,
 )
 from ImbalancedCIFAR10 import split_from_name
+from Results import network_name
 from Runtime import choose_device, one_process_at_a_time, require_writable, save_json
 
 
@@ -30,7 +31,7 @@ def classifier_features(study, data, device=None):
     """Features of the ResNet-18 that the arm ``imbalanced`` trains, for measuring generated images.
 
     The network knows the kept training images and nothing else. It is trained now if its weights are missing, or
-    have another width. A second process waits for the first and then reads what it made.
+    those of another network. A second process waits for the first and then reads what it made.
 
     Parameters
     ----------
@@ -46,7 +47,10 @@ def classifier_features(study, data, device=None):
     device, weights = choose_device(device), study.weights_path("imbalanced")
 
     def is_trained():
-        return weights.exists() and load_classifier(weights, device).width == study.settings.width
+        if not weights.exists():
+            return False
+        found = load_classifier(weights, device)
+        return {"width": found.width, "mirrored": found.mirrored} == _network(study, data)
 
     if not is_trained():
         with one_process_at_a_time(study.checkpoint_path("features"), "trains the network for the features"):
@@ -56,11 +60,16 @@ def classifier_features(study, data, device=None):
     return ImageFeatures(network.features, _features_name(study, data), device)
 
 
+def _network(study, data):
+    return study.settings.network(data.mirrored_images_keep_their_class)
+
+
 def _train_network(study, data, device, weights):
     require_writable(weights)
     split = split_from_name(study.split, data.y_train, data.class_names)
     X, y = split.cut(data.X_train, data.y_train)
-    model = create_classifier(len(data.class_names), study.settings.width, channel_statistics(X), 0, device)
+    network, classes = _network(study, data), len(data.class_names)
+    model = create_classifier(classes, mean_std=channel_statistics(X), seed=0, device=device, **network)
     checkpoint = study.checkpoint_path("features")
     recipe = study.settings.recipe(len(y), data.mirrored_images_keep_their_class)
     train_classifier(model, X, y, recipe, seed=0, checkpoint=checkpoint)
@@ -138,7 +147,7 @@ def _refuse_other_features(path, judged, own):
 
 
 def _features_name(study, data):
-    network = f"ResNet-18 of width {study.settings.width} with {ResNet18.downsampling}"
+    network = network_name(_network(study, data) | {"downsampling": ResNet18.downsampling})
     most = data.most_images_a_class
     part = "" if most is None else f", at most {most} images a class"
     return f"{network}, trained on {study.split} of {study.data}{part}"

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
-from Results import Study, predictions_of
+from Results import Study, configuration_of, network_name, predictions_of
 from Runtime import atomic_path, describe_differences, hardware_text
 from Utils import (
     markdown_table,
@@ -307,11 +307,11 @@ def conditions(results):
     """
     runs = [run for arm in results.values() for run in arm]
     first = runs[0]
-    configuration = first["configuration"]
+    configuration = configuration_of(first)
     shared = configuration.keys() - {"logit_adjusted", "processes", "precision", "bfloat16"}
     for run in runs:
         if differences := describe_differences(
-            run["configuration"], {key: configuration[key] for key in shared}
+            configuration_of(run), {key: configuration[key] for key in shared}
         ):
             raise ValueError(
                 f"The arms {first['arm']} and {run['arm']} of profile {run['profile']} were trained in different "
@@ -330,7 +330,7 @@ def conditions(results):
     return (
         f"Split `{first['split']}` of {'CIFAR-10' if first['data'] == 'cifar10' else first['data']} "
         f"(minority: {', '.join(first['minority_classes'])}), profile `{first['profile']}`. {part}"
-        f"Every arm trains a ResNet-18 of width {configuration['width']} with {configuration['downsampling']} "
+        f"Every arm trains a {network_name(configuration)} "
         f"({configuration['parameters']:,} parameters) for {configuration['steps']:,} steps of "
         f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). "
         "Its last weights are evaluated, with one view of each test image unless the column says otherwise. "

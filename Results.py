@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
+from ClassifierTraining import Recipe
 from Runtime import atomic_path, checksum, load_torch_file, require_writable
 
 
@@ -298,3 +299,14 @@ def read_result(path):
 def predictions_of(result):
     """Predicted classes of a result, int array of shape (n,), one per test image in the test set's order."""
     return np.array(result["test_predictions"].split(), dtype=int)
+
+
+def configuration_of(result):
+    """Recipe and network of a result (dict). What could not be chosen when it was obtained has its default."""
+    return Recipe(steps=1).as_json() | {"mirrored": False} | result["configuration"]
+
+
+def network_name(network):
+    """A network in words, from a dict with its ``width``, ``downsampling`` and ``mirrored``."""
+    filters = " and filters in mirrored pairs" if network["mirrored"] else ""
+    return f"ResNet-18 of width {network['width']} with {network['downsampling']}{filters}"

@@ -141,6 +141,11 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         profile_name, profile = resolve_profile(options.profile)
+        if profile.arms is not None:
+            raise ValueError(
+                f"The profile {profile_name} runs the arms {', '.join(profile.arms)} only, but the notebooks walk "
+                f"through others. Run these with: python Experiment.py --profile {profile_name}"
+            )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             data = load_data()

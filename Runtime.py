@@ -502,11 +502,13 @@ class Checkpoint:
     identity : dict of plain values
         Everything that decides the outcome: settings, seed, a checksum of the data. The checkpoint of
         another training is refused.
+    defaults : dict of plain values, optional
+        What a checkpoint had whose identity lacks it, because it was written before there was a choice.
     """
 
-    def __init__(self, path, identity):
+    def __init__(self, path, identity, defaults=None):
         self.path = None if path is None else user_path(path)
-        self.identity = plain(identity)
+        self.identity, self.defaults = plain(identity), defaults or {}
 
     def require_writable(self):
         """Notice before the training that it could not be saved: see :func:`require_writable`."""
@@ -537,7 +539,7 @@ class Checkpoint:
             content = load_torch_file(self.path, {"identity", *names})
         except FileNotFoundError:  # or another process has just finished this training
             return None
-        if differences := describe_differences(content["identity"], self.identity):
+        if differences := describe_differences(self.defaults | content["identity"], self.identity):
             raise ValueError(
                 f"The checkpoint {self.path} belongs to another training ({differences}). Remove it to start again."
             )

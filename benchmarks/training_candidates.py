@@ -9,12 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import training_variants as variants
-from resnet_variants import HalvedMirroredConv2d
 
 from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics, create_classifier
 from ClassifierTraining import Recipe, train_classifier
 from Losses import CrossEntropy
+from MirroredFilters import HalvedMirroredConv2d
 from Runtime import require_same_settings
 
 
@@ -114,8 +114,10 @@ HALVED = Candidate(
     "square of 10 pixels greyed out, easy images left out half of the time, batch-norm shifts 16 times as fast, "
     "Muon's learning rate 0.07",
     width=32, passes=25,
-    changes={"label_smoothing": 0.1, "padding": 4, "flip": False, "muon_learning_rate": 0.07},
-    modify=(partial(variants.mirrored_pairs, convolution=HalvedMirroredConv2d), variants.fast_norm_shifts), batches=variants.EasyImagesSkippedCutout,
+    changes={
+        "label_smoothing": 0.1, "padding": 4, "flip": False, "muon_learning_rate": 0.07, "norm_shift_rate": 16.0,
+    },
+    modify=(partial(variants.mirrored_pairs, convolution=HalvedMirroredConv2d),), batches=variants.EasyImagesSkippedCutout,
 )  # fmt: skip
 
 SERIES = {
@@ -167,10 +169,10 @@ SERIES = {
         "averaged": departure("moving average of the weights (decay 0.99)", averaged=True),
         "late-peak": departure("peak of the rates after a fifth of the run", warmup=0.2),
         "frozen-scales": departure("batch-norm scales not trained", modify=(variants.frozen_norm_scales,)),
-        "fast-shifts": departure("batch-norm shifts learn 16 times as fast", modify=(variants.fast_norm_shifts,)),
+        "fast-shifts": departure("batch-norm shifts learn 16 times as fast", norm_shift_rate=16.0),
         "fast-shifts-only": departure(
             "batch-norm shifts learn 64 times as fast, scales not trained",
-            modify=(partial(variants.fast_norm_shifts, times=64), variants.frozen_norm_scales),
+            modify=(variants.frozen_norm_scales,), norm_shift_rate=64.0,
         ),
         "variants.compiled": departure("torch.compile", modify=(variants.compiled,)),
     },
@@ -187,8 +189,10 @@ SERIES = {
         "balanced-94-narrower": Candidate(
             "balanced, strides, label smoothing 0.1, crops that move by 4, each image mirrored every other epoch, easy "
             "images left out half of the time, batch-norm shifts 16 times as fast, Muon's learning rate 0.07",
-            width=32, passes=25.5, changes={"label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.07},
-            modify=(variants.strided, variants.fast_norm_shifts), batches=variants.EasyImagesSkippedAlternatingFlips,
+            width=32, passes=25.5, batches=variants.EasyImagesSkippedAlternatingFlips, modify=(variants.strided,),
+            changes={
+                "label_smoothing": 0.1, "padding": 4, "muon_learning_rate": 0.07, "norm_shift_rate": 16.0,
+            },
         ),
         "balanced-94-mirrored": Candidate(
             "balanced, filters in mirrored pairs, label smoothing 0.1, crops that move by 4, easy images left out half of "

@@ -1,6 +1,6 @@
 """What was tried in training: changes of the new network, of the batches, and of the result.
 
-    modify = partial(fast_norm_shifts, times=64)     # a change of the new network: f(model, X)
+    modify = whitened_stem                            # a change of the new network: f(model, X)
     batches = EasyImagesSkippedCutout                 # a class of batches
 
 Batch classes are combined by inheritance.
@@ -24,10 +24,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resnet_variants import mirrored_filters, strided_downsampling
+from resnet_variants import strided_downsampling
 
 from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics
+from MirroredFilters import mirrored_filters
 
 # --- Changes of the new network -----------------------------------------------------------------
 
@@ -61,14 +62,6 @@ def frozen_norm_scales(model, X):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.requires_grad_(False)
-
-
-def fast_norm_shifts(model, X, times=16):
-    """Let the shifts of batch norm learn faster than the other weights (Jordan 2024: 64 times)."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            # For SGD without decay, a larger gradient is a higher learning rate.
-            module.bias.register_hook(lambda gradient: times * gradient)
 
 
 def compiled(model, X):

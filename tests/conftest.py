@@ -198,6 +198,17 @@ def smoke(arm_name, data, split_name=SPLIT, seed=0):
     return outcome
 
 
+@pytest.fixture
+def headline(monkeypatch):
+    """The study of :data:`SPLIT` under the profile ``headline``, made tiny: width 4, four steps."""
+    from Arms import PROFILES
+    from Results import Study
+
+    tiny = dataclasses.replace(PROFILES["headline"], width=4, steps=4)
+    monkeypatch.setitem(PROFILES, "headline", tiny)
+    return Study("headline", "cifar10", SPLIT)
+
+
 def files(folder="."):
     """Paths of all files below a folder."""
     return {path.as_posix() for path in Path(folder).rglob("*") if path.is_file()}

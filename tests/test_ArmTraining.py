@@ -18,6 +18,7 @@ from Arms import ARMS, PROFILES
 from ArmTraining import epoch_evaluator, finished_result, run_arm
 from ClassifierNetwork import Evaluation, ResNet18, evaluate_classifier, load_classifier
 from ClassifierTraining import Recipe
+from Experiment import run_arms
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
 from Report import caption, conditions
 from Results import predictions_of
@@ -380,3 +381,77 @@ def test_outputs_that_cannot_be_written_are_noticed_before_the_training(tiny_dat
     Path("results").write_text("a file in the folder's place")
     with pytest.raises(OSError, match="imbalanced-seed0.json"):
         smoke("imbalanced", tiny_data)
+
+
+# --- A profile of few arms, with mirrored filters -----------------------------------------------
+
+
+@pytest.mark.parametrize("arm_name", ["stable-source-balanced-adjusted", "balanced"])
+def test_an_arm_of_the_headline_trains_the_mirrored_network(arm_name, headline, tiny_data, tiny_cache):
+    [result] = run_arms([headline], tiny_data, [arm_name]).values()
+    configuration = result["configuration"]
+    wanted = {
+        "width": 4,
+        "mirrored": True,
+        "padding": 4,
+        "cutout": 10,
+        "flip": False,
+        "norm_shift_rate": 16.0,
+    }
+    assert wanted.items() <= configuration.items()
+    network = load_classifier(headline.weights_path(arm_name), "cpu")
+    assert network.mirrored and configuration["parameters"] == sum(p.numel() for p in network.parameters())
+    flips = evaluate_classifier(network, tiny_data.X_test[:, :, ::-1], tiny_data.y_test)
+    plain = evaluate_classifier(network, tiny_data.X_test, tiny_data.y_test)
+    assert np.array_equal(plain.predictions, predictions_of(result))
+    assert np.allclose(flips.logits, plain.logits, rtol=0.1, atol=0.1), "in half precision"
+    assert all("headline" in name for name in files() - {"datasets/stable_diffusion_dataset.npy"})
+    assert finished_result(headline, tiny_data, arm_name) == result
+    assert "width 4 with average pooling and filters in mirrored pairs (" in conditions({arm_name: [result]})
+
+
+def test_the_operations_of_a_mirrored_network_are_counted_as_they_are():
+    recipe = Recipe(steps=1, batch_size=1, optimizer="sgd")
+    usual, mirrored = (
+        ArmTraining._training_flops(10, recipe, (32, 32), width=8, mirrored=answer)
+        for answer in (False, True)
+    )
+    assert 0.49 < mirrored / usual < 0.53
+
+
+def test_an_arm_that_a_profile_does_not_run_is_refused(headline, tiny_data):
+    X, y = split_from_name(SPLIT, tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
+    refused = pytest.raises(
+        ValueError, match="The profile headline does not run the arm 'smote'. Choose one of imb"
+    )
+    for call in (
+        lambda: finished_result(headline, tiny_data, "smote"),
+        lambda: run_arm(headline, tiny_data, "smote", X, y),
+        lambda: run_arms([smoke_study(tiny_data), headline], tiny_data, ["imbalanced", "smote"]),
+    ):
+        with refused:
+            call()
+    assert not files()
+
+
+def test_a_result_from_before_filters_could_be_mirrored_counts_as_without(tiny_data, monkeypatch):
+    smoke("imbalanced", tiny_data)
+    study = smoke_study(tiny_data)
+    path = study.result_path("imbalanced")
+    new = json.loads(path.read_text())
+    old = json.loads(path.read_text())
+    for name in ("mirrored", "norm_shift_rate", "cutout"):
+        del old["configuration"][name]
+    path.write_text(json.dumps(old))
+    assert smoke("imbalanced", tiny_data) == old
+    for runs in ([old, new], [new, old]):
+        assert "with average pooling (" in conditions({"imbalanced": runs})
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(PROFILES["smoke"], mirrored=True))
+    with pytest.raises(ValueError, match="mirrored: False there, True now"):
+        smoke("imbalanced", tiny_data)
+
+
+def test_digits_are_told_from_their_mirror_images(headline, digits):
+    study = dataclasses.replace(headline, data="digits", split="8-0.01")
+    [result] = run_arms([study], digits, ["logit-adjusted"]).values()
+    assert result["configuration"]["mirrored"] is False

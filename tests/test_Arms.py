@@ -1,9 +1,12 @@
 """Profiles and arms: what each arm trains on, and that no removed image is in it."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import SPLIT, files, smoke, smoke_study, with_other_removed_images
+from conftest import REPOSITORY, SPLIT, files, smoke, smoke_study, with_other_removed_images
 from imblearn.over_sampling import SMOTE
 
 import Arms
@@ -14,9 +17,12 @@ from Arms import (
     STORY,
     ArmUnavailableError,
     default_split,
+    expand_arms,
     find_arm,
     resolve_profile,
 )
+from ClassifierNetwork import create_classifier
+from ClassifierTraining import Recipe, count_training_flops
 from Experiment import make_training_set, run_arms
 from GANGeneration import GANSettings
 from ImageCache import save_generated_images
@@ -26,6 +32,7 @@ from NonSyntheticGeneration import PixelOverSampler
 from Results import Study
 
 CAT = CIFAR10_CLASSES.index("cat")
+HALVED = "results/benchmarks/time_to_accuracy/balanced-94-halved-seed0.json"
 REBALANCING_ARMS = [name for name, arm in ARMS.items() if not arm.whole_training_set]
 STABLE_DIFFUSION_ARMS = [name for name, arm in ARMS.items() if arm.needs_stable_diffusion]
 
@@ -61,7 +68,51 @@ def test_evidence_uses_all_data():
 
 
 def test_the_gan_of_the_cpu_profile_has_the_default_settings():
-    assert PROFILES["cpu"].gan == GANSettings()
+    assert PROFILES["cpu"].gan == PROFILES["headline"].gan == GANSettings()
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_the_arms_of_a_profile_exist_and_the_recipe_treats_all_classes_alike(profile):
+    arms = tuple(ARMS) if profile.arms is None else profile.arms
+    assert set(arms) <= ARMS.keys() and len(set(arms)) == len(arms)
+    recipe = profile.recipe(45_050, flip=True)
+    assert recipe.label_smoothing == 0
+    assert recipe.steps == profile.steps, "MOST_PASSES is for small data sets"
+
+
+def test_the_headline_is_the_mirrored_network_of_the_benchmarks_for_five_arms():
+    headline = PROFILES["headline"]
+    assert headline.arms == (
+        "imbalanced", Arms.BEST_WITHOUT_IMAGES, "stable", Arms.BEST_WITH_STABLE_DIFFUSION, "balanced",
+    )  # fmt: skip
+    assert not ARMS[Arms.BEST_WITHOUT_IMAGES].method.sampler
+    assert ARMS[Arms.BEST_WITH_STABLE_DIFFUSION].needs_stable_diffusion
+    changed = {"padding": 4, "flip": False, "cutout": 10, "norm_shift_rate": 16.0, "muon_learning_rate": 0.07}
+    assert headline.recipe(45_050, flip=True) == Recipe(steps=4000, **changed)
+    assert headline.network(flip=True) == {"width": 32, "mirrored": True}
+    result = json.loads(Path(REPOSITORY, HALVED).read_text())
+    passes = 4000 * 256 / 50_000
+    model = create_classifier(10, **headline.network(True), mean_std=((0.0,) * 3, (1.0,) * 3), seed=0)
+    flops = count_training_flops(model, headline.recipe(45_050, flip=True))
+    assert flops / 1e15 == pytest.approx(result["pflops"] * passes / result["passes"], rel=5e-3)
+
+
+def test_a_network_must_tell_digits_from_their_mirror_images():
+    assert PROFILES["headline"].network(flip=False) == {"width": 32, "mirrored": False}
+    assert not PROFILES["headline"].recipe(1298, flip=False).flip
+
+
+def test_a_profile_of_few_arms_has_them_for_all_and_story_and_no_others():
+    few = list(PROFILES["headline"].arms)
+    assert expand_arms(["all"], "headline") == expand_arms(["story"], "headline") == few
+    assert expand_arms(["stable", "imbalanced"], "headline") == ["stable", "imbalanced"]
+    assert expand_arms(["story", "gan"], "cpu") == [*STORY, "gan"]
+    with pytest.raises(
+        ValueError, match=f"headline does not run the arm 'smote'. Choose one of {', '.join(few)}"
+    ):
+        expand_arms(["stable", "smote"], "headline")
+    with pytest.raises(ValueError, match="Unknown arm 'smoter'"):
+        expand_arms(["smoter"], "headline")
 
 
 # --- Names --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Recipe, the training loop, its checkpoint and what it calls after each epoch; plain batches and losses."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -979,3 +980,48 @@ def test_a_network_that_cannot_be_evaluated_stops_the_training_and_keeps_the_las
 def test_weights_that_the_last_step_broke_are_no_result():
     with pytest.raises(FloatingPointError, match="last step"):
         train(small_model(), Recipe(steps=1, batch_size=20, learning_rate=float("inf")))
+
+
+# --- Fast shifts --------------------------------------------------------------------------------
+
+
+@pytest.mark.cpu(reason="the order of a GPU's sums is not that of the other run")
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_only_the_shifts_of_batch_norm_learn_faster(optimizer):
+    """For SGD without decay, a larger gradient is a higher learning rate."""
+    fast, hooked, usual = (small_model(device="cpu") for _ in range(3))
+    for module in hooked.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.register_hook(lambda gradient: 16 * gradient)
+    recipe = Recipe(steps=5, batch_size=8, optimizer=optimizer)
+    train(hooked, recipe)
+    train(usual, recipe)
+    history = train(fast, dataclasses.replace(recipe, norm_shift_rate=16))
+    assert equal_weights(fast, hooked) and not equal_weights(fast, usual)
+    assert history[-1]["learning_rate"] == train(small_model(device="cpu"), recipe)[-1]["learning_rate"]
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_of_the_shifts_that_is_not_positive_is_refused(rate):
+    with pytest.raises(ValueError, match="norm_shift_rate must be a positive number"):
+        Recipe(steps=1, norm_shift_rate=rate)
+
+
+def test_a_checkpoint_from_before_a_setting_could_be_chosen_is_resumed():
+    def kill(model, record):
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    whole = small_model()
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_model(), after_epoch=kill, checkpoint="run.pt")
+    content = torch.load("run.pt")
+    for name in ("mirrored", "norm_shift_rate", "cutout"):
+        del content["identity"][name]
+    torch.save(content, "run.pt")
+    with pytest.raises(ValueError, match="another training .norm_shift_rate: 1.0 there, 4.0 now"):
+        train(small_model(), dataclasses.replace(SHORT, norm_shift_rate=4.0), checkpoint="run.pt")
+    resumed = small_model(seed=9)
+    train(resumed, checkpoint="run.pt")
+    assert equal_weights(resumed, whole)

@@ -11,9 +11,10 @@ import torch
 import Development
 import DevelopmentSplits
 import MethodTraining
+from Arms import PROFILES
 from ClassifierTraining import AugmentedBatches
+from DevelopmentReport import generated_parts, methods_table
 from DevelopmentReport import main as report
-from DevelopmentReport import methods_table
 from DevelopmentSplits import SPLITS, development_data, held_out_set, validation_scores
 from ImageCache import save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
@@ -209,6 +210,41 @@ def test_the_command_runs_the_list_and_prints_the_table(few, monkeypatch, capsys
         "| `plain`: cross-entropy |" in document.read_text()
         and "Width 4, 2 training steps" in document.read_text()
     )
+
+
+def test_methods_are_compared_with_the_network_and_recipe_of_a_profile(few, headline, monkeypatch, capsys):
+    monkeypatch.setattr(Development, "load_cifar10", lambda: few)
+    arguments = ["--method", "plain", "adjusted-cutout", "--split", "dog-10", "--profile"]
+    Development.main([*arguments, "headline"])
+    results = {
+        name: json.loads(Path(f"results/development/headline/dog-10/{name}-seed0.json").read_text())
+        for name in ("plain", "adjusted-cutout")
+    }
+    for name, result in results.items():
+        assert (result["width"], result["mirrored"]) == (4, True)
+        wanted = {"steps": 4, "padding": 4, "flip": False, "cutout": 10 if name == "plain" else 8}
+        assert wanted.items() <= result["recipe"].items()
+    assert (
+        "Profile `headline`: width 4, filters in mirrored pairs, 4 training steps"
+        in generated_parts()["methods"]
+    )
+    changed = dataclasses.replace(PROFILES["headline"], mirrored=False)
+    monkeypatch.setitem(PROFILES, "headline", changed)
+    with pytest.raises(SystemExit):
+        Development.main([*arguments, "headline"])
+    assert "mirrored: True there, False now" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        Development.main([*arguments, "cpu", "--steps", "3"])
+    assert "leave out --steps and --width" in capsys.readouterr().err
+
+
+def test_a_result_from_before_filters_could_be_mirrored_is_read(few):
+    result = run_method(few, "plain", "dog-10", 0, TINY)
+    path = TINY.path("plain", "dog-10", 0)
+    assert path.parts[:3] == ("results", "development", "width4-steps2")
+    del result["mirrored"], result["recipe"]["norm_shift_rate"]
+    path.write_text(json.dumps(result))
+    assert run_method(few, "plain", "dog-10", 0, TINY) == result
 
 
 @pytest.mark.parametrize(

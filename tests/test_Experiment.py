@@ -242,6 +242,10 @@ def test_damaged_data_is_one_clear_line_without_a_traceback():
         (["--arm", "stabel"], "Unknown arm 'stabel'. Choose one of imbalanced, "),
         (["--arm", "imbalanced", "--profile", "fast"], "Unknown profile 'fast'. Choose one of auto, smoke"),
         (["--arm", "imbalanced", "--split", "lion-5"], "Unknown class 'lion'. Choose one of 0, 1, "),
+        (
+            ["--arm", "smote", "--profile", "headline"],
+            "does not run the arm 'smote'. Choose one of imbalanced, ",
+        ),
     ],
 )
 def test_a_wrong_name_ends_with_one_line_that_lists_the_right_ones(
@@ -293,6 +297,8 @@ def test_each_arm_is_reported_in_a_line(digits, monkeypatch, capsys):
         (["--arm", "story"], STORY),
         (["--arm", "all"], tuple(ARMS)),
         (["--arm", "smote"], ("smote",)),
+        (["--profile", "headline"], PROFILES["headline"].arms),
+        (["--profile", "headline", "--arm", "all"], PROFILES["headline"].arms),
     ],
 )
 def test_story_is_the_default_and_all_means_every_arm(arguments, expected, digits, monkeypatch):

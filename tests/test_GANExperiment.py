@@ -21,6 +21,7 @@ import QualityExperiment
 import Results
 from Arms import ARMS, PROFILES
 from ArmTraining import finished_result
+from ClassifierNetwork import create_classifier, load_classifier, save_classifier
 from Experiment import run_arms
 from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measure, save_gan
 from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
@@ -274,6 +275,16 @@ def test_a_run_of_another_profile_leaves_the_committed_gan_alone(tiny_data, monk
         assert load_generator(path).channels == channels
         features = classifier_features(Study(name, "cifar10", "cat-5"), tiny_data)
         assert features.name.startswith(f"ResNet-18 of width {channels} with")
+
+
+def test_the_features_of_a_mirrored_profile_are_those_of_its_network(headline, tiny_data):
+    path = headline.weights_path("imbalanced")
+    save_classifier(create_classifier(10, 4, ((127.5,) * 3, (63.75,) * 3), 0), path)
+    name = (
+        "ResNet-18 of width 4 with average pooling and filters in mirrored pairs, trained on cat-5 of cifar10"
+    )
+    features = classifier_features(headline, tiny_data)
+    assert features.name == name and load_classifier(path).mirrored, "the other network was replaced"
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"settings": null}'])

@@ -18,6 +18,7 @@ from conftest import REPOSITORY
 from ClassifierNetwork import channel_statistics, create_classifier, load_classifier, save_classifier
 from ClassifierTraining import Recipe, count_training_flops, train_classifier
 from Losses import CrossEntropy, LogitAdjustedLoss
+from MirroredFilters import mirrored_filters
 
 
 def test_the_presets_cost_what_they_promise(capsys):
@@ -272,21 +273,6 @@ def test_a_run_that_keeps_more_than_a_checkpoint_holds_is_not_resumable(time_to_
     }  # fmt: skip
 
 
-def test_only_the_shifts_of_batch_norm_learn_faster(training_variants):
-    def gradients(modify=None):
-        model = untrained(2)
-        if modify:
-            modify(model, None)
-        images = torch.arange(4 * 3 * 16 * 16).remainder(256).view(4, 3, 16, 16)
-        model(images)[:, 0].square().sum().backward()
-        return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
-
-    usual, fast = gradients(), gradients(training_variants.fast_norm_shifts)
-    for name, gradient in usual.items():
-        shift = name.endswith("bias") and name != "head.bias"
-        torch.testing.assert_close(fast[name], (16 if shift else 1) * gradient)
-
-
 # --- Where a step's time goes -------------------------------------------------------------------
 
 
@@ -307,102 +293,19 @@ def test_the_profile_names_every_part_of_a_training_step(tiny_data):
 # --- Variants of the network --------------------------------------------------------------------
 
 
-def with_random_norms(model, images):
-    """Scales and shifts as after training, and the images' statistics: the initial values would hide mistakes."""
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.weight.data.uniform_(0.5, 1.5, generator=generator)
-            layer.bias.data.normal_(0, 0.3, generator=generator)
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model.train()(images)
-    return model
-
-
 def pixels(n, side):
     return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("side", [16, 24, 32])
-def test_mirrored_filters_cannot_tell_an_image_from_its_mirror_image(variants, side, training):
-    images = pixels(5, side)
-    both = torch.cat([images, images.flip(-1)])
-
-    def logits(modify):
-        model = with_random_norms(untrained(modify=modify), images)
-        return model.train(training)(both).chunk(2)
-
-    of_images, of_mirror_images = logits(variants.mirrored_filters)
-    torch.testing.assert_close(of_images, of_mirror_images, rtol=1e-4, atol=1e-5)
-    assert of_images.std(dim=0).min() > 1e-2, "but it can tell images apart"
-    of_images, of_mirror_images = logits(None)
-    assert (of_images - of_mirror_images).abs().max() > 1e-2, "pooling alone is not enough"
-
-
-def test_the_mirrored_network_stays_mirrored_and_in_step_with_its_optimisers(variants, tiny_data):
-    X, y = tiny_data.X_train, tiny_data.y_train
-    model = untrained(modify=variants.mirrored_filters)
-    before = {name: weights.clone() for name, weights in model.state_dict().items()}
-    train_classifier(model, X, y, Recipe(steps=3, batch_size=20), seed=0)
-    unchanged = [name for name, weights in model.named_parameters() if torch.equal(weights, before[name])]
-    assert unchanged == []
-    kernels = [name for name, weights in model.named_parameters() if weights.ndim == 4]
-    assert len(kernels) == 20 and model.width == 4, (
-        "18 weighted layers except for the head, and three shortcuts"
-    )
-    images = pixels(5, 32)
-    torch.testing.assert_close(model(images), model(images.flip(-1)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(5, 8, 6, 6), (5, 8, 3, 2)])  # in the second, no place has two neighbours
-@pytest.mark.parametrize("side_of_kernel", [1, 3])
-def test_half_of_the_operations_give_the_same_and_the_same_gradients(variants, side_of_kernel, shape):
-    random = torch.Generator().manual_seed(0)
-    usual = torch.nn.Conv2d(8, 12, side_of_kernel, padding=side_of_kernel // 2, bias=False)
-    usual.weight.data = torch.randn(usual.weight.shape, generator=random, dtype=torch.float64)
-    maps = torch.randn(shape, generator=random, dtype=torch.float64)
-    direction = torch.randn((5, 12, *shape[2:]), generator=random, dtype=torch.float64)
-    outcomes = []
-    for kind in (variants.MirroredConv2d, variants.HalvedMirroredConv2d):
-        layer, of_maps = kind(usual), maps.clone().requires_grad_()
-        output = layer(of_maps)
-        output.backward(direction)
-        outcomes.append((output, of_maps.grad, layer.weight.grad))
-    torch.testing.assert_close(*outcomes)
-
-
-def test_the_mirrored_network_is_the_same_for_half_of_the_operations(variants):
-    def network(convolution):
-        return with_random_norms(
-            untrained(modify=lambda model: variants.mirrored_filters(model, convolution)), pixels(5, 32)
-        ).eval()
-
-    usual, halved = network(variants.MirroredConv2d), network(variants.HalvedMirroredConv2d)
-    assert usual.state_dict().keys() == halved.state_dict().keys()
-    torch.testing.assert_close(usual(pixels(5, 32)), halved(pixels(5, 32)), rtol=1e-4, atol=1e-5)
-    recipe = Recipe(steps=1, batch_size=1, optimizer="sgd", scales=(1.0,))
-    of_stem = 2 * 2 * 32 * 32 * 4 * 27  # two operations a product, forward and for the kernels' gradient
-    ratio = (count_training_flops(halved, recipe) - of_stem) / (count_training_flops(usual, recipe) - of_stem)
-    assert ratio == pytest.approx(0.5, abs=0.01)
-
-
-def test_the_variants_cost_no_more_and_the_mirrored_one_has_half_of_the_weights(variants):
+def test_strides_cost_as_much_as_pooling_and_have_the_same_weights(variants):
     def cost(model):
         return count_training_flops(model, Recipe(steps=1, optimizer="sgd"))
 
     def weights(model):
         return sum(parameter.numel() for parameter in model.parameters())
 
-    usual, strided, mirrored = map(
-        lambda modify: untrained(modify=modify),
-        (None, variants.strided_downsampling, variants.mirrored_filters),
-    )
+    usual, strided = untrained(), untrained(modify=variants.strided_downsampling)
     assert cost(usual) == cost(strided) and weights(usual) == weights(strided)
-    head = cost(usual) - cost(mirrored)
-    assert 0 <= head < 1e-3 * cost(usual), "the head alone has half of the inputs"
-    assert weights(mirrored) == (weights(usual) - 10) // 2 + 10, "except for the ten biases of the head"
 
 
 def test_pooling_sees_every_place_and_strides_do_not(variants):
@@ -442,17 +345,9 @@ def test_strides_give_maps_of_the_same_sides(variants, side):
     assert sides[:8] == sides[8:] and len(sides) == 16
 
 
-def test_a_network_that_cannot_be_mirrored_is_refused(variants):
-    strided = untrained(modify=variants.strided_downsampling)
+def test_a_network_with_strides_cannot_be_mirrored(variants):
     with pytest.raises(ValueError, match="average pooling is needed"):
-        variants.mirrored_filters(strided)
-    with pytest.raises(ValueError, match="even width"):
-        untrained(width=3, modify=variants.mirrored_filters)
-    for options in ({"stride": 2, "padding": 1}, {"padding": 0}):
-        with pytest.raises(ValueError, match="keeps the image's size"):
-            variants.HalvedMirroredConv2d(torch.nn.Conv2d(4, 4, 3, bias=False, **options))
-    with pytest.raises(ValueError, match="1x1 or 3x3"):
-        variants.HalvedMirroredConv2d(torch.nn.Conv2d(4, 4, 5, padding=2, bias=False))
+        mirrored_filters(untrained(modify=variants.strided_downsampling))
 
 
 # --- Damaged results ----------------------------------------------------------------------------

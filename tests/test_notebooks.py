@@ -159,6 +159,15 @@ def test_a_missing_or_damaged_notebook_is_one_line(content, tiny_data, monkeypat
     assert "disk space" not in line
 
 
+def test_the_notebooks_refuse_a_profile_without_their_arms(monkeypatch, capsys):
+    monkeypatch.setattr(RunNotebooks, "load_data", lambda: pytest.fail("the data was loaded"))
+    with pytest.raises(SystemExit) as end:
+        RunNotebooks.main(["--profile", "headline"])
+    assert end.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "runs the arms imbalanced, " in line and line.endswith("python Experiment.py --profile headline")
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_steps_of_the_study_stand_in_the_cells(name):
     code = "".join("".join(c["source"]) for c in read(name)["cells"] if c["cell_type"] == "code")
