@@ -114,7 +114,7 @@ CPU_GAN = GANSettings(steps=20000)
 
 # Which arms the profile headline compares: the best ones of their kinds on the development splits.
 BEST_WITHOUT_IMAGES = "logit-adjusted"
-BEST_WITH_STABLE_DIFFUSION = "stable-source-balanced-adjusted"
+BEST_WITH_STABLE_DIFFUSION = "stable-source-aware"
 
 PROFILES = {
     "smoke": Profile(
