@@ -152,7 +152,8 @@ PROFILES = {
         evidence=True,
         purpose="evidence from a CUDA GPU: 40 passes, near the reference's 50",
     ),
-    # Network and recipe of the benchmarks' sixth try at 94 %, except for label smoothing and the left-out easy images.
+    # Network and recipe of the benchmarks' sixth try at 94 %, except for its length, label smoothing and the left-out
+    # easy images.
     # Both would treat rare and common classes differently, and smoothing contradicts the logit adjustment.
     "headline": Profile(
         width=32,
@@ -352,6 +353,29 @@ GAN_STORY = (
     "gan-source-balanced",
     "gan-source-balanced-adjusted",
 )
+
+# The questions that the study asks of two arms: does the second find more of the minority than the first?
+QUESTIONS = {
+    ("imbalanced", "non-synthetic"): "Do augmented copies help?",
+    ("imbalanced", "stable"): "Do Stable Diffusion images of the minority help?",
+    ("imbalanced", "gan"): "Do the GAN's images of the minority help?",
+    ("non-synthetic", "gan"): "Does the GAN beat augmented copies?",
+    ("gan", "stable"): "Does Stable Diffusion beat the GAN?",
+    ("gan", "gan-source-balanced"): "Does it help to give every class images of the GAN?",
+    ("stable", "stable-source-balanced"): "Does it help to give every class Stable Diffusion images?",
+    ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
+    ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
+    ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
+    ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
+    ("logit-adjusted", "stable-source-aware-placebo"): "Do they add to it in source-aware training with shuffled labels?",
+    ("stable-source-aware-unmatched", "stable-source-aware"): "Does source-aware training need the matched spectrum?",
+    ("stable-source-aware-shared-statistics", "stable-source-aware"):
+        "Does source-aware training need batch-norm statistics per source?",
+    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does source-aware training need the adjusted loss?",
+    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does source-aware training need to end on real images?",
+    ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
+        "With that loss, does Stable Diffusion beat the GAN?",
+}  # fmt: skip
 
 
 def find_arm(name, profile_name=None):

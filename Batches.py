@@ -189,7 +189,8 @@ class SourceBatches(AugmentedBatches):
         Images in a batch beyond ``recipe.batch_size``.
     statistics_per_source : bool, default True
         False: every micro-batch holds images of both sources, in the batch's proportion. What the separation is worth
-        can be measured that way.
+        can be measured that way, except that the micro-batches also have another size: two of 128 images instead of
+        two of 96 real and one of 64 synthetic ones, say.
 
     Raises
     ------
@@ -244,8 +245,8 @@ class SourceBatches(AugmentedBatches):
         real, synthetic = (checksum(pool) for pool in self.pools)
         return (
             f"{super().description} phases={self.phases}, steps={self.steps}, micro_batch_size={self.micro_batch_size}, "
-            f"synthetic_weight={self.synthetic_weight}, statistics_per_source={self.statistics_per_source}, "
-            f"real={real}, synthetic={synthetic}"
+            f"synthetic_weight={self.synthetic_weight}, real={real}, synthetic={synthetic}"
+            + ("" if self.statistics_per_source else ", statistics of all sources together")
         )
 
     def _rows(self, source, step):
@@ -270,8 +271,10 @@ class SourceBatches(AugmentedBatches):
     def _micro_batches(self, images, rows, real):
         if not self.statistics_per_source:
             pieces = math.ceil(len(rows) / self.micro_batch_size)
-            dealt = torch.cat([torch.arange(k, len(rows), pieces) for k in range(pieces)]).to(rows.device)
-            return split_evenly(images[dealt], rows[dealt], self.micro_batch_size)
+            dealt = (
+                slice(k, None, pieces) for k in range(pieces)
+            )  # real rows first: each gets the same proportion
+            return [MicroBatch(images[part], rows[part], len(rows[part]) / len(rows)) for part in dealt]
         micro_batches = []
         whole = real + self.synthetic_weight * (len(rows) - real)
         for source, part in ((0, slice(real)), (1, slice(real, None))):

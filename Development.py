@@ -32,7 +32,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description="Compare methods on development splits, without the test set.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="methods:\n" + "\n".join(f"  {name:36}{method.what}" for name, method in METHODS.items()),
+        epilog="methods:\n" + "\n".join(f"  {name:52}{method.what}" for name, method in METHODS.items()),
     )
     add = parser.add_argument
     add("--method", nargs="+", required=True, metavar="METHOD", help="one or more methods, or 'all'")

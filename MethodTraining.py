@@ -46,8 +46,13 @@ class Budget:
 
     @classmethod
     def of_profile(cls, name):
-        """Network and recipe of a profile of the study, by its name."""
-        return cls(PROFILES[name].width, PROFILES[name].steps, name)
+        """Network and recipe of a profile of the study, by its name.
+
+        A profile with the usual network and recipe is the same as its width and steps, and shares their results.
+        """
+        settings = PROFILES[name]
+        is_usual = not settings.mirrored and not settings.recipe_changes
+        return cls(settings.width, settings.steps, None if is_usual else name)
 
     @property
     def folder(self):

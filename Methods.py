@@ -97,12 +97,16 @@ class Method:
 
     @property
     def batches_in_words(self):
-        """What is special in the batches of a method that has none or ``SourceBatches``: a str."""
+        """What is special in the batches, for a table: a str."""
         if self.batches is None:
             return "all images alike"
+        if self.batches.func is not SourceBatches:
+            return self.what
         phases = self.batches.keywords["phases"]
         words = [f"{phases[0][1]:.0%} synthetic"]
-        if phases[-1][1] == 0:
+        if weight := self.batches.keywords.get("synthetic_weight"):
+            words[0] += f" of weight {weight:g}"
+        if len(phases) > 1 and phases[-1][1] == 0:
             words.append(f"none in the last {1 - phases[-2][0]:.0%} of the steps")
         if self.batches.keywords.get("statistics_per_source", True):
             words.append("batch-norm statistics per source")

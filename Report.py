@@ -2,6 +2,7 @@
 
     python Report.py           redraw the committed plots, write the tables of README.md and docs/results.md
     python Report.py --check   fail if a table does not show what results/ says
+    python Report.py --profile headline    print the tables of another profile
 
 The tables stand between markers in the documents.
 """
@@ -13,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
-from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
+from Arms import ARMS, COMMITTED_PROFILE, PROFILES, QUESTIONS, REFERENCE_SPLIT
 from Results import Study, configuration_of, network_name, predictions_of
 from Runtime import atomic_path, describe_differences, hardware_text
 from Utils import (
@@ -32,32 +33,8 @@ README_ARMS = (
     "gan",
     "stable",
     "logit-adjusted",
-    "stable-source-balanced-adjusted",
     "stable-source-aware",
 )
-
-# The questions that the study asks of two arms: does the second find more of the minority than the first?
-QUESTIONS = {
-    ("imbalanced", "non-synthetic"): "Do augmented copies help?",
-    ("imbalanced", "stable"): "Do Stable Diffusion images of the minority help?",
-    ("imbalanced", "gan"): "Do the GAN's images of the minority help?",
-    ("non-synthetic", "gan"): "Does the GAN beat augmented copies?",
-    ("gan", "stable"): "Does Stable Diffusion beat the GAN?",
-    ("gan", "gan-source-balanced"): "Does it help to give every class images of the GAN?",
-    ("stable", "stable-source-balanced"): "Does it help to give every class Stable Diffusion images?",
-    ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
-    ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to that loss?",
-    ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images add to that loss?",
-    ("logit-adjusted", "stable-source-aware"): "Do they add to it in source-aware training?",
-    ("logit-adjusted", "stable-source-aware-placebo"): "Do images with shuffled labels add to it in the same training?",
-    ("stable-source-aware-unmatched", "stable-source-aware"): "Does it help to match the spectrum?",
-    ("stable-source-aware-shared-statistics", "stable-source-aware"):
-        "Do batch-norm statistics per source help?",
-    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does the adjusted loss help there?",
-    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does it help to end on real images?",
-    ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
-        "With that loss, does Stable Diffusion beat the GAN?",
-}  # fmt: skip
 
 
 # --- Titles -------------------------------------------------------------------------------------
@@ -194,7 +171,7 @@ def arms_table(names):
         sampler, classes = "none", ""
         if (made_by := arm.method.sampler) is not None:
             sampler = f"`{type(made_by).__name__}`" + (
-                ", spectrum matched" if made_by.match == "spectrum" else ""
+                ", spectrum matched" if getattr(made_by, "match", None) == "spectrum" else ""
             )
             sampler += ", labels shuffled" if arm.method.shuffled else ""
             classes = "every class" if callable(made_by.sampling_strategy) else "the minority"
@@ -265,7 +242,8 @@ def findings(results):
     """The study's questions, each answered from the results: a markdown list.
 
     The answer is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 (exact McNemar test,
-    same seed), else *undecided*. The p-values are not corrected for the number of questions.
+    same seed), else *undecided*. Precision is shown and not tested. The p-values are not corrected for the number of
+    questions.
 
     Parameters
     ----------
@@ -281,10 +259,14 @@ def findings(results):
         runs = _same_seed(results, first, second)
         test, _ = _compare(runs)
         recalls = [run["metrics"]["minority"]["recall"] for run in runs]
+        found = [
+            f"{run['metrics']['minority']['recall']:.1%} of the minority (precision {run['metrics']['minority']['precision']:.1%})"
+            for run in runs
+        ]
         answer = "Undecided" if test["p_value"] >= 0.05 else "Yes" if recalls[1] > recalls[0] else "No"
         lines.append(
-            f"- **{question}** {answer}. *{ARMS[second].title}* finds {recalls[1]:.1%} of the minority, "
-            f"*{ARMS[first].title}* {recalls[0]:.1%} (p {_p_value(test['p_value'])})."
+            f"- **{question}** {answer}. *{ARMS[second].title}* finds {found[1]}, *{ARMS[first].title}* {found[0]}; "
+            f"p {_p_value(test['p_value'])}."
         )
     profile = next(iter(results.values()))[0]["profile"]
     if not PROFILES[profile].evidence:
@@ -383,7 +365,7 @@ def save_arm_plots(study, arm_name):
 
 
 def comparison_figure(results):
-    """Bars of all arms: recall of the minority class, balanced accuracy, accuracy.
+    """Bars of all arms: recall and precision of the minority class, balanced accuracy.
 
     Parameters
     ----------
@@ -397,8 +379,8 @@ def comparison_figure(results):
     rows = {
         ARMS[name].title: {
             "minority_recall": [run["metrics"]["minority"]["recall"] for run in runs],
+            "minority_precision": [run["metrics"]["minority"]["precision"] for run in runs],
             "balanced_accuracy": [run["metrics"]["balanced_accuracy"] for run in runs],
-            "accuracy": [run["metrics"]["accuracy"] for run in runs],
         }
         for name, runs in results.items()
     }
@@ -481,6 +463,28 @@ def generation_table(judged):
 COMMITTED = Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT)
 
 
+def arms_report(results):
+    """Markdown of all that is said about the arms of a study: conditions, scores, tests, answers.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results.
+    """
+    if not results:
+        return NOT_RUN
+    parts = (
+        conditions(results),
+        results_table(results, COLUMNS | MORE_COLUMNS),
+        "Exact McNemar tests (the smallest seed that both arms have):",
+        paired_table(results),
+        "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
+        "corrected for the number of questions; precision is not tested):",
+        findings(results),
+    )
+    return "\n\n".join(parts)
+
+
 def generated_parts():
     """Document -> name of each generated part -> its text, made from the committed study's ``results/``."""
     results, gan = COMMITTED.load_results(), []
@@ -489,24 +493,13 @@ def generated_parts():
         gan.append(f"Profile `{COMMITTED.profile}`. {gan_conditions(COMMITTED.read_gan_record())}")
     if judged_path.exists():
         gan.append(generation_table(COMMITTED.read_judgement()))
-    summary = arms = NOT_RUN
+    summary = NOT_RUN
     if results:
         few = {name: results[name] for name in README_ARMS if name in results}
         summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(few)}"
-        arms = "\n\n".join(
-            [
-                conditions(results),
-                results_table(results, COLUMNS | MORE_COLUMNS),
-                "Exact McNemar tests (the smallest seed that both arms have):",
-                paired_table(results),
-                "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
-                "corrected for the number of questions):",
-                findings(results),
-            ]
-        )
     return {
         Path("README.md"): {"summary": summary},
-        Path("docs", "results.md"): {"results": arms, "gan": "\n\n".join(gan) or NOT_RUN},
+        Path("docs", "results.md"): {"results": arms_report(results), "gan": "\n\n".join(gan) or NOT_RUN},
     }
 
 
@@ -567,8 +560,16 @@ def main(arguments=None):
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if a document is not current"
     )
+    parser.add_argument(
+        "--profile",
+        choices=list(PROFILES),
+        help=f"print the tables of a profile's results on CIFAR-10's {REFERENCE_SPLIT}, and write nothing",
+    )
     options = parser.parse_args(arguments)
     try:
+        if options.profile:
+            print(arms_report(Study(options.profile, "cifar10", REFERENCE_SPLIT).load_results()))
+            return
         changed = update_documents(generated_parts(), options.check)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

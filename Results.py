@@ -177,7 +177,7 @@ RESULT = {
     "minority_classes": [str],
     "class_names": [str],
     "metrics": {
-        "minority": {"recall": Real},
+        "minority": {"recall": Real, "precision": Real},
         "balanced_accuracy": Real,
         "accuracy": Real,
         "per_class": {str: {"support": int}},

@@ -265,7 +265,11 @@ def plot_power_spectra(powers, title):
             np.arange(side), side - np.arange(side)
         )  # the second half holds negative frequencies
         frequency = np.rint(np.hypot(rows[:, None], np.arange(columns))).astype(int)
-        means = np.bincount(frequency.ravel(), power.mean(axis=2).ravel()) / np.bincount(frequency.ravel())
+        # The other half of the plane is left out of ``power``. Each inner column stands for one there, too.
+        times = np.where((np.arange(columns) == 0) | (2 * np.arange(columns) == side), 1, 2)
+        times = np.broadcast_to(times, frequency.shape).ravel()
+        means = np.bincount(frequency.ravel(), times * power.mean(axis=2).ravel())
+        means /= np.bincount(frequency.ravel(), times)
         frequencies = np.arange(1, columns)
         axes.semilogy(frequencies, means[frequencies], label=name)
     axes.set(xlabel="frequency (cycles per image)", ylabel="mean power", title=title)
@@ -423,12 +427,12 @@ def plot_confusion_matrix(matrix, class_names, title):
 
 
 def plot_comparison(rows, title):
-    """Minority recall, balanced accuracy and accuracy of each arm: bars of the means, and a dot for each run.
+    """Recall and precision of the minority and balanced accuracy of each arm: bars of the means, and a dot for each run.
 
     Parameters
     ----------
     rows : dict
-        Title of the arm -> dict of ``minority_recall``, ``balanced_accuracy`` and ``accuracy``. Each is a
+        Title of the arm -> dict of ``minority_recall``, ``minority_precision`` and ``balanced_accuracy``. Each is a
         list with one fraction between 0 and 1 per run. The first arm is drawn at the top.
     title : str
         Of the whole figure.
@@ -439,8 +443,8 @@ def plot_comparison(rows, title):
     """
     panels = (
         ("minority_recall", "recall of the minority class", COLOURS["minority"]),
-        ("balanced_accuracy", "balanced accuracy", COLOURS["real"]),
-        ("accuracy", "accuracy", COLOURS["total"]),
+        ("minority_precision", "precision of the minority class", COLOURS["real"]),
+        ("balanced_accuracy", "balanced accuracy", COLOURS["total"]),
     )
     figure, axes = plt.subplots(1, 3, figsize=(13, 0.42 * len(rows) + 1.5), sharey=True, layout="constrained")
     positions = np.arange(len(rows))[::-1]

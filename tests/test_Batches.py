@@ -72,6 +72,13 @@ def test_micro_batches_of_both_sources_have_the_batch_s_proportion_and_are_track
         assert images == images_apart
 
 
+def test_micro_batches_of_both_sources_have_almost_one_size_if_it_does_not_divide_the_batch():
+    options = {"phases": ((1.0, 0.25),), "micro_batch_size": 6, "batch_size": 20}
+    for step in all_steps(source_batches(steps=3, statistics_per_source=False, **options), epochs=3):
+        assert [len(part.rows) for part in step] == [5] * 4 and [part.weight for part in step] == [0.25] * 4
+        assert {int(SOURCES[part.rows.cpu()].sum()) for part in step} <= {1, 2}
+
+
 def test_sources_of_different_weight_do_not_share_micro_batches():
     with pytest.raises(ValueError, match="A synthetic_weight needs micro-batches of one source"):
         source_batches(statistics_per_source=False, synthetic_weight=0.3)

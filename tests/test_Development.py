@@ -100,11 +100,23 @@ def test_every_method_runs_without_the_test_set_and_leaves_a_result(few, cache, 
     assert json.loads(path.read_text()) == result
     method = METHODS[name]
     assert result["training_images"]["real"] == 9 * 80 + 10
-    lacks_images = name != "adjusted-oversampled"  # it asks for a tenth of 80 images, and there are 10
-    assert bool(result["training_images"]["synthetic"]) == (method.sampler is not None and lacks_images)
+    gets_images = name != "adjusted-oversampled"  # it asks for a tenth of 80 images, and there are 10
+    assert bool(result["training_images"]["synthetic"]) == (method.sampler is not None and gets_images)
     assert (name in IMAGE_FREE) != (method.needs_stable_diffusion or method.needs_gan)
     assert result["recipe"]["steps"] == round(2 / method.compute)
     assert not list(path.parent.glob("*.pt"))
+
+
+def test_what_is_special_in_the_batches_is_said_of_every_method():
+    words = {name: method.batches_in_words for name, method in METHODS.items()}
+    assert all(words.values())
+    assert words["adjusted"] == "all images alike" and words["mixup"] == "mixup"
+    assert words["stable-spectrum-light"].startswith("50% synthetic of weight 0.3, none in the last 15%")
+
+
+def test_a_profile_with_the_usual_network_and_recipe_shares_the_results_of_its_width_and_steps():
+    assert Budget.of_profile("cpu") == Budget(16, 2000)
+    assert Budget.of_profile("headline").folder.name == "headline"
 
 
 def test_rare_images_can_be_repeated_to_a_tenth_of_the_others(few):

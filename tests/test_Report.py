@@ -138,7 +138,9 @@ def test_questions_are_answered_by_the_minoritys_images(found, answer, results, 
     warning, _, line = Report.findings(results).splitlines()
     assert "`smoke` is too short to conclude anything" in warning
     assert line.startswith(f"- **Does it help?** {answer}. *Logit-adjusted")
-    assert f"finds {found[1] / 10:.1%} of the minority, *Imbalanced* {found[0] / 10:.1%} (p " in line
+    precision = run["metrics"]["minority"]["precision"]
+    assert f"finds {found[1] / 10:.1%} of the minority (precision {precision:.1%}), *Imbal" in line
+    assert f"*Imbalanced* {found[0] / 10:.1%} of the minority (precision " in line and "); p " in line
 
 
 def test_arms_are_compared_by_runs_of_the_same_seed(results, tiny_data, one_question):
@@ -212,10 +214,10 @@ def test_documents_without_evidence_say_so():
     )
 
 
-def test_the_readme_shows_the_committed_results_in_six_rows(monkeypatch):
+def test_the_readme_shows_the_committed_results_in_a_row_for_each_arm(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     summary = Report.generated_parts()[Path("README.md")]["summary"]
-    assert len(re.findall(r"(?m)^\| [A-Z]", summary)) == 6
+    assert len(re.findall(r"(?m)^\| [A-Z]", summary)) == len(Report.README_ARMS) == 6
     results = Study("cpu", "cifar10", "cat-50").load_results()
     for name in Report.README_ARMS:
         recall = 100 * np.mean([run["metrics"]["minority"]["recall"] for run in results[name]])
@@ -235,6 +237,23 @@ def test_another_working_directory_is_one_line(script):
     assert answer.returncode == 1
     [line] = answer.stderr.splitlines()
     assert "README.md in" in line and "Run this from the repository's folder" in line
+
+
+def test_every_arm_has_a_row_in_the_table_of_arms():
+    rows = [cells(row) for row in Report.arms_table(ARMS).splitlines()[2:]]
+    assert [row[0] for row in rows] == [arm.title for arm in ARMS.values()]
+    assert all(row[3] and row[4] for row in rows)
+
+
+def test_the_tables_of_a_profile_are_printed_and_nothing_is_written(tiny_data, capsys, monkeypatch):
+    monkeypatch.setattr(Report, "REFERENCE_SPLIT", "cat-3")
+    run_arms([Study("smoke", "cifar10", "cat-3")], tiny_data, ["imbalanced"])
+    capsys.readouterr()
+    Report.main(["--profile", "smoke"])
+    assert "| Imbalanced | 0 |" in capsys.readouterr().out
+    Report.main(["--profile", "headline"])
+    assert capsys.readouterr().out.strip() == Report.NOT_RUN
+    assert not Path("README.md").exists()
 
 
 def test_the_readme_can_be_read_in_five_minutes():

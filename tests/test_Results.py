@@ -18,7 +18,7 @@ COMPLETE = {  # what a result file must have, as short as possible
     "arm": "stable", "seed": 0, "profile": "cpu", "data": "cifar10", "split": "cat-50", "minority_classes": ["cat"],
     "class_names": ["cat"],
     "metrics": {
-        "minority": {"recall": 0.5}, "balanced_accuracy": 0.5, "accuracy": 0.5, "per_class": {"cat": {"support": 2}},
+        "minority": {"recall": 0.5, "precision": 0.5}, "balanced_accuracy": 0.5, "accuracy": 0.5, "per_class": {"cat": {"support": 2}},
         "confusion_matrix": [[2]],
     },
     "best_look_at_test": {}, "training_images": {"real": [50], "synthetic": [0]},
@@ -221,7 +221,7 @@ def test_the_committed_results_can_be_read_and_belong_to_the_present_recipe(monk
     y = study.load_test_labels()
     recipe = PROFILES["cpu"].recipe(45_050, flip=True).as_json()
     assert recipe.keys() == Recipe(steps=1).as_json().keys()
-    for [result] in results.values():
+    for result in (run for runs in results.values() for run in runs):
         # What could not be chosen yet when a result was obtained has its default.
         configuration = Recipe(steps=1).as_json() | result["configuration"]
         assert recipe == {key: configuration[key] for key in recipe}

@@ -200,6 +200,7 @@ def test_a_wave_shows_at_its_frequency_in_any_direction():
     for line in axes.lines:
         assert line.get_xdata().tolist() == list(range(1, 9))
         assert line.get_xdata()[line.get_ydata().argmax()] == 3
+    assert np.allclose(*(line.get_ydata() for line in axes.lines))
     assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title() == "Title"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["across", "down"]
 
@@ -234,8 +235,12 @@ def test_the_confusion_matrix_shows_the_share_of_each_true_class_in_percent():
 
 def test_the_comparison_has_a_bar_for_each_arm_and_a_dot_for_each_run():
     rows = {
-        "first": {"minority_recall": [0.1, 0.3], "balanced_accuracy": [0.5, 0.7], "accuracy": [0.8, 0.9]},
-        "second": {"minority_recall": [0.6], "balanced_accuracy": [0.7], "accuracy": [0.85]},
+        "first": {
+            "minority_recall": [0.1, 0.3],
+            "minority_precision": [0.8, 0.9],
+            "balanced_accuracy": [0.5, 0.7],
+        },
+        "second": {"minority_recall": [0.6], "minority_precision": [0.85], "balanced_accuracy": [0.7]},
     }
     figure = plot_comparison(rows, "Title")
     recall, _, accuracy = figure.axes
