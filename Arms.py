@@ -374,7 +374,7 @@ QUESTIONS = {
     ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does source-aware training need the adjusted loss?",
     ("stable-source-aware-to-the-end", "stable-source-aware"): "Does source-aware training need to end on real images?",
     ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
-        "With that loss, does Stable Diffusion beat the GAN?",
+        "With the adjusted loss, does Stable Diffusion beat the GAN?",
 }  # fmt: skip
 
 
