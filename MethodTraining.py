@@ -15,7 +15,7 @@ from DevelopmentReport import FOLDER, RUN
 from DevelopmentSplits import development_data, development_generator, held_out_set, validation_scores
 from Methods import find_method
 from Precision import precision_name
-from Results import read_json
+from Results import read_json, with_defaults
 from Runtime import (
     checksum,
     choose_device,
@@ -103,9 +103,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     if path.exists():
         result = read_json(path, RUN)
         wanted = recipe.as_json() | budget.network | {"definition": method.definition}
-        # The first results lack settings that could not be chosen then.
-        found = Recipe(steps=1).as_json() | {"mirrored": False} | result | result["recipe"]
-        require_same_settings(path, found, wanted)
+        require_same_settings(path, with_defaults(result | result["recipe"]), wanted)
         return result
     require_writable(path)
     device, commit = choose_device(device), code_version()

@@ -303,7 +303,12 @@ def predictions_of(result):
 
 def configuration_of(result):
     """Recipe and network of a result (dict). What could not be chosen when it was obtained has its default."""
-    return Recipe(steps=1).as_json() | {"mirrored": False} | result["configuration"]
+    return with_defaults(result["configuration"])
+
+
+def with_defaults(settings):
+    """Settings of a recipe and a network (dict), completed by the defaults of those that could not be chosen then."""
+    return Recipe(steps=1).as_json() | {"mirrored": False} | settings
 
 
 def network_name(network):
