@@ -15,6 +15,7 @@ from importlib.metadata import version
 import numpy as np
 
 from Arms import find_arm
+from Calibration import probability_metrics
 from ClassifierNetwork import (
     EpochEvaluator,
     ResNet18,
@@ -262,6 +263,7 @@ def _evaluate(model, data, split, history):
     return {
         "metrics": judge(plain.predictions) | {"loss": plain.loss},
         "metrics_with_averaged_flips": flips,
+        "probabilities": probability_metrics(plain.logits, data.y_test, split.minority_classes),
         # The reference study reports its best epoch by test accuracy; here that epoch chooses nothing.
         "best_look_at_test": {
             "looks": len(evaluated),

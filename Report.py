@@ -14,12 +14,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
-from Arms import ARMS, COMMITTED_PROFILE, PROFILES, QUESTIONS, REFERENCE_SPLIT
-from Results import Study, configuration_of, network_name, predictions_of
+from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
+from Calibration import plot_reliability
+from Comparison import findings, paired_table
+from Results import Study, configuration_of, network_name
 from Runtime import atomic_path, describe_differences, hardware_text
+from Significance import mean_interval
 from Utils import (
     markdown_table,
-    mcnemar_test,
     plot_comparison,
     plot_confusion_matrix,
     plot_learning_curves,
@@ -96,13 +98,13 @@ def banner(study, data, split):
 
 
 def percent(fractions, digits=1):
-    """``94.0 ± 0.1``: mean and, if there are several, sample standard deviation, in percent."""
-    values = 100 * np.asarray(fractions, dtype=float)
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
+    """``94.0 ± 0.1``: mean over seeds in percent and, with three or more, half the width of its 95 % interval."""
+    mean, half_width = mean_interval(fractions)
+    interval = "" if half_width is None else f" ± {100 * half_width:.{digits}f}"
+    return f"{100 * mean:.{digits}f}{interval}"
 
 
-def _metric(*keys):
+def _metric(*keys, show=percent):
     """A column: one metric of all runs."""
 
     def cell(runs):
@@ -111,9 +113,13 @@ def _metric(*keys):
             for key in keys:
                 value = value.get(key) if value is not None else None
             values.append(value)
-        return "" if None in values else percent(values)  # older results may lack a metric
+        return "" if None in values else show(values)  # older results may lack a metric
 
     return cell
+
+
+def _standard_deviation(fractions):
+    return f"{100 * np.std(fractions, ddof=1):.1f}" if len(fractions) > 1 else ""
 
 
 COLUMNS = {
@@ -131,6 +137,9 @@ MORE_COLUMNS = {
     "G-mean": _metric("metrics", "g_mean"),
     "accuracy, averaged flips": _metric("metrics_with_averaged_flips", "accuracy"),
     "accuracy, best epoch by test accuracy": _metric("best_look_at_test", "test_accuracy"),
+    "average precision of the minority": _metric("probabilities", "minority", "average_precision"),
+    "expected calibration error": _metric("probabilities", "expected_calibration_error"),
+    "standard deviation of the recall": _metric("metrics", "minority", "recall", show=_standard_deviation),
 }
 
 
@@ -147,7 +156,7 @@ def results_table(results, columns=COLUMNS):
     Returns
     -------
     str
-        All scores in percent; mean and sample standard deviation over seeds if there are several.
+        All scores in percent. With three seeds or more, half the width of the 95 % interval follows the mean.
     """
     rows = [(ARMS[name].title, *(cell(runs) for cell in columns.values())) for name, runs in results.items()]
     return markdown_table(("arm", *columns), rows)
@@ -178,100 +187,6 @@ def arms_table(names):
         loss = "logit-adjusted cross-entropy" if arm.method.logit_adjusted else "cross-entropy"
         rows.append((arm.title, sampler, classes, loss, arm.method.batches_in_words))
     return markdown_table(("arm", "sampler", "adds images to", "loss", "batches"), rows)
-
-
-def _same_seed(results, first, second):
-    """The runs of two arms with the smallest seed that both have, or None."""
-    by_seed = [{run["seed"]: run for run in results.get(name, ())} for name in (first, second)]
-    common = by_seed[0].keys() & by_seed[1].keys()
-    return [runs[min(common)] for runs in by_seed] if common else None
-
-
-def _compare(runs):
-    """Exact McNemar tests of two runs: on the minority's test images, and on all."""
-    run = runs[0]
-    y_true = Study(run["profile"], run["data"], run["split"]).load_test_labels()
-    predictions = [predictions_of(run) for run in runs]
-    minority = np.isin(y_true, [run["class_names"].index(c) for c in run["minority_classes"]])
-    return [
-        mcnemar_test(y_true[rows], *(predicted[rows] for predicted in predictions))
-        for rows in (minority, np.ones_like(minority))
-    ]
-
-
-def _asked(results):
-    return {pair: question for pair, question in QUESTIONS.items() if _same_seed(results, *pair)}
-
-
-def _p_value(p):
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
-
-
-def paired_table(results):
-    """Markdown table of exact McNemar tests between arms, on the minority's test images and on all.
-
-    Runs of the same seed, the smallest that both arms have, are compared image by image.
-
-    Parameters
-    ----------
-    results : dict
-        Arm name -> list of results.
-
-    Returns
-    -------
-    str
-    """
-    head = (
-        "compared arms",
-        "minority images that only the first / only the second finds",
-        "p",
-        "all images that only the first / only the second gets right",
-        "p",
-    )
-    rows = []
-    for first, second in _asked(results):
-        cells = [f"{ARMS[first].title} / {ARMS[second].title}"]
-        for test in _compare(_same_seed(results, first, second)):
-            cells.append(f"{test['only_first_right']:,} / {test['only_second_right']:,}")
-            cells.append(_p_value(test["p_value"]))
-        rows.append(cells)
-    return markdown_table(head, rows)
-
-
-def findings(results):
-    """The study's questions, each answered from the results: a markdown list.
-
-    The answer is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 (exact McNemar test,
-    same seed), else *undecided*. Precision is shown and not tested. The p-values are not corrected for the number of
-    questions.
-
-    Parameters
-    ----------
-    results : dict
-        Arm name -> list of results.
-
-    Returns
-    -------
-    str
-    """
-    lines = []
-    for (first, second), question in _asked(results).items():
-        runs = _same_seed(results, first, second)
-        test, _ = _compare(runs)
-        recalls = [run["metrics"]["minority"]["recall"] for run in runs]
-        found = [
-            f"{run['metrics']['minority']['recall']:.1%} of the minority (precision {run['metrics']['minority']['precision']:.1%})"
-            for run in runs
-        ]
-        answer = "Undecided" if test["p_value"] >= 0.05 else "Yes" if recalls[1] > recalls[0] else "No"
-        lines.append(
-            f"- **{question}** {answer}. *{ARMS[second].title}* finds {found[1]}, *{ARMS[first].title}* {found[0]}; "
-            f"p {_p_value(test['p_value'])}."
-        )
-    profile = next(iter(results.values()))[0]["profile"]
-    if not PROFILES[profile].evidence:
-        lines.insert(0, f"*The profile `{profile}` is too short to conclude anything from these answers.*\n")
-    return "\n".join(lines)
 
 
 def conditions(results):
@@ -384,9 +299,37 @@ def comparison_figure(results):
         }
         for name, runs in results.items()
     }
+    return plot_comparison(rows, _caption_of_arms(results))
+
+
+def _caption_of_arms(results):
     fewest, most = (count(map(len, results.values())) for count in (min, max))
     uneven = f"{fewest} to {most} seeds an arm" if fewest < most else None
-    return plot_comparison(rows, caption(max(results.values(), key=len), uneven))
+    return caption(max(results.values(), key=len), uneven)
+
+
+def reliability_figure(results):
+    """Reliability diagram of the arms of the README that have probabilities, or None: older results have none.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results.
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+    """
+    reliability = {}
+    for name in README_ARMS:
+        rankings = [(run.get("probabilities") or {}).get("minority") for run in results.get(name, ())]
+        if rankings and all(rankings):
+            reliability[name] = [ranking["reliability"] for ranking in rankings]
+    if not reliability:
+        return None
+    runs = {name: results[name] for name in reliability}
+    reliability = {ARMS[name].title: bins for name, bins in reliability.items()}
+    return plot_reliability(reliability, _caption_of_arms(runs))
 
 
 # --- The GAN and the quality of generated images ------------------------------------------------
@@ -476,10 +419,12 @@ def arms_report(results):
     parts = (
         conditions(results),
         results_table(results, COLUMNS | MORE_COLUMNS),
-        "Exact McNemar tests (the smallest seed that both arms have):",
+        "What the second of two arms has more than the first, in percentage points. In brackets: the 95 % bootstrap interval "
+        "over test images. After ±, with three seeds or more: half the width of the 95 % interval over seeds. The p-value is "
+        "of exact McNemar tests on the minority's images, one a seed, combined by twice their mean (Vovk and Wang 2020), then "
+        "corrected for the number of questions (Holm 1979):",
         paired_table(results),
-        "The study's questions, answered by the recall of the minority (p-values of the tests above, not "
-        "corrected for the number of questions; precision is not tested):",
+        "The study's questions, answered by the recall of the minority (corrected p-values of the tests above):",
         findings(results),
     )
     return "\n\n".join(parts)
@@ -584,6 +529,8 @@ def main(arguments=None):
         save_arm_plots(COMMITTED, name)
     if results:
         plt.close(save_figure(comparison_figure(results), COMMITTED.image_path("comparison.png")))
+    if figure := reliability_figure(results):
+        plt.close(save_figure(figure, COMMITTED.image_path("reliability.png")))
 
 
 if __name__ == "__main__":

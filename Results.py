@@ -194,6 +194,14 @@ RESULT = {
     "test_predictions": str,
 }  # fmt: skip
 
+PROBABILITIES = {
+    "expected_calibration_error": Real,
+    "minority": dict | None,
+}  # older results do not have them
+RANKING = {
+    "average_precision": Real, "reliability": [{"images": int, "mean_probability": Real, "share_of_minority": Real}],
+}  # fmt: skip
+
 GAN_RECORD = {
     "settings": {"steps": int, "batch_size": int},
     "parameters": {"generator": int, "discriminator": int},
@@ -290,10 +298,20 @@ def read_result(path):
         == len(names) * [len(names)],
         # Older results do not have it.
         "metrics_with_averaged_flips": isinstance(result.get("metrics_with_averaged_flips"), dict | None),
+        "probabilities": not _wrong_probabilities(result.get("probabilities")),
         "test_predictions": all(number.isdecimal() for number in result["test_predictions"].split()),
     }
     refuse_damage(path, [name for name, right in is_right.items() if not right])
     return result
+
+
+def _wrong_probabilities(probabilities):
+    if probabilities is None:
+        return []
+    minority = probabilities.get("minority") if isinstance(probabilities, dict) else None
+    return wrong_parts(probabilities, PROBABILITIES) + (
+        wrong_parts(minority, RANKING) if minority is not None else []
+    )
 
 
 def predictions_of(result):

@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from imblearn.metrics import geometric_mean_score
 from matplotlib.ticker import PercentFormatter
-from scipy.stats import binomtest
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
     accuracy_score,
@@ -133,45 +132,6 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
             for c in labels
         },
         "confusion_matrix": confusion_matrix(y_true, y_pred, labels=labels).tolist(),
-    }
-
-
-def mcnemar_test(y_true, first, second):
-    """Exact McNemar test: does one of two models get more of the same images right (McNemar 1947)?
-
-    Only images that exactly one of the models gets right carry information. Under the null hypothesis, each
-    model is right on half of them. Dietterich (1998) recommends this test for comparing two classifiers on
-    one test set. It covers the choice of test images. It does not cover the choice of seed.
-
-    Parameters
-    ----------
-    y_true, first, second : array of int, shape (n,)
-        The true classes and the predictions of the two models, in the same order of images.
-
-    Returns
-    -------
-    dict
-        ``only_first_right`` and ``only_second_right`` (numbers of images) and ``p_value`` (two-sided).
-
-    Raises
-    ------
-    ValueError
-        If the three arrays have different shapes.
-    """
-    y_true, first, second = map(np.asarray, (y_true, first, second))
-    if not y_true.shape == first.shape == second.shape:
-        raise ValueError(
-            f"The predictions must be for the same images, but y_true, first and second have the shapes "
-            f"{y_true.shape}, {first.shape} and {second.shape}."
-        )
-    only_first = int(np.sum((first == y_true) & (second != y_true)))
-    only_second = int(np.sum((second == y_true) & (first != y_true)))
-    discordant = only_first + only_second
-    p_value = binomtest(only_first, discordant).pvalue if discordant else 1.0
-    return {
-        "only_first_right": only_first,
-        "only_second_right": only_second,
-        "p_value": float(p_value),
     }
 
 

@@ -198,6 +198,26 @@ def smoke(arm_name, data, split_name=SPLIT, seed=0):
     return outcome
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Folder with two seeds of one arm and one of another, under smoke: trained once for all tests."""
+    from Experiment import run_arms  # imported here because most tests need none of what it imports
+
+    data, folder = make_tiny_data(), tmp_path_factory.mktemp("trained")
+    study = smoke_study(data, "cat-3")
+    with contextlib.chdir(folder):
+        run_arms([study], data, ["imbalanced", "logit-adjusted"])
+        run_arms([study], data, ["imbalanced"], [1])
+    return folder
+
+
+@pytest.fixture
+def results(trained, tiny_data):
+    """The results in ``trained``, copied into the test's own folder."""
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+    return smoke_study(tiny_data, "cat-3").load_results()
+
+
 @pytest.fixture
 def headline(monkeypatch):
     """The study of :data:`SPLIT` under the profile ``headline``, made tiny: width 4, four steps."""

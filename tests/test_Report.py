@@ -1,39 +1,19 @@
 """Tables, sentences and figures say what results/ says."""
 
-import contextlib
-import dataclasses
+import copy
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, make_tiny_data, smoke_study
+from conftest import REPOSITORY
 
 import Report
-from Arms import ARMS, PROFILES, STORY
+from Arms import ARMS, STORY
 from Experiment import run_arms
 from Results import Study
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Folder with two seeds of one arm and one of another, under smoke: trained once for all tests."""
-    data, folder = make_tiny_data(), tmp_path_factory.mktemp("trained")
-    study = smoke_study(data, "cat-3")
-    with contextlib.chdir(folder):
-        run_arms([study], data, ["imbalanced", "logit-adjusted"])
-        run_arms([study], data, ["imbalanced"], [1])
-    return folder
-
-
-@pytest.fixture
-def results(trained, tiny_data):
-    """The results in ``trained``, copied into the test's own folder."""
-    shutil.copytree(trained, ".", dirs_exist_ok=True)
-    return smoke_study(tiny_data, "cat-3").load_results()
 
 
 def cells(line):
@@ -54,12 +34,25 @@ def test_the_table_shows_each_arm_with_the_minority_first(results):
     assert row["accuracy"] == f"{100 * run['metrics']['accuracy']:.1f}"
 
 
-def test_several_seeds_are_shown_as_mean_and_spread(results):
-    accuracies = [100 * run["metrics"]["accuracy"] for run in results["imbalanced"]]
-    head, _, row, _ = Report.results_table(results).splitlines()
-    row = dict(zip(cells(head), cells(row), strict=True))
-    assert row["accuracy"] == f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"
-    assert row["seeds"] == "2"
+def test_several_seeds_are_shown_as_mean_and_interval(results):
+    runs = results["imbalanced"]
+    accuracies = [100 * run["metrics"]["accuracy"] for run in runs]
+    columns = Report.COLUMNS | Report.MORE_COLUMNS
+
+    def row():
+        head, _, first, _ = Report.results_table(results, columns).splitlines()
+        return dict(zip(cells(head), cells(first), strict=True))
+
+    assert row()["accuracy"] == f"{np.mean(accuracies):.1f}" and row()["seeds"] == "2"  # two have no interval
+    assert row()["standard deviation of the recall"] == "0.0"
+    third = copy.deepcopy(runs[0])
+    third["metrics"]["minority"]["recall"] += 0.03
+    results["imbalanced"] = [*runs, third]
+    accuracies.append(accuracies[0])
+    half_width = 4.3027 * np.std(accuracies, ddof=1) / np.sqrt(3)
+    assert row()["accuracy"] == f"{np.mean(accuracies):.1f} ± {half_width:.1f}"
+    recalls = [run["metrics"]["minority"]["recall"] for run in results["imbalanced"]]
+    assert row()["standard deviation of the recall"] == f"{100 * np.std(recalls, ddof=1):.1f}"
 
 
 def test_every_stored_score_has_a_column(results):
@@ -72,6 +65,8 @@ def test_every_stored_score_has_a_column(results):
         ("G-mean", run["metrics"]["g_mean"]),
         ("accuracy, averaged flips", run["metrics_with_averaged_flips"]["accuracy"]),
         ("accuracy, best epoch by test accuracy", run["best_look_at_test"]["test_accuracy"]),
+        ("average precision of the minority", run["probabilities"]["minority"]["average_precision"]),
+        ("expected calibration error", run["probabilities"]["expected_calibration_error"]),
     ]:
         assert row[column] == f"{100 * value:.1f}"
     results["logit-adjusted"][0]["metrics_with_averaged_flips"] = None  # as for the digits
@@ -106,51 +101,6 @@ def test_the_table_of_arms_says_what_they_differ_in():
     assert [row[3] == "cross-entropy" for row in rows] == [False] * 4 + [True]
 
 
-@pytest.fixture
-def one_question(monkeypatch):
-    questions = {("imbalanced", "logit-adjusted"): "Does it help?", ("imbalanced", "stable"): "Not run"}
-    monkeypatch.setattr(Report, "QUESTIONS", questions)
-
-
-def test_paired_counts_agree_with_the_predictions(results, tiny_data, one_question):
-    lines = Report.paired_table(results).splitlines()
-    assert len(lines) == 3  # there is no result of the second pair
-    first, second = (
-        np.array(results[name][0]["test_predictions"].split(), dtype=int) == tiny_data.y_test
-        for name in ("imbalanced", "logit-adjusted")
-    )
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    assert cells(lines[2])[3] == f"{only_first} / {only_second}"
-
-
-@pytest.mark.parametrize(
-    ("found", "answer"), [((2, 9), "Yes"), ((9, 2), "No"), ((5, 6), "Undecided"), ((0, 0), "Undecided")]
-)
-def test_questions_are_answered_by_the_minoritys_images(found, answer, results, tiny_data, one_question):
-    """Ten cats, of which each arm finds the first so many."""
-    cats = np.flatnonzero(tiny_data.y_test == 3)
-    for name, count in zip(("imbalanced", "logit-adjusted"), found, strict=True):
-        predictions = np.zeros_like(tiny_data.y_test)
-        predictions[cats[:count]] = 3
-        run = results[name][0]
-        run["test_predictions"] = " ".join(map(str, predictions))
-        run["metrics"]["minority"]["recall"] = count / 10
-    warning, _, line = Report.findings(results).splitlines()
-    assert "`smoke` is too short to conclude anything" in warning
-    assert line.startswith(f"- **Does it help?** {answer}. *Logit-adjusted")
-    precision = run["metrics"]["minority"]["precision"]
-    assert f"finds {found[1] / 10:.1%} of the minority (precision {precision:.1%}), *Imbal" in line
-    assert f"*Imbalanced* {found[0] / 10:.1%} of the minority (precision " in line and "); p " in line
-
-
-def test_arms_are_compared_by_runs_of_the_same_seed(results, tiny_data, one_question):
-    """Seed 0 of one arm is gone: seed 1 of it is not paired with seed 0 of the other."""
-    del results["imbalanced"][0]
-    assert len(Report.paired_table(results).splitlines()) == 2 and Report.findings(results).count("**") == 0
-    results["logit-adjusted"][0]["seed"] = 1
-    assert len(Report.paired_table(results).splitlines()) == 3
-
-
 def test_uneven_seeds_are_said(results):
     assert "Seeds 0, 1 (not every arm has all of them)." in Report.conditions(results)
     figure = Report.comparison_figure(results)
@@ -166,18 +116,21 @@ def test_results_from_before_a_metric_show_an_empty_cell(results):
     assert cells(last)[3] == ""
 
 
-def test_evidence_is_answered_without_a_warning(results, one_question, monkeypatch):
-    evidence = dataclasses.replace(PROFILES["smoke"], evidence=True)
-    monkeypatch.setitem(PROFILES, "smoke", evidence)
-    assert Report.findings(results).startswith("- **Does it help?**")
-
-
 @pytest.mark.parametrize(("key", "other"), [("downsampling", "strides"), ("steps", 7), ("width", 8)])
 def test_the_conditions_name_the_network_and_refuse_arms_trained_in_different_ways(results, key, other):
     assert "ResNet-18 of width 4 with average pooling" in Report.conditions(results)
     results["logit-adjusted"][0]["configuration"][key] = other
     with pytest.raises(ValueError, match=rf"logit-adjusted of profile smoke .*different ways \({key}: "):
         Report.conditions(results)
+
+
+def test_the_reliability_diagram_shows_the_arms_that_have_probabilities(results):
+    figure = Report.reliability_figure(results)
+    assert figure.axes[0].get_title() == "cat-3, profile smoke, 1 to 2 seeds an arm"
+    for runs in results.values():
+        for run in runs:
+            del run["probabilities"]  # as in older results
+    assert Report.reliability_figure(results) is None
 
 
 # --- Generated parts of the documents -----------------------------------------------------------

@@ -158,6 +158,20 @@ def test_a_file_that_holds_something_else_is_named(content):
         read_json("gan.json", {"settings": dict})
 
 
+PROBABILITIES = {
+    "expected_calibration_error": 0.1,
+    "minority": {
+        "average_precision": 0.5, "reliability": [{"images": 3, "mean_probability": 0.1, "share_of_minority": 0.3}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("probabilities", [None, PROBABILITIES, PROBABILITIES | {"minority": None}])
+def test_results_may_have_probabilities(probabilities):
+    save("stable-seed0.json", COMPLETE | {"probabilities": probabilities})
+    assert STUDY.load_results()["stable"][0]["probabilities"] == probabilities
+
+
 READERS = {
     "stable-seed0.json": (COMPLETE, STUDY.load_results),
     "gan.json": (GAN, STUDY.read_gan_record),
@@ -194,6 +208,8 @@ def test_damage_at_any_depth_is_named_with_its_file_and_place(file_name, keys, v
         ("stable-seed0.json", {"test_predictions": "0 x"}, "test_predictions"),
         ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"confusion_matrix": [[1, 1]]}}, "confusion_matrix"),
         ("stable-seed0.json", {"metrics_with_averaged_flips": 0.5}, "metrics_with_averaged_flips"),
+        ("stable-seed0.json", {"probabilities": {}}, "probabilities"),
+        ("stable-seed0.json", {"probabilities": PROBABILITIES | {"minority": {}}}, "probabilities"),
         ("gan.json", {"best_step": 7}, "best_step"),
         ("generated-images.json", {"methods": {}}, "methods"),
     ],

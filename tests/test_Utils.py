@@ -16,7 +16,6 @@ from Utils import (
     COLOURS,
     classification_metrics,
     markdown_table,
-    mcnemar_test,
     plot_adversarial_training,
     plot_class_counts,
     plot_comparison,
@@ -111,42 +110,6 @@ def test_metrics_can_be_saved_as_json():
     metrics = classification_metrics(Y_TRUE, Y_PRED, CLASSES, [2])
     save_json("metrics.json", metrics)
     assert json.loads(Path("metrics.json").read_text()) == metrics
-
-
-def predictions(only_first, only_second, both=3, neither=2):
-    """True classes and two models' predictions with these numbers of right answers."""
-    counts = (only_first, only_second, both, neither)
-    first = np.repeat([1, 0, 1, 0], counts)
-    second = np.repeat([0, 1, 1, 0], counts)
-    return np.ones(sum(counts), dtype=int), first, second
-
-
-@pytest.mark.parametrize(
-    ("only_first", "only_second", "p_value"),
-    [
-        (0, 0, 1.0),
-        (3, 3, 1.0),
-        (0, 5, 2 / 32),  # 2 * C(5,0) / 2^5
-        (1, 6, 0.125),  # 2 * (C(7,0) + C(7,1)) / 2^7 = 2 * 8 / 128
-        (2, 8, 112 / 1024),  # 2 * (1 + 10 + 45) / 2^10
-    ],
-)
-def test_mcnemar_equals_hand_computed_binomial_values_in_both_orders(only_first, only_second, p_value):
-    y_true, first, second = predictions(only_first, only_second)
-    expected = {"only_first_right": only_first, "only_second_right": only_second}
-    assert mcnemar_test(y_true, first, second) == {**expected, "p_value": pytest.approx(p_value)}
-    assert mcnemar_test(y_true, second, first)["p_value"] == pytest.approx(p_value)
-    assert mcnemar_test(y_true, second, first)["only_first_right"] == only_second
-
-
-def test_mcnemar_does_not_depend_on_images_that_both_or_neither_get_right():
-    assert mcnemar_test(*predictions(1, 6, both=0, neither=0)) == mcnemar_test(*predictions(1, 6, 90, 70))
-
-
-@pytest.mark.parametrize("shapes", [(5, 4, 5), (5, 5, 4), (4, 5, 5)])
-def test_mcnemar_refuses_predictions_for_other_images(shapes):
-    with pytest.raises(ValueError, match="same images"):
-        mcnemar_test(*(np.zeros(n, dtype=int) for n in shapes))
 
 
 # --- Files --------------------------------------------------------------------------------------

@@ -1,0 +1,187 @@
+"""Intervals and tests: which differences between classifiers may be chance?
+
+    mean, half_width = mean_interval([0.61, 0.58, 0.63])             # over seeds
+    weights = bootstrap_weights(y_test)                              # over test images
+    recall = minority_scores(y_test, predictions, [3], weights)["recall"]
+    low, high = np.quantile(recall, [0.025, 0.975])
+    p = holm([combined_p_value([0.01, 0.03]), 0.2])
+
+Two things vary: the test images that happen to be there, and the seed of sampler, initial weights and image order. The
+bootstrap and McNemar's test cover the first, the interval over seeds covers the second.
+
+References
+----------
+Dietterich (1998), Approximate statistical tests for comparing supervised classification learning algorithms. Efron
+(1979), Bootstrap methods. Holm (1979), A simple sequentially rejective multiple test procedure. McNemar (1947), Note on the
+sampling error of the difference between correlated proportions. Vovk and Wang (2020), Combining p-values via averaging.
+"""
+
+import numpy as np
+from scipy.stats import binomtest, t
+from statsmodels.stats.multitest import multipletests
+
+RESAMPLES = 2000
+
+
+def mean_interval(values, level=0.95):
+    """Mean of a score over seeds, and half the width of Student's interval around it.
+
+    Parameters
+    ----------
+    values : sequence of float
+        One score a seed.
+    level : float, default 0.95
+        Between 0 and 1.
+
+    Returns
+    -------
+    mean : float
+    half_width : float or None
+        None if there are fewer than three seeds: the interval of two is wider than most scores can vary.
+
+    Raises
+    ------
+    ValueError
+        If there is no value.
+    """
+    values = np.asarray(values, dtype=float)
+    if not values.size:
+        raise ValueError("There is no score to average.")
+    if values.size < 3:
+        return float(values.mean()), None
+    factor = t.ppf((1 + level) / 2, values.size - 1)
+    return float(values.mean()), float(factor * values.std(ddof=1) / np.sqrt(values.size))
+
+
+def bootstrap_weights(y_true, resamples=RESAMPLES, seed=0):
+    """How often each test image is drawn in each bootstrap resample.
+
+    Every class is resampled by itself, so that each keeps its number of images, as in the test set. Give all classifiers
+    that are compared the same weights: then differences between them are paired.
+
+    Parameters
+    ----------
+    y_true : ndarray of int, shape (n,)
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    ndarray of float32, shape (resamples, n)
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((resamples, len(y_true)), dtype=np.float32)
+    for c in np.unique(y_true):
+        rows = np.flatnonzero(y_true == c)
+        weights[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples)
+    return weights
+
+
+def minority_scores(y_true, predictions, minority_classes, weights):
+    """Scores of one classifier in each bootstrap resample.
+
+    Parameters
+    ----------
+    y_true, predictions : ndarray of int, shape (n,)
+    minority_classes : sequence of int
+    weights : ndarray of float, shape (resamples, n)
+        See :func:`bootstrap_weights`. A row of ones gives the scores themselves.
+
+    Returns
+    -------
+    dict of ndarray of float, shape (resamples,)
+        ``recall``, ``precision`` and ``f1``, each the mean over the minority classes, and ``accuracy``. Precision and F1
+        of a class that is never predicted are 0.
+    """
+    y_true, predictions = np.asarray(y_true), np.asarray(predictions)
+    right = y_true == predictions
+    scores = []
+    for c in minority_classes:
+        found, predicted, there = (
+            weights @ rows.astype(weights.dtype)
+            for rows in (right & (y_true == c), predictions == c, y_true == c)
+        )
+        scores.append((found / there, found / np.maximum(predicted, 1), 2 * found / (predicted + there)))
+    recall, precision, f1 = np.mean(scores, axis=0)
+    accuracy = weights @ right.astype(weights.dtype) / len(y_true)
+    return {"recall": recall, "precision": precision, "f1": f1, "accuracy": accuracy}
+
+
+def mcnemar_test(y_true, first, second):
+    """Exact McNemar test: does one of two models get more of the same images right (McNemar 1947)?
+
+    Only images that exactly one of the models gets right carry information. Under the null hypothesis, each
+    model is right on half of them. Dietterich (1998) recommends this test for comparing two classifiers on
+    one test set. It covers the choice of test images. It does not cover the choice of seed.
+
+    Parameters
+    ----------
+    y_true, first, second : array of int, shape (n,)
+        The true classes and the predictions of the two models, in the same order of images.
+
+    Returns
+    -------
+    dict
+        ``only_first_right`` and ``only_second_right`` (numbers of images) and ``p_value`` (two-sided).
+
+    Raises
+    ------
+    ValueError
+        If the three arrays have different shapes.
+    """
+    y_true, first, second = map(np.asarray, (y_true, first, second))
+    if not y_true.shape == first.shape == second.shape:
+        raise ValueError(
+            f"The predictions must be for the same images, but y_true, first and second have the shapes "
+            f"{y_true.shape}, {first.shape} and {second.shape}."
+        )
+    only_first = int(np.sum((first == y_true) & (second != y_true)))
+    only_second = int(np.sum((second == y_true) & (first != y_true)))
+    discordant = only_first + only_second
+    p_value = binomtest(only_first, discordant).pvalue if discordant else 1.0
+    return {
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "p_value": float(p_value),
+    }
+
+
+def combined_p_value(p_values):
+    """One p-value from those of several seeds on the same test images: twice their mean, at most 1.
+
+    The seeds' tests depend on each other, because they share the test images. Twice the mean is valid however they
+    depend (Vovk and Wang 2020); Fisher's and Stouffer's combinations are not. One p-value stays as it is.
+
+    Parameters
+    ----------
+    p_values : sequence of float
+        Between 0 and 1, at least one.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one is no probability.
+    """
+    p_values = np.asarray(p_values, dtype=float)
+    if not p_values.size or not np.all((p_values >= 0) & (p_values <= 1)):
+        raise ValueError(f"One or more p-values between 0 and 1 are needed: got {p_values.tolist()}.")
+    return float(p_values[0] if p_values.size == 1 else min(1.0, 2 * p_values.mean()))
+
+
+def holm(p_values):
+    """P-values corrected for their number (Holm 1979): below 0.05 for any false finding with probability 0.05 at most.
+
+    Parameters
+    ----------
+    p_values : sequence of float
+
+    Returns
+    -------
+    list of float
+        In the order of ``p_values``; empty if there is none.
+    """
+    return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []

@@ -1,0 +1,132 @@
+"""Two arms are compared on the same images and seeds, and the answers follow from the numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from Arms import ARMS, PROFILES
+from Comparison import compare_arms, findings, paired_table
+from Significance import mcnemar_test
+
+QUESTION = {("imbalanced", "logit-adjusted"): "Does it help?", ("imbalanced", "stable"): "Not run"}
+
+
+def set_predictions(run, predictions):
+    run["test_predictions"] = " ".join(map(str, predictions))
+
+
+def find(run, y_test, found, wrong=0):
+    """Let a run find the first so many cats, and take so many other images for cats."""
+    predictions = np.where(y_test == 3, 0, y_test)
+    predictions[np.flatnonzero(y_test == 3)[:found]] = 3
+    predictions[np.flatnonzero(y_test != 3)[:wrong]] = 3
+    set_predictions(run, predictions)
+
+
+def three_seeds(results, tiny_data, found, wrong=(0, 0)):
+    """Three runs of both arms. The first finds ``found[0]`` cats in each, the second as the seeds of ``found[1]`` say."""
+    for number, name in enumerate(("imbalanced", "logit-adjusted")):
+        runs = [dict(results[name][0], seed=seed) for seed in range(3)]
+        for run, count in zip(runs, found[number], strict=True):
+            find(run, tiny_data.y_test, count, wrong[number])
+        results[name] = runs
+    return results
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_differences_are_means_over_the_seeds_that_both_arms_have(results, tiny_data):
+    three_seeds(results, tiny_data, [(2, 2, 2), (5, 6, 8)], wrong=(0, 10))
+    results["imbalanced"].append(dict(results["imbalanced"][0], seed=7))
+    [comparison] = compare_arms(results, QUESTION)
+    assert comparison.seeds == (0, 1, 2)
+    assert comparison.titles == tuple(ARMS[name].title for name in ("imbalanced", "logit-adjusted"))
+    assert comparison.means["recall"] == pytest.approx((0.2, 19 / 30))
+    assert comparison.difference("recall") == pytest.approx(19 / 30 - 0.2)
+    assert comparison.means["precision"] == pytest.approx((1, np.mean([5 / 15, 6 / 16, 8 / 18])))
+    assert comparison.means["accuracy"] == pytest.approx((0.92, np.mean([0.85, 0.86, 0.88])))
+    deviation = np.std([0.3, 0.4, 0.6], ddof=1)
+    assert comparison.over_seeds["recall"] == pytest.approx(4.3027 * deviation / np.sqrt(3), rel=1e-4)
+    low, high = comparison.bootstrap["recall"]
+    assert 0 < low < comparison.difference("recall") < high < 1
+
+
+def test_the_p_value_is_of_the_minoritys_images_and_needs_all_seeds(results, tiny_data):
+    three_seeds(results, tiny_data, [(0, 0, 0), (9, 9, 9)], wrong=(0, 50))
+    [same] = compare_arms(results, QUESTION)
+    assert same.p_value == pytest.approx(2 * 2 / 2**9)  # twice the mean of 2 / 2^9
+    three_seeds(results, tiny_data, [(0, 0, 0), (9, 0, 9)])
+    [mixed] = compare_arms(results, QUESTION)
+    assert mixed.p_value == pytest.approx(2 * (2 / 2**9 + 1 + 2 / 2**9) / 3)
+    single = {name: runs[:1] for name, runs in results.items()}
+    [one] = compare_arms(single, QUESTION)
+    y, rare = tiny_data.y_test, tiny_data.y_test == 3
+    first, second = (
+        np.array(single[name][0]["test_predictions"].split(), dtype=int) for name in list(QUESTION)[0]
+    )
+    assert one.p_value == mcnemar_test(y[rare], first[rare], second[rare])["p_value"]
+    assert one.over_seeds["recall"] is None
+
+
+def test_arms_that_agree_differ_by_nothing(results, tiny_data):
+    three_seeds(results, tiny_data, [(4, 4, 4), (4, 4, 4)])
+    [comparison] = compare_arms(results, QUESTION)
+    assert comparison.bootstrap == {key: (0, 0) for key in ("recall", "precision", "f1", "accuracy")}
+    assert comparison.p_value == 1
+    assert "+0.0 ± 0.0 (+0.0 to +0.0)" in paired_table(results, QUESTION)
+
+
+def test_arms_are_compared_by_runs_of_the_same_seed(results):
+    """Seed 0 of one arm is gone: seed 1 of it is not paired with seed 0 of the other."""
+    assert [comparison.seeds for comparison in compare_arms(results, QUESTION)] == [(0,)]
+    del results["imbalanced"][0]
+    assert compare_arms(results, QUESTION) == []
+    assert len(paired_table(results, QUESTION).splitlines()) == 2
+    assert findings(results, QUESTION).count("**") == 0
+    results["logit-adjusted"][0]["seed"] = 1
+    assert len(paired_table(results, QUESTION).splitlines()) == 3
+
+
+def test_the_table_shows_differences_intervals_and_corrected_p_values(results, tiny_data):
+    three_seeds(results, tiny_data, [(2, 2, 2), (8, 8, 8)])
+    questions = QUESTION | {("logit-adjusted", "imbalanced"): "And back?"}
+    head, _, *rows = map(cells, paired_table(results, questions).splitlines())
+    assert [row[0] for row in rows] == [
+        "Imbalanced → Logit-adjusted loss, no added image", "Logit-adjusted loss, no added image → Imbalanced",
+    ]  # fmt: skip
+    there, back = (dict(zip(head, row, strict=True)) for row in rows)
+    assert there["seeds"] == "3" and there["minority recall"].startswith("+60.0 ± 0.0 (+")
+    assert back["minority recall"].startswith("-60.0 ± 0.0 (-") and back["accuracy"].startswith("-6.0")
+    p = 2 * 2 / 2**6
+    assert there["p, recall"] == f"{p:.4f}" and there["p, corrected"] == f"{2 * p:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("found", "answer"), [((0, 9), "Yes"), ((9, 0), "No"), ((5, 6), "Undecided"), ((0, 0), "Undecided")]
+)
+def test_questions_are_answered_by_the_minoritys_images(found, answer, results, tiny_data):
+    """Ten cats, of which each arm finds the first so many."""
+    for name, count in zip(("imbalanced", "logit-adjusted"), found, strict=True):
+        find(results[name][0], tiny_data.y_test, count, wrong=10)
+    warning, _, line = findings(results, QUESTION).splitlines()
+    assert "`smoke` is too short to conclude anything" in warning
+    assert line.startswith(f"- **Does it help?** {answer}. *Logit-adjusted")
+    first, second = (f"{n / 10:.1%} of the minority (precision {n / (n + 10):.1%})" for n in found)
+    assert f"finds {second}, *Imbalanced* {first}; p " in line
+
+
+def test_an_answer_needs_a_p_value_that_survives_the_number_of_questions(results, tiny_data):
+    for name, count in (("imbalanced", 0), ("logit-adjusted", 6)):
+        find(results[name][0], tiny_data.y_test, count)  # p = 2 / 2^6
+    assert "Yes" in findings(results, QUESTION)
+    questions = QUESTION | {("logit-adjusted", "imbalanced"): "And back?"}
+    assert findings(results, questions).count("Undecided") == 2
+
+
+def test_evidence_is_answered_without_a_warning(results, monkeypatch):
+    evidence = dataclasses.replace(PROFILES["smoke"], evidence=True)
+    monkeypatch.setitem(PROFILES, "smoke", evidence)
+    assert findings(results, QUESTION).startswith("- **Does it help?**")

@@ -1,0 +1,141 @@
+"""Intervals and tests against values worked out by hand or by another way."""
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+from sklearn.metrics import precision_recall_fscore_support
+
+from Significance import (
+    bootstrap_weights,
+    combined_p_value,
+    holm,
+    mcnemar_test,
+    mean_interval,
+    minority_scores,
+)
+
+# --- Over seeds ---------------------------------------------------------------------------------
+
+
+def test_the_interval_over_seeds_is_students():
+    mean, half_width = mean_interval([0.5, 0.6, 0.7])
+    assert mean == pytest.approx(0.6)
+    assert half_width == pytest.approx(4.3027 * 0.1 / np.sqrt(3), rel=1e-4)  # t with 2 degrees of freedom
+    assert mean_interval([0.5, 0.6, 0.7], level=0.9)[1] == pytest.approx(2.9200 * 0.1 / np.sqrt(3), rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.7]])
+def test_one_or_two_seeds_have_no_interval(values):
+    assert mean_interval(values) == (pytest.approx(np.mean(values)), None)
+    with pytest.raises(ValueError, match="no score"):
+        mean_interval([])
+
+
+# --- Over test images ---------------------------------------------------------------------------
+
+Y_TRUE = np.repeat([0, 1, 2], [40, 30, 20])
+
+
+@pytest.fixture
+def y_pred():
+    rng = np.random.default_rng(1)
+    return np.where(rng.random(len(Y_TRUE)) < 0.6, Y_TRUE, rng.integers(0, 3, len(Y_TRUE)))
+
+
+def test_each_class_keeps_its_number_of_images_in_every_resample():
+    weights = bootstrap_weights(Y_TRUE, resamples=50, seed=3)
+    assert weights.shape == (50, len(Y_TRUE)) and weights.dtype == np.float32
+    for c, count in enumerate([40, 30, 20]):
+        assert (weights[:, c == Y_TRUE].sum(axis=1) == count).all()
+    assert len(np.unique(weights, axis=0)) == 50
+    assert (weights == bootstrap_weights(Y_TRUE, resamples=50, seed=3)).all()
+    assert (weights != bootstrap_weights(Y_TRUE, resamples=50, seed=4)).any()
+
+
+@pytest.mark.parametrize("minority", [[2], [1, 2]])
+def test_weights_of_one_give_the_scores_themselves(minority, y_pred):
+    scores = minority_scores(Y_TRUE, y_pred, minority, np.ones((1, len(Y_TRUE))))
+    expected = precision_recall_fscore_support(Y_TRUE, y_pred, labels=minority)
+    for key, values in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+        assert scores[key] == pytest.approx([values.mean()])
+    assert scores["accuracy"] == pytest.approx([(y_pred == Y_TRUE).mean()])
+
+
+def test_a_weight_of_two_is_the_image_twice(y_pred):
+    weights = bootstrap_weights(Y_TRUE, resamples=3, seed=0)
+    scores = minority_scores(Y_TRUE, y_pred, [2], weights)
+    for k, row in enumerate(weights.astype(int)):
+        rows = np.repeat(np.arange(len(Y_TRUE)), row)
+        alone = minority_scores(Y_TRUE[rows], y_pred[rows], [2], np.ones((1, len(rows))))
+        assert {key: values[k] for key, values in scores.items()} == pytest.approx(
+            {key: values[0] for key, values in alone.items()}
+        )
+
+
+def test_a_class_that_is_never_predicted_has_a_precision_of_0():
+    scores = minority_scores(Y_TRUE, np.zeros_like(Y_TRUE), [2], np.ones((2, len(Y_TRUE))))
+    assert all((scores[key] == 0).all() for key in ("recall", "precision", "f1"))
+
+
+def test_the_bootstrap_interval_is_scipys(y_pred):
+    weights = bootstrap_weights(Y_TRUE, resamples=20000, seed=0)
+    recall = minority_scores(Y_TRUE, y_pred, [1], weights)["recall"]
+    right = (y_pred == 1)[Y_TRUE == 1].astype(float)
+    expected = bootstrap((right,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
+    assert np.quantile(recall, [0.025, 0.975]) == pytest.approx(list(expected), abs=0.01)
+
+
+# --- Tests --------------------------------------------------------------------------------------
+
+
+def predictions(only_first, only_second, both=3, neither=2):
+    """True classes and two models' predictions with these numbers of right answers."""
+    counts = (only_first, only_second, both, neither)
+    first = np.repeat([1, 0, 1, 0], counts)
+    second = np.repeat([0, 1, 1, 0], counts)
+    return np.ones(sum(counts), dtype=int), first, second
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p_value"),
+    [
+        (0, 0, 1.0),
+        (3, 3, 1.0),
+        (0, 5, 2 / 32),  # 2 * C(5,0) / 2^5
+        (1, 6, 0.125),  # 2 * (C(7,0) + C(7,1)) / 2^7 = 2 * 8 / 128
+        (2, 8, 112 / 1024),  # 2 * (1 + 10 + 45) / 2^10
+    ],
+)
+def test_mcnemar_equals_hand_computed_binomial_values_in_both_orders(only_first, only_second, p_value):
+    y_true, first, second = predictions(only_first, only_second)
+    expected = {"only_first_right": only_first, "only_second_right": only_second}
+    assert mcnemar_test(y_true, first, second) == {**expected, "p_value": pytest.approx(p_value)}
+    assert mcnemar_test(y_true, second, first)["p_value"] == pytest.approx(p_value)
+    assert mcnemar_test(y_true, second, first)["only_first_right"] == only_second
+
+
+def test_mcnemar_does_not_depend_on_images_that_both_or_neither_get_right():
+    assert mcnemar_test(*predictions(1, 6, both=0, neither=0)) == mcnemar_test(*predictions(1, 6, 90, 70))
+
+
+@pytest.mark.parametrize("shapes", [(5, 4, 5), (5, 5, 4), (4, 5, 5)])
+def test_mcnemar_refuses_predictions_for_other_images(shapes):
+    with pytest.raises(ValueError, match="same images"):
+        mcnemar_test(*(np.zeros(n, dtype=int) for n in shapes))
+
+
+def test_p_values_of_seeds_are_combined_by_twice_their_mean():
+    assert combined_p_value([0.03]) == 0.03
+    assert combined_p_value([0.01, 0.03]) == pytest.approx(0.04)
+    assert combined_p_value([0.0, 0.9, 0.9]) == 1.0  # one seed alone proves nothing
+
+
+@pytest.mark.parametrize("p_values", [[], [0.5, 1.1], [-0.1], [float("nan")]])
+def test_only_p_values_are_combined(p_values):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        combined_p_value(p_values)
+
+
+def test_holm_multiplies_the_smallest_by_their_number():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.04]) == [0.04] and holm([]) == []
