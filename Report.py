@@ -17,13 +17,14 @@ from scipy.stats import binomtest
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
 from Calibration import plot_reliability
 from Comparison import findings, paired_table
-from Results import Study, configuration_of, network_name
+from Results import Study, configuration_of, network_name, predictions_of
 from Runtime import atomic_path, describe_differences, hardware_text
 from Significance import mean_interval
 from Utils import (
     markdown_table,
     plot_comparison,
     plot_confusion_matrix,
+    plot_image_rows,
     plot_learning_curves,
     save_figure,
 )
@@ -306,6 +307,41 @@ def _caption_of_arms(results):
     fewest, most = (count(map(len, results.values())) for count in (min, max))
     uneven = f"{fewest} to {most} seeds an arm" if fewest < most else None
     return caption(max(results.values(), key=len), uneven)
+
+
+def found_and_missed_figure(first, second, data, columns=10):
+    """Minority test images that only one of two runs finds, or neither, with what they are taken for.
+
+    Parameters
+    ----------
+    first, second : dict
+        Results of two arms, of the same test images.
+    data : ImbalancedCIFAR10.ImageDataSet
+        Only its test images and class names are used.
+    columns : int, default 10
+        Images in a row at most, chosen at random but always the same.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    predictions = [predictions_of(run) for run in (first, second)]
+    minority = [data.class_names.index(c) for c in first["minority_classes"]]
+    found = [predicted == data.y_test for predicted in predictions]
+    titles = [ARMS[run["arm"]].title for run in (first, second)]
+    groups = {  # who finds them -> the images, and whose answer is shown
+        f"only by {titles[1]};\n{titles[0]} says": (found[1] & ~found[0], predictions[0]),
+        f"only by {titles[0]};\n{titles[1]} says": (found[0] & ~found[1], predictions[1]),
+        f"by neither;\n{titles[1]} says": (~found[0] & ~found[1], predictions[1]),
+    }
+    rows, captions, rng = {}, {}, np.random.default_rng(0)
+    for words, (chosen, predicted) in groups.items():
+        images = rng.permutation(np.flatnonzero(chosen & np.isin(data.y_test, minority)))
+        label = f"{len(images):,} found {words}"
+        rows[label] = data.X_test[images[:columns]]
+        captions[label] = [data.class_names[c] for c in predicted[images[:columns]]]
+    classes = ", ".join(first["minority_classes"])
+    return plot_image_rows(rows, f"Test images of class {classes}\n{caption([first])}", captions)
 
 
 def reliability_figure(results):

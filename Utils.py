@@ -172,33 +172,37 @@ def plot_class_counts(counts_by_data_set, class_names, title):
     return figure
 
 
-def plot_image_rows(rows, title):
+def plot_image_rows(rows, title, captions=None):
     """A grid of images with one labelled row per source, to compare real with synthetic images by eye.
 
     Parameters
     ----------
     rows : dict
-        Label of the row -> uint8 array of shape (n, height, width, 3). Rows may differ in n.
+        Label of the row -> uint8 array of shape (n, height, width, 3). Rows may differ in n, and may be empty.
     title : str
         Of the whole figure.
+    captions : dict, optional
+        Label of the row -> n texts, one below each image.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
-    columns = max(len(images) for images in rows.values())
+    columns = max(1, *(len(images) for images in rows.values()))
+    captions = captions or {}
     figure, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(0.95 * columns + 2.2, 1.0 * len(rows) + 0.6),
+        figsize=(0.95 * columns + 2.2, (1.2 if captions else 1.0) * len(rows) + 0.6),
         squeeze=False,
         layout="constrained",
     )
     for ax in axes.flat:
         ax.set_axis_off()
     for row, (label, images) in zip(axes, rows.items(), strict=True):
-        for ax, image in zip(row, images, strict=False):
+        for ax, image, text in zip(row, images, captions.get(label, [""] * len(images)), strict=False):
             ax.imshow(image, interpolation="nearest")
+            ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=9)
         row[0].text(-0.15, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
     figure.suptitle(title)
     return figure
