@@ -8,12 +8,14 @@ the recipe, the number of training steps, the evaluation.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from imblearn.over_sampling import SMOTE, RandomOverSampler
+from sklearn.base import clone
 
 from ClassifierTraining import Recipe
 from GANGeneration import GANOverSampler, GANSettings
-from ImageOverSampler import UnsuitableImagesError, source_balanced_strategy
+from ImageOverSampler import UnsuitableImagesError, fewer_images_strategy, source_balanced_strategy
 from Methods import METHODS, Method, adjusted
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import choose_device
@@ -383,14 +385,17 @@ def find_arm(name, profile_name=None):
     Parameters
     ----------
     name : str
+        A key of :data:`ARMS`. After ``@`` may stand the number of synthetic images of the minority, such as
+        ``stable@500``: the same arm with fewer synthetic images, in the same proportions of the classes.
     profile_name : str, optional
         A key of :data:`PROFILES`: the arm must be one that this profile runs.
 
     Raises
     ------
     ValueError
-        If there is no such arm; the message lists the valid names.
+        If there is no such arm; the message lists the valid names. If the number is none, or the arm adds no image.
     """
+    name, at, count = name.partition("@")
     if name not in ARMS:
         raise ValueError(f"Unknown arm {name!r}. Choose one of {', '.join(ARMS)}.")
     names = None if profile_name is None else PROFILES[profile_name].arms
@@ -398,7 +403,27 @@ def find_arm(name, profile_name=None):
         raise ValueError(
             f"The profile {profile_name} does not run the arm {name!r}. Choose one of {', '.join(names)}."
         )
-    return ARMS[name]
+    return _with_fewer_images(name, count) if at else ARMS[name]
+
+
+def _with_fewer_images(name, count):
+    arm = ARMS[name]
+    if arm.method.sampler is None:
+        raise ValueError(
+            f"The arm {name!r} adds no image, so no number of images can follow it: got @{count}."
+        )
+    if not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"After {name}@ a whole number of images from 1 on is needed, not {count!r}.")
+    sampler = clone(arm.method.sampler)
+    strategy = partial(fewer_images_strategy, strategy=sampler.sampling_strategy, count=int(count))
+    return replace(
+        arm,
+        title=f"{arm.title}, {int(count):,} synthetic images of the minority",
+        image_tag=f"{arm.image_tag}_{count}",
+        weights_name=f"{arm.weights_name}_{count}",
+        method=replace(arm.method, sampler=sampler.set_params(sampling_strategy=strategy)),
+        story=False,
+    )
 
 
 def expand_arms(names, profile_name):

@@ -193,7 +193,7 @@ def _parse(arguments):
     add = parser.add_argument
     add("--arm", nargs="+", default=["story"], metavar="ARM",
         help="one or more arms; 'story' for the arms of Main.ipynb (default), 'all' for every arm. A profile of few "
-        "arms runs these for both")  # fmt: skip
+        "arms runs these for both. stable@500: the arm stable with 500 synthetic images of the minority")  # fmt: skip
     add("--split", nargs="+", metavar="SPLIT",
         help="cat-50 (class, kept images; the default), dog-0.01 (class, kept fraction), cat+dog-50, "
         "long-tailed-100 or step-10 (imbalance factor); add @1 for another choice of kept images")  # fmt: skip
@@ -227,10 +227,10 @@ def _prepare_sources(studies, data, splits, options):
             if not study.result_path(name, seed).exists()
         }
         with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
-            if any(ARMS[name].needs_stable_diffusion for name in unfinished):
+            if any(find_arm(name).needs_stable_diffusion for name in unfinished):
                 prepare_stable_diffusion_images(data, split)
         with contextlib.suppress(ArmUnavailableError):
-            if any(ARMS[name].needs_gan for name in unfinished):
+            if any(find_arm(name).needs_gan for name in unfinished):
                 prepare_generator(study, data, options.device)
 
 

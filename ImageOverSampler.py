@@ -168,6 +168,41 @@ class ImageOverSampler(BaseOverSampler):
         """
 
 
+def fewer_images_strategy(y, *, strategy, count):
+    """A ``sampling_strategy`` that makes fewer new images than another one, in the same proportions of the classes.
+
+    Parameters
+    ----------
+    y : ndarray of int, shape (n,)
+    strategy : str, dict or callable
+        The other strategy, as in imbalanced-learn.
+    count : int
+        New images of the class that gets the most, 1 or more.
+
+    Returns
+    -------
+    dict
+        Class number -> number of images wanted in all.
+
+    Raises
+    ------
+    ValueError
+        If ``count`` is below 1, or more than what the other strategy makes.
+
+    Examples
+    --------
+    >>> y = np.array([0] * 10 + [1] * 2)
+    >>> fewer_images_strategy(y, strategy=source_balanced_strategy, count=2)
+    {0: 11, 1: 4}
+    """
+    new = check_sampling_strategy(strategy, y, "over-sampling")
+    most = max(new.values(), default=0)
+    if not 1 <= count <= most:
+        raise ValueError(f"{count:,} new images of a class are wanted, but the strategy makes 1 to {most:,}.")
+    sizes = dict(zip(*np.unique(y, return_counts=True), strict=True))
+    return {int(c): int(sizes[c]) + round(n * count / most) for c, n in new.items()}
+
+
 def source_balanced_strategy(y, share=0.4):
     """A ``sampling_strategy`` that gives every class some synthetic images.
 

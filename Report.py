@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
-from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
+from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
 from Comparison import findings, paired_table
 from Results import Study, configuration_of, network_name, predictions_of
@@ -268,7 +268,7 @@ def learning_curves_figure(results):
 
 
 def _arm_title(results):
-    return f"{ARMS[results[0]['arm']].title}\n{caption(results)}"
+    return f"{find_arm(results[0]['arm']).title}\n{caption(results)}"
 
 
 def save_arm_plots(study, arm_name):

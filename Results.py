@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT
+from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
 from ClassifierTraining import Recipe
 from Runtime import atomic_path, checksum, load_torch_file, require_writable
 
@@ -74,11 +74,11 @@ class Study:
     def weights_path(self, arm_name, seed=0):
         """Where an arm's trained network goes."""
         suffix = f"-seed{seed}" if seed else ""
-        return self.model_path(f"{ARMS[arm_name].weights_name}{suffix}.pt")
+        return self.model_path(f"{find_arm(arm_name).weights_name}{suffix}.pt")
 
     def plot_paths(self, arm_name):
         """Where an arm's confusion matrix and learning curves go, in this order."""
-        return [self.image_path(f"{kind}_{ARMS[arm_name].image_tag}.png") for kind in ("cm", "test")]
+        return [self.image_path(f"{kind}_{find_arm(arm_name).image_tag}.png") for kind in ("cm", "test")]
 
     def checkpoint_path(self, name):
         """From where a killed training continues: ``models/checkpoints/<profile>/<split>/<name>.pt``."""

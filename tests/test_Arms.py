@@ -130,6 +130,38 @@ def test_unknown_names_are_answered_with_the_valid_ones(find, name, valid):
         find(name)
 
 
+def test_an_arm_with_fewer_synthetic_images_is_the_same_arm_otherwise(tiny_data, tiny_cache):
+    split = split_from_name("cat-5", tiny_data.y_train, tiny_data.class_names)
+    X, y = split.cut(tiny_data.X_train, tiny_data.y_train)
+    for name, others in (("stable", 0), ("stable-source-aware", 12 * 7 // 25)):
+        arm, fewer = ARMS[name], find_arm(f"{name}@7")
+        _, y_res = fewer.fit_resample(X, y, seed=0)
+        new = np.bincount(y_res[len(y) :], minlength=10)
+        assert new[3] == 7 and set(np.delete(new, 3)) == {others}
+        assert fewer.method.loss is arm.method.loss and fewer.method.batches is arm.method.batches
+        assert fewer.title == f"{arm.title}, 7 synthetic images of the minority"
+        assert {fewer.image_tag, fewer.weights_name} == {f"{arm.image_tag}_7", f"{arm.weights_name}_7"}
+    _, all_of_them = ARMS["stable"].fit_resample(X, y, seed=0)
+    _, as_many = find_arm("stable@25").fit_resample(X, y, seed=0)
+    assert (all_of_them == as_many).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stable@", "After stable@ a whole number of images from 1 on is needed, not ''"),
+        ("stable@0", "from 1 on"),
+        ("stable@-5", "from 1 on"),
+        ("stable@1e3", "from 1 on"),
+        ("imbalanced@5", "adds no image, so no number of images can follow it: got @5"),
+        ("stabel@5", "Unknown arm 'stabel'"),
+    ],
+)
+def test_a_number_of_images_must_be_one_and_of_an_arm_that_has_images(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_arm(name)
+
+
 def test_no_two_arms_write_the_same_file():
     assert len({arm.image_tag for arm in ARMS.values()}) == len(ARMS)
     assert len({arm.weights_name for arm in ARMS.values()}) == len(ARMS)

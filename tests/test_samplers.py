@@ -19,7 +19,12 @@ import Downsampling
 import ImageOverSampler
 import NonSyntheticGeneration
 from ImageCache import load_generated_images, save_generated_images
-from ImageOverSampler import TooFewImagesError, TooManyImagesError, source_balanced_strategy
+from ImageOverSampler import (
+    TooFewImagesError,
+    TooManyImagesError,
+    fewer_images_strategy,
+    source_balanced_strategy,
+)
 from ImbalancedCIFAR10 import minority_split
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from StableDiffusionGeneration import StableDiffusionOverSampler
@@ -436,6 +441,19 @@ def test_source_balanced_strategy_gives_every_class_some_synthetic_images():
     # What is missing to 5,000, or 40 % of 5,000 = 2,000 if this is more.
     assert source_balanced_strategy(y) == {0: 7000, 1: 5000, 2: 6000, 3: 5000}
     assert source_balanced_strategy(y, share=0) == {0: 5000, 1: 5000, 2: 5000, 3: 5000}
+
+
+def test_fewer_images_keep_the_proportions_of_the_classes():
+    y = np.repeat([0, 1, 2], [5000, 50, 5000])
+    for strategy, expected in (
+        ("auto", {1: 550, 2: 5000}),
+        (source_balanced_strategy, {0: 5202, 1: 550, 2: 5202}),
+        ({1: 1050}, {1: 550}),
+    ):
+        assert fewer_images_strategy(y, strategy=strategy, count=500) == expected
+    for count in (0, 4951):
+        with pytest.raises(ValueError, match=rf"{count:,} new images .* the strategy makes 1 to 4,950"):
+            fewer_images_strategy(y, strategy="auto", count=count)
 
 
 def test_source_balanced_strategy_may_be_given_as_a_function(make_sampler, X, y):

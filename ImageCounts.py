@@ -1,0 +1,168 @@
+"""How many images? The scores against the number of synthetic and of real images of the minority, from ``results/``.
+
+    python Experiment.py --profile cpu --arm stable@500 stable-source-aware@500      # fewer synthetic images
+    python Experiment.py --profile cpu --arm stable --split cat-250                  # more real ones
+    python ImageCounts.py            # draw images/number_of_images.png, write the table of docs/results.md
+    python ImageCounts.py --check    # write nothing; fail if the table is not current
+
+Nothing here trains. What was not run yet is left out.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
+from Report import COMMITTED, NOT_RUN, percent, update_documents
+from Results import Study
+from Utils import COLOURS, markdown_table, save_figure
+
+DOCUMENT = Path("docs", "results.md")
+PICTURE = "number_of_images.png"
+ARM_COLOURS = {
+    "stable": COLOURS["synthetic"],
+    BEST_WITHOUT_IMAGES: COLOURS["real"],
+    BEST_WITH_STABLE_DIFFUSION: COLOURS["minority"],
+}
+WITHOUT_IMAGES = {
+    "stable": "imbalanced",
+    BEST_WITH_STABLE_DIFFUSION: BEST_WITHOUT_IMAGES,
+}  # same loss, no image
+REAL_COUNTS = (5, 10, 25, 50, 100, 250, 500)
+SCORES = {
+    "minority recall": lambda run: run["metrics"]["minority"]["recall"],
+    "minority precision": lambda run: run["metrics"]["minority"]["precision"],
+    "accuracy": lambda run: run["metrics"]["accuracy"],
+}
+
+
+def by_synthetic_images(study):
+    """Runs of each arm with synthetic images, by how many of them the minority has.
+
+    Parameters
+    ----------
+    study : Results.Study
+
+    Returns
+    -------
+    dict
+        Arm name -> number of synthetic images of the minority -> list of results. With 0, the runs of the arm that has
+        the same loss and no image.
+    """
+    curves = {}
+    for name, without in WITHOUT_IMAGES.items():
+        points = {0: study.load_runs(without)}
+        for path in study.record_path("").glob(f"{name}@*-seed*.json"):
+            arm_name = path.name.rpartition("-seed")[0]
+            points[int(arm_name.partition("@")[2])] = study.load_runs(arm_name)
+        if runs := study.load_runs(name):
+            minority = [runs[0]["class_names"].index(c) for c in runs[0]["minority_classes"]]
+            points[max(runs[0]["training_images"]["synthetic"][c] for c in minority)] = runs
+        curves[name] = {count: runs for count, runs in sorted(points.items()) if runs}
+    return curves
+
+
+def by_real_images(study):
+    """Runs of each arm on splits that keep other numbers of the minority's real images.
+
+    Parameters
+    ----------
+    study : Results.Study
+        Of a split such as ``cat-50``; the others are ``cat-5`` to ``cat-500``.
+
+    Returns
+    -------
+    dict
+        Arm name -> number of real images of the minority -> list of results.
+    """
+    classes = study.split.rpartition("-")[0]
+    return {
+        name: {
+            count: runs
+            for count in REAL_COUNTS
+            if (runs := Study(study.profile, study.data, f"{classes}-{count}").load_runs(name))
+        }
+        for name in ARM_COLOURS
+    }
+
+
+def counts_figure(synthetic, real, title):
+    """Recall, precision and accuracy against the number of synthetic (above) and of real images (below).
+
+    Parameters
+    ----------
+    synthetic, real : dict
+        As :func:`by_synthetic_images` and :func:`by_real_images` return them.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Lines are means over seeds, dots single runs.
+    """
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharey="col", layout="constrained")
+    for row, curves, label in (
+        (axes[0], synthetic, "synthetic images of the minority"),
+        (axes[1], real, "real images of the minority"),
+    ):
+        for ax, (score, value) in zip(row, SCORES.items(), strict=True):
+            for name, points in curves.items():
+                scores = {count: [value(run) for run in runs] for count, runs in points.items()}
+                means = {count: np.mean(values) for count, values in scores.items()}
+                colour = ARM_COLOURS[name]
+                ax.plot(list(means), list(means.values()), color=colour, label=ARMS[name].title)
+                for count, values in scores.items():
+                    ax.plot([count] * len(values), values, ".", color=colour)
+            ax.set_xscale("symlog", linthresh=50 if curves is synthetic else 5)
+            counts = sorted({count for points in curves.values() for count in points})
+            ax.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45)
+            ax.minorticks_off()
+            ax.set(xlabel=label, ylabel=score)
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+            ax.grid(alpha=0.3)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure
+
+
+def counts_table(synthetic, real):
+    """Markdown table of the points of :func:`counts_figure`: scores in percent, means over seeds."""
+    rows = []
+    for kind, curves in (("synthetic", synthetic), ("real", real)):
+        for name, points in curves.items():
+            for count, runs in points.items():
+                scores = (percent([value(run) for run in runs]) for value in SCORES.values())
+                rows.append((ARMS[name].title, kind, f"{count:,}", *scores, str(len(runs))))
+    return markdown_table(("arm", "images of the minority", "number", *SCORES, "seeds"), rows)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Picture and table of the numbers of images, from results/.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if the table is not current"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        synthetic, real = by_synthetic_images(COMMITTED), by_real_images(COMMITTED)
+        # Without a run beyond those of the arms themselves there is no curve.
+        is_run = any(len(points) > 2 for points in synthetic.values()) or any(
+            len(points) > 1 for points in real.values()
+        )
+        text = counts_table(synthetic, real) if is_run else NOT_RUN
+        if is_run:
+            text += f"\n\n![Scores against numbers of images](../images/{PICTURE})"
+        changed = update_documents({DOCUMENT: {"counts": text}}, options.check)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if options.check and changed:
+        parser.exit(1, f"{DOCUMENT} does not show what results/ says. Run 'make report' and commit.\n")
+    if is_run and not options.check:
+        title = f"How many images? {COMMITTED.split.rpartition('-')[0]}, profile {COMMITTED.profile}"
+        plt.close(save_figure(counts_figure(synthetic, real, title), COMMITTED.image_path(PICTURE)))
+
+
+if __name__ == "__main__":
+    main()
