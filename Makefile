@@ -18,7 +18,7 @@ main: $(ENVIRONMENT)  ## run the study: notebooks in order, plots in images/, nu
 test: $(ENVIRONMENT)  ## check modules, notebooks, and that the documents show what results/ says
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope
 	$(RUN) Report.py --check
-	$(RUN) ImageCounts.py --check
+	$(RUN) Sweeps.py --check
 	$(RUN) DevelopmentReport.py --check
 	$(RUN) benchmarks/report.py --check
 
@@ -33,7 +33,7 @@ evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or PROFILE=full, then t
 
 report: $(ENVIRONMENT)  ## redraw the committed plots and the documents' tables from results/
 	$(RUN) Report.py
-	$(RUN) ImageCounts.py
+	$(RUN) Sweeps.py
 	$(RUN) DevelopmentReport.py
 	$(RUN) benchmarks/report.py
 

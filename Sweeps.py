@@ -1,9 +1,10 @@
-"""How many images? The scores against the number of synthetic and of real images of the minority, from ``results/``.
+"""Beyond the reference split, from ``results/``: other numbers of images, other classes, other imbalances.
 
     python Experiment.py --profile cpu --arm stable@500 stable-source-aware@500      # fewer synthetic images
     python Experiment.py --profile cpu --arm stable --split cat-250                  # more real ones
-    python ImageCounts.py            # draw images/number_of_images.png, write the table of docs/results.md
-    python ImageCounts.py --check    # write nothing; fail if the table is not current
+    python Experiment.py --profile cpu --arm stable --split truck-50 long-tailed-100 cat-50@1
+    python Sweeps.py            # draw images/number_of_images.png, write the tables of docs/results.md
+    python Sweeps.py --check    # write nothing; fail if a table is not current
 
 Nothing here trains. What was not run yet is left out.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
-from Report import COMMITTED, NOT_RUN, percent, update_documents
+from Report import COLUMNS, COMMITTED, NOT_RUN, percent, update_documents
 from Results import Study
 from Utils import COLOURS, markdown_table, save_figure
 
@@ -139,11 +140,32 @@ def counts_table(synthetic, real):
     return markdown_table(("arm", "images of the minority", "number", *SCORES, "seeds"), rows)
 
 
+def splits_table(study):
+    """Markdown table of all results on other splits than the study's, and on other choices of its kept images.
+
+    Parameters
+    ----------
+    study : Results.Study
+
+    Returns
+    -------
+    str
+        A row for each split and arm; an empty string if there is no such result.
+    """
+    of_counts = {f"{study.split.rpartition('-')[0]}-{count}" for count in REAL_COUNTS}
+    rows = []
+    for folder in sorted(study.record_path("").parent.glob("*/")):
+        if folder.name in of_counts or not list(folder.glob("*-seed*.json")):
+            continue
+        for name, runs in Study(study.profile, study.data, folder.name).load_results().items():
+            minority = ", ".join(runs[0]["minority_classes"])
+            rows.append((folder.name, minority, ARMS[name].title, *(cell(runs) for cell in COLUMNS.values())))
+    return markdown_table(("split", "minority", "arm", *COLUMNS), rows) if rows else ""
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Picture and table of the numbers of images, from results/.")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the table is not current"
-    )
+    parser = argparse.ArgumentParser(description="Results beyond the reference split: picture and tables.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
     options = parser.parse_args(arguments)
     try:
         synthetic, real = by_synthetic_images(COMMITTED), by_real_images(COMMITTED)
@@ -154,7 +176,8 @@ def main(arguments=None):
         text = counts_table(synthetic, real) if is_run else NOT_RUN
         if is_run:
             text += f"\n\n![Scores against numbers of images](../images/{PICTURE})"
-        changed = update_documents({DOCUMENT: {"counts": text}}, options.check)
+        parts = {"counts": text, "splits": splits_table(COMMITTED) or NOT_RUN}
+        changed = update_documents({DOCUMENT: parts}, options.check)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if options.check and changed:

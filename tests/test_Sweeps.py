@@ -1,24 +1,26 @@
-"""Scores against numbers of images: which runs are found, and what is drawn of them."""
+"""Results beyond the reference split: which runs are found, and what is drawn of them."""
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
-import ImageCounts
+import Sweeps
 from Experiment import run_arms
 from Results import Study
 
 STUDY = Study("smoke", "cifar10", "cat-5")
-DOCUMENT = "<!-- counts:begin (generated) -->\n\nold\n\n<!-- counts:end -->\n"
+DOCUMENT = "".join(
+    f"<!-- {part}:begin (generated) -->\n\nold\n\n<!-- {part}:end -->\n" for part in ("counts", "splits")
+)
 
 
 @pytest.fixture
 def document(monkeypatch):
-    monkeypatch.setattr(ImageCounts, "COMMITTED", STUDY)
+    monkeypatch.setattr(Sweeps, "COMMITTED", STUDY)
     Path("docs").mkdir()
-    ImageCounts.DOCUMENT.write_text(DOCUMENT)
-    return ImageCounts.DOCUMENT
+    Sweeps.DOCUMENT.write_text(DOCUMENT)
+    return Sweeps.DOCUMENT
 
 
 def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_data, tiny_cache, document):
@@ -27,7 +29,7 @@ def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_da
     )
     run_arms([STUDY], tiny_data, ["stable@12"], [1])
     run_arms([Study("smoke", "cifar10", "cat-10")], tiny_data, ["stable"])
-    synthetic = ImageCounts.by_synthetic_images(STUDY)
+    synthetic = Sweeps.by_synthetic_images(STUDY)
     assert {name: list(points) for name, points in synthetic.items()} == {
         "stable": [0, 12, 25], "stable-source-aware": [0, 7],
     }  # fmt: skip
@@ -35,12 +37,12 @@ def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_da
     assert synthetic["stable"][12][0]["training_images"]["synthetic"][3] == 12
     assert synthetic["stable"][0][0]["arm"] == "imbalanced"  # the same loss and no image
     assert synthetic["stable-source-aware"][0][0]["arm"] == "logit-adjusted"
-    real = ImageCounts.by_real_images(STUDY)
+    real = Sweeps.by_real_images(STUDY)
     assert {name: list(points) for name, points in real.items()} == {
         "stable": [5, 10], "logit-adjusted": [5], "stable-source-aware": [],
     }  # fmt: skip
 
-    figure = ImageCounts.counts_figure(synthetic, real, "title")
+    figure = Sweeps.counts_figure(synthetic, real, "title")
     above, below = (figure.axes[k] for k in (0, 3))
     assert [tick.get_text() for tick in above.get_xticklabels()] == ["0", "7", "12", "25"]
     assert [tick.get_text() for tick in below.get_xticklabels()] == ["5", "10"]
@@ -48,18 +50,35 @@ def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_da
     assert above.lines[0].get_ydata()[-1] == expected[0]
     plt.close(figure)
 
-    ImageCounts.main([])
+    Sweeps.main([])
     text = document.read_text()
     assert text.count("| Stable Diffusion, minority only | synthetic | 12 |") == 1
     assert Path("images/smoke/cat-5/number_of_images.png").exists()
-    ImageCounts.main(["--check"])
+    Sweeps.main(["--check"])
     document.write_text(DOCUMENT)
     with pytest.raises(SystemExit, match="1"):
-        ImageCounts.main(["--check"])
+        Sweeps.main(["--check"])
 
 
 def test_the_arms_alone_make_no_curve(tiny_data, document):
     run_arms([STUDY], tiny_data, ["imbalanced", "logit-adjusted"])
-    ImageCounts.main([])
-    assert "*Not run yet.*" in document.read_text()
+    Sweeps.main([])
+    assert document.read_text().count("*Not run yet.*") == 2
     assert not list(Path().glob("images/**/number_of_images.png"))
+
+
+def test_other_splits_have_a_row_for_each_arm_and_other_counts_of_the_same_class_have_none(
+    tiny_data, document
+):
+    for split in ("cat-5", "cat-10", "cat-5@1", "dog-5", "step-10"):
+        run_arms([Study("smoke", "cifar10", split)], tiny_data, ["logit-adjusted"])
+    Sweeps.main([])
+    _, text = document.read_text().split("<!-- splits:begin")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [(row[0], row[1]) for row in cells] == [
+        ("cat-5@1", "cat"), ("dog-5", "dog"), ("step-10", "dog, frog, horse, ship, truck"),
+    ]  # fmt: skip
+    assert {row[2] for row in cells} == {"Logit-adjusted loss, no added image"} and {
+        row[-1] for row in cells
+    } == {"1"}
