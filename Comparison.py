@@ -16,7 +16,7 @@ from Arms import ARMS, PROFILES, QUESTIONS
 from Results import Study, predictions_of
 from Significance import (
     bootstrap_weights,
-    combined_p_value,
+    combined_mcnemar,
     holm,
     mcnemar_test,
     mean_interval,
@@ -103,11 +103,11 @@ def compare_arms(results, questions=QUESTIONS):
             mcnemar_test(y_true[rare], *(predictions_of(runs[seed])[rare] for runs in by_seed))
             for seed in seeds
         ]
-        comparisons.append(_comparison(question, pair, seeds, scores, [test["p_value"] for test in tests]))
+        comparisons.append(_comparison(question, pair, seeds, scores, combined_mcnemar(tests)))
     return comparisons
 
 
-def _comparison(question, pair, seeds, scores, p_values):
+def _comparison(question, pair, seeds, scores, p_value):
     means, bootstrap, over_seeds = {}, {}, {}
     for key in SCORES:
         # Arm, seed, resample; the first resample is the test set itself.
@@ -117,7 +117,7 @@ def _comparison(question, pair, seeds, scores, p_values):
         bootstrap[key] = tuple(np.quantile(differences[:, 1:].mean(axis=0), [0.025, 0.975]).tolist())
         over_seeds[key] = mean_interval(differences[:, 0])[1]
     titles = tuple(ARMS[name].title for name in pair)
-    return ArmComparison(question, titles, seeds, means, bootstrap, over_seeds, combined_p_value(p_values))
+    return ArmComparison(question, titles, seeds, means, bootstrap, over_seeds, p_value)
 
 
 def _points(value):

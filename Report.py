@@ -457,7 +457,7 @@ def arms_report(results):
         results_table(results, COLUMNS | MORE_COLUMNS),
         "What the second of two arms has more than the first, in percentage points. In brackets: the 95 % bootstrap interval "
         "over test images. After ±, with three seeds or more: half the width of the 95 % interval over seeds. The p-value is "
-        "of exact McNemar tests on the minority's images, one a seed, combined by twice their mean (Vovk and Wang 2020), then "
+        "of exact McNemar tests on the minority's images, one a seed, combined by twice the mean (Vovk and Wang 2020), then "
         "corrected for the number of questions (Holm 1979):",
         paired_table(results),
         "The study's questions, answered by the recall of the minority (corrected p-values of the tests above):",

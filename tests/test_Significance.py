@@ -7,6 +7,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from Significance import (
     bootstrap_weights,
+    combined_mcnemar,
     combined_p_value,
     holm,
     mcnemar_test,
@@ -134,6 +135,23 @@ def test_p_values_of_seeds_are_combined_by_twice_their_mean():
 def test_only_p_values_are_combined(p_values):
     with pytest.raises(ValueError, match="between 0 and 1"):
         combined_p_value(p_values)
+
+
+def counts(only_first, only_second):
+    return mcnemar_test(*predictions(only_first, only_second))
+
+
+def test_mcnemar_of_one_seed_is_the_exact_test():
+    for only_first, only_second in ((0, 0), (3, 3), (0, 5), (8, 2)):
+        test = counts(only_first, only_second)
+        assert combined_mcnemar([test]) == pytest.approx(test["p_value"])
+    with pytest.raises(ValueError, match="One or more"):
+        combined_mcnemar([])
+
+
+def test_seeds_that_agree_prove_more_than_seeds_that_contradict_each_other():
+    assert combined_mcnemar([counts(0, 9), counts(0, 8)]) == pytest.approx(2 * (1 / 2**9 + 1 / 2**8))
+    assert combined_mcnemar([counts(0, 20), counts(20, 0)]) == 1
 
 
 def test_holm_multiplies_the_smallest_by_their_number():
