@@ -158,7 +158,7 @@ PROFILES = {
     # easy images. The last two would treat rare and common classes differently.
     "headline": Profile(
         width=32,
-        steps=4000,
+        steps=3000,
         gan=CPU_GAN,
         evidence=True,
         purpose="the strongest network and recipe that a CPU can afford, for five arms",

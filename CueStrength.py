@@ -25,7 +25,7 @@ from Experiment import seed_number
 from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_cifar10
 from Methods import METHODS, sampling_seed
-from Results import read_json
+from Results import read_json, with_defaults
 from Runtime import (
     choose_device,
     code_version,
@@ -115,7 +115,7 @@ def measure(data, name, split_name, seed, device=None):
     settings = RECIPE.as_json() | {"width": WIDTH, "tested": TESTED}
     if path.exists():
         result = read_json(path, CUE)
-        require_same_settings(path, Recipe(steps=1).as_json() | result["configuration"], settings)
+        require_same_settings(path, with_defaults(result["configuration"]), settings)
         return result
     commit = code_version()
     development = development_data(held_out_set(data), split_name)
