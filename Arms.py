@@ -374,11 +374,11 @@ QUESTIONS = {
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
     ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
     ("logit-adjusted", "stable-source-aware-placebo"): "Do they add to it in source-aware training with shuffled labels?",
-    ("stable-source-aware-unmatched", "stable-source-aware"): "Does source-aware training need the matched spectrum?",
+    ("stable-source-aware-unmatched", "stable-source-aware"): "Does the matched spectrum raise the recall of source-aware training?",
     ("stable-source-aware-shared-statistics", "stable-source-aware"):
-        "Does source-aware training need batch-norm statistics per source?",
-    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does source-aware training need the adjusted loss?",
-    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does source-aware training need to end on real images?",
+        "Do batch-norm statistics per source raise it?",
+    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does the adjusted loss raise it?",
+    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does ending on real images raise it?",
     ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
         "With the adjusted loss, does Stable Diffusion beat the GAN?",
 }  # fmt: skip

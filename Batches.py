@@ -210,10 +210,16 @@ class SourceBatches(AugmentedBatches):
             raise ValueError(
                 "A synthetic_weight needs micro-batches of one source: statistics_per_source=True."
             )
+        sources = np.asarray(sources)
+        if sources.shape != (len(X),) or not np.isin(sources, (0, 1)).all():
+            raise ValueError(
+                f"sources must be {len(X):,} numbers, 0 for a real row and 1 for a synthetic one: got the shape "
+                f"{sources.shape} and the values {np.unique(sources)[:5].tolist()}."
+            )
         self.steps, self.micro_batch_size = recipe.steps, recipe.micro_batch_size
         self.synthetic_weight, self.statistics_per_source = synthetic_weight, statistics_per_source
         self.phases = tuple((float(end), float(fraction)) for end, fraction in phases)
-        self.pools = [np.flatnonzero(np.asarray(sources) == source) for source in (0, 1)]
+        self.pools = [np.flatnonzero(sources == source) for source in (0, 1)]
         synthetic = np.round(_fractions(self.phases, self.steps) * self.batch_size).astype(int)
         self.counts = np.stack([self.batch_size - synthetic, synthetic], axis=1)
         for name, pool, needed in zip(
@@ -313,11 +319,12 @@ class MixedBatches:
     Parameters
     ----------
     batches : object
-        Batches as :func:`ClassifierTraining.train_classifier` takes them.
+        With the attribute ``batch_size`` and the method ``epoch(number)``, which yields for each training step a list of
+        :class:`MicroBatch`, or images and rows. It may have ``steps`` and ``world_size``.
     kind : {'mixup', 'cutmix'}
         mixup averages two images (Zhang et al. 2018). CutMix pastes a box of one into the other (Yun et al. 2019).
     micro_batch_size : int
-        Of batches that are pairs.
+        Images that share batch-norm statistics, where the batches are not yet split.
     seed : int
     alpha : float, default 1.0
         The kept fraction has the distribution Beta(alpha, alpha).
@@ -368,7 +375,8 @@ class PastedBatches:
     Parameters
     ----------
     batches : SourceBatches
-        With one synthetic fraction, apart from phases without synthetic images, and ``synthetic_weight`` 1.
+        With one synthetic fraction, apart from phases without synthetic images, ``synthetic_weight`` 1 and statistics per
+        source.
     kind : {'mixup', 'cutmix'}
     seed : int
     alpha : float, default 1.0
@@ -388,6 +396,8 @@ class PastedBatches:
             raise ValueError(
                 f"A step needs at least as many real images as synthetic ones: {batches.phases}."
             )
+        if not batches.statistics_per_source:
+            raise ValueError("Pasting needs micro-batches of one source: statistics_per_source=True.")
         if batches.synthetic_weight != 1 or len(set(batches.counts[:, 1]) - {0}) != 1:
             raise ValueError(
                 "Pasting needs batches with one synthetic fraction, apart from phases without synthetic images, and a "

@@ -4,12 +4,12 @@
     scores = probability_metrics(evaluation.logits, y_test, minority_classes=[3])
     scores["minority"]["average_precision"], scores["expected_calibration_error"]
 
-Recall and precision depend on where the decision falls. Average precision does not: it tells a loss that moves the
-decision from images that teach the class.
+Recall and precision depend on the decision threshold. Average precision does not, so it separates a shifted threshold
+from a better ranking.
 
 References
 ----------
-Guo et al. (2017), On calibration of modern neural networks (expected calibration error, temperature). Davis and
+Guo et al. (2017), On calibration of modern neural networks (expected calibration error). Davis and
 Goadrich (2006), The relationship between precision-recall and ROC curves. Niculescu-Mizil and Caruana (2005), Predicting
 good probabilities with supervised learning (reliability diagrams).
 """

@@ -43,7 +43,8 @@ class ArmComparison:
         Of the two arms.
     seeds : tuple of int
     means : dict
-        Score (a key of :data:`SCORES`) -> its means over the seeds, one for each arm: fractions.
+        Score (a key of :data:`SCORES`) -> its means over the seeds, one for each arm: fractions. The precision is NaN if
+        an arm never predicts the minority, and so is what follows from it.
     bootstrap : dict
         Score -> the 95 % bootstrap interval of the difference, second minus first, over test images: low and high.
     over_seeds : dict
@@ -114,7 +115,10 @@ def _comparison(question, pair, seeds, scores, p_value):
         values = np.array([[scores[name, seed][key] for seed in seeds] for name in pair])
         means[key] = tuple(values[:, :, 0].mean(axis=1).tolist())
         differences = values[1] - values[0]
-        bootstrap[key] = tuple(np.quantile(differences[:, 1:].mean(axis=0), [0.025, 0.975]).tolist())
+        resampled = differences[:, 1:].mean(axis=0)
+        resampled = resampled[~np.isnan(resampled)]  # without an image that is taken for the minority
+        interval = np.quantile(resampled, [0.025, 0.975]).tolist() if resampled.size else (np.nan, np.nan)
+        bootstrap[key] = tuple(interval)
         over_seeds[key] = mean_interval(differences[:, 0])[1]
     titles = tuple(ARMS[name].title for name in pair)
     return ArmComparison(question, titles, seeds, means, bootstrap, over_seeds, p_value)
@@ -124,8 +128,23 @@ def _points(value):
     return f"{round(100 * value, 1) + 0.0:+.1f}"  # adding 0 makes -0.0 positive
 
 
+def _difference_in_words(comparison, key):
+    if np.isnan(comparison.difference(key)):
+        return "–"
+    low, high = comparison.bootstrap[key]
+    half = comparison.over_seeds[key]
+    seeds = "" if half is None else f" ± {100 * half:.1f}"
+    return f"{_points(comparison.difference(key))}{seeds} ({_points(low)} to {_points(high)})"
+
+
 def _p_value(p):
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _found_in_words(recall, precision):
+    if np.isnan(precision):
+        return f"{recall:.1%} of the minority"
+    return f"{recall:.1%} of the minority (precision {precision:.1%})"
 
 
 def paired_table(results, questions=QUESTIONS):
@@ -150,11 +169,7 @@ def paired_table(results, questions=QUESTIONS):
     rows = []
     for comparison, p in zip(comparisons, corrected, strict=True):
         cells = [" → ".join(comparison.titles), str(len(comparison.seeds))]
-        for key in SCORES:
-            low, high = comparison.bootstrap[key]
-            half = comparison.over_seeds[key]
-            seeds = "" if half is None else f" ± {100 * half:.1f}"
-            cells.append(f"{_points(comparison.difference(key))}{seeds} ({_points(low)} to {_points(high)})")
+        cells += [_difference_in_words(comparison, key) for key in SCORES]
         rows.append([*cells, _p_value(comparison.p_value), _p_value(p)])
     head = ("compared arms", "seeds", *SCORES.values(), "p, recall", "p, corrected")
     return markdown_table(head, rows)
@@ -163,7 +178,7 @@ def paired_table(results, questions=QUESTIONS):
 def findings(results, questions=QUESTIONS):
     """The study's questions, each answered from the results: a markdown list.
 
-    The answer is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 after the correction for the
+    The answer, with the number of seeds, is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 after the correction for the
     number of questions, else *undecided*. The scores are means over the seeds that both arms have.
 
     Parameters
@@ -181,17 +196,16 @@ def findings(results, questions=QUESTIONS):
     lines = []
     for comparison, p in zip(comparisons, holm([c.p_value for c in comparisons]), strict=True):
         answer = "Undecided" if p >= 0.05 else "Yes" if comparison.difference("recall") > 0 else "No"
-        first, second = (
-            f"{recall:.1%} of the minority (precision {precision:.1%})"
-            for recall, precision in zip(
-                comparison.means["recall"], comparison.means["precision"], strict=True
-            )
-        )
+        first, second = map(_found_in_words, comparison.means["recall"], comparison.means["precision"])
+        seeds = f" ({len(comparison.seeds)} seed{'s' * (len(comparison.seeds) > 1)})" if p < 0.05 else ""
         lines.append(
-            f"- **{comparison.question}** {answer}. *{comparison.titles[1]}* finds {second}, *{comparison.titles[0]}* {first}; "
-            f"p {_p_value(p)}."
+            f"- **{comparison.question}** {answer}{seeds}. *{comparison.titles[1]}* finds {second}, *{comparison.titles[0]}* "
+            f"{first}; p {'' if p < 1e-4 else '= '}{_p_value(p)}."
         )
-    profile = next(iter(results.values()))[0]["profile"]
-    if not PROFILES[profile].evidence:
-        lines.insert(0, f"*The profile `{profile}` is too short to conclude anything from these answers.*\n")
-    return "\n".join(lines)
+    warnings = {
+        f"*The profile `{run['profile']}` is too short to conclude anything from these answers.*\n"
+        for runs in results.values()
+        for run in runs
+        if not PROFILES[run["profile"]].evidence
+    }
+    return "\n".join([*warnings, *lines])

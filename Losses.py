@@ -65,6 +65,7 @@ class LogitAdjustedLoss(nn.Module):
     num_classes : int
     sources : ndarray of int or bool, shape (n,), optional
         Source of each row: 0 real, 1 synthetic. Default: all rows have the same source.
+        The log priors of all rows are kept: n times ``num_classes`` float32 values.
     tau : float, default 1.0
         How much of the adjustment is made. Above 1, rare classes are preferred beyond equal frequencies.
     real_prior_for_all : bool, default False
@@ -73,7 +74,8 @@ class LogitAdjustedLoss(nn.Module):
     Raises
     ------
     TypeError, ValueError
-        If ``sources`` are not sources of the rows of ``y``, or ``tau`` is negative or not finite.
+        If ``sources`` are not sources of the rows of ``y``, ``tau`` is negative or not finite, or synthetic rows of a class
+        that has no real row are to be adjusted by the real rows.
     """
 
     mean_over_images = True
@@ -83,14 +85,20 @@ class LogitAdjustedLoss(nn.Module):
         super().__init__()
         if not 0 <= tau < float("inf"):
             raise ValueError(f"tau must be a finite number, 0 or more: got {tau}.")
+        y = np.asarray(y)
         sources = _check_sources(sources, y)
         log_priors = torch.from_numpy(class_log_priors(y, num_classes, sources))
         if tau != 1:  # 0 times -inf would be NaN
             log_priors = torch.where(log_priors.isfinite(), tau * log_priors, log_priors)
         priors = np.zeros_like(sources) if real_prior_for_all else sources
+        if missing := sorted(set(y[~np.isfinite(log_priors.numpy()[priors, y])].tolist())):
+            raise ValueError(
+                f"real_prior_for_all needs a real image of each class, but there is none of {missing}."
+            )
         self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(priors)])
 
     def forward(self, logits, targets, rows):
+        """Mean loss of m images; the parameters are those of :meth:`CrossEntropy.forward`."""
         return F.cross_entropy(logits + self.log_prior_of_row[rows], targets)
 
     def extra_repr(self):
@@ -111,7 +119,24 @@ def _check_sources(sources, y):
 
 
 def class_log_priors(y, num_classes, sources):
-    """Log class frequencies of each source: float32 (n_sources, num_classes), -inf for a class that a source lacks."""
+    """Log class frequencies of each source.
+
+    Parameters
+    ----------
+    y, sources : ndarray of int, shape (n,)
+        Class and source of each row, both from 0 on.
+    num_classes : int
+
+    Returns
+    -------
+    ndarray of float32, shape (n_sources, num_classes)
+        -inf for a class that a source lacks.
+
+    Raises
+    ------
+    ValueError
+        If a label is no class.
+    """
     if y.min() < 0 or y.max() >= num_classes:
         raise ValueError(
             f"Labels run from {y.min()} to {y.max()}, but there are classes 0 to {num_classes - 1}."
@@ -168,6 +193,7 @@ class ClassBalancedLoss(nn.Module):
         self.register_buffer("weights", class_balanced_weights(y, num_classes, beta))
 
     def forward(self, logits, targets, rows):
+        """Mean loss of m images; the parameters are those of :meth:`CrossEntropy.forward`."""
         weights = self.weights if self.progress >= self.deferred_until else None
         return F.cross_entropy(logits, targets, weight=weights)
 
@@ -212,6 +238,7 @@ class LDAMLoss(nn.Module):
         self.register_buffer("weights", class_balanced_weights(y, num_classes, beta))
 
     def forward(self, logits, targets, rows):
+        """Mean loss of m images, ``logits`` cosines; the parameters are those of :meth:`CrossEntropy.forward`."""
         lowered = logits - F.one_hot(targets, logits.shape[1]) * self.margins
         weights = self.weights if self.progress >= self.deferred_until else None
         return F.cross_entropy(self.scale * lowered, targets, weight=weights)

@@ -71,6 +71,11 @@ class Method:
         Whether the labels of the synthetic images are shuffled: the placebo.
     what : str
         For the table of the candidates.
+
+    Raises
+    ------
+    ValueError
+        If a part of it is a lambda.
     """
 
     sampler: BaseSampler | None = None
@@ -84,6 +89,12 @@ class Method:
     shuffled: bool = False
     what: str = ""
 
+    def __post_init__(self):
+        if "<lambda>" in repr(self):  # two lambdas look alike, so a changed one would go unnoticed
+            raise ValueError(
+                "A method is told from others by its functions' names: write a function, no lambda."
+            )
+
     @property
     def definition(self):
         """All that the method decides, in words that are the same in every process."""
@@ -96,19 +107,27 @@ class Method:
         return getattr(self.loss, "func", self.loss) is adjusted
 
     @property
+    def loss_in_words(self):
+        """The loss, and what follows the training, for a table: a str."""
+        loss = getattr(self.loss, "func", self.loss)
+        words = LOSSES_IN_WORDS.get(loss, getattr(loss, "__name__", str(loss)))
+        return words if self.finish is None else f"{words}; then {self.finish.__name__.replace('_', ' ')}"
+
+    @property
     def batches_in_words(self):
         """What is special in the batches, for a table: a str."""
         if self.batches is None:
-            return "all images alike"
-        if self.batches.func is not SourceBatches:
+            return "shuffled, sources mixed"
+        options = getattr(self.batches, "keywords", {})
+        if getattr(self.batches, "func", self.batches) is not SourceBatches or "phases" not in options:
             return self.what
-        phases = self.batches.keywords["phases"]
+        phases = options["phases"]
         words = [f"{phases[0][1]:.0%} synthetic"]
-        if weight := self.batches.keywords.get("synthetic_weight"):
+        if weight := options.get("synthetic_weight"):
             words[0] += f" of weight {weight:g}"
         if len(phases) > 1 and phases[-1][1] == 0:
             words.append(f"none in the last {1 - phases[-2][0]:.0%} of the steps")
-        if self.batches.keywords.get("statistics_per_source", True):
+        if options.get("statistics_per_source", True):
             words.append("batch-norm statistics per source")
         return ", ".join(words)
 
@@ -258,6 +277,15 @@ def class_balanced(y, num_classes, sources, *, deferred_until=0.0):
 def ldam(y, num_classes, sources):
     """Margins by rarity, and class-balanced weights in the last fifth. It needs a cosine head."""
     return LDAMLoss(y, num_classes)
+
+
+LOSSES_IN_WORDS = {
+    None: "cross-entropy",
+    adjusted: "logit-adjusted cross-entropy",
+    adjusted_by_all_rows: "logit-adjusted cross-entropy, one prior for all rows",
+    class_balanced: "class-balanced cross-entropy",
+    ldam: "LDAM",
+}
 
 
 # --- Batches ------------------------------------------------------------------------------------

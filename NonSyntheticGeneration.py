@@ -9,6 +9,7 @@ Chawla et al. (2002), SMOTE: Synthetic minority over-sampling technique.
 """
 
 import math
+import numbers
 
 import numpy as np
 from imblearn.over_sampling.base import BaseOverSampler
@@ -112,9 +113,12 @@ class AugmentationOverSampler(ImageOverSampler):
         super().__init__(sampling_strategy=sampling_strategy, random_state=random_state, match=match)
         self.preset = preset
 
-    def _make_images(self, X, c, count, seed):
+    def _check_X_y(self, X, y):
         if self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}. Choose one of {', '.join(PRESETS)}.")
+        return super()._check_X_y(X, y)
+
+    def _make_images(self, X, c, count, seed):
         augment = v2.Compose(PRESETS[self.preset](X.shape[1:3]))
         rng = np.random.default_rng(seed)
         sources = np.concatenate([rng.permutation(len(X)) for _ in range(-(-count // len(X)))])[:count]
@@ -131,7 +135,8 @@ class PixelOverSampler(BaseOverSampler):
     """Any over-sampler of imbalanced-learn (RandomOverSampler, SMOTE, ADASYN, ...) on the pixels of images.
 
     Each image becomes one row of pixel values (float32), and each new row becomes an image again, rounded and
-    limited to uint8. A sampler that interpolates between neighbours gets at most as many neighbours as the smallest class has.
+    limited to uint8. A sampler that interpolates between neighbours gets at most one neighbour fewer than the smallest class that
+    it resamples has images, if its number of neighbours is a number.
 
     Parameters
     ----------
@@ -143,7 +148,7 @@ class PixelOverSampler(BaseOverSampler):
     Raises
     ------
     TooFewImagesError
-        In ``fit_resample``, if the sampler interpolates between neighbours and a class has one image.
+        In ``fit_resample``, if the sampler interpolates between neighbours and a class that it resamples has one image.
     UnsuitableImagesError
         In ``fit_resample``, if the sampler finds no way to rebalance these images, as ADASYN does if the nearest
         neighbours of all images of a class belong to the same class.
@@ -177,13 +182,16 @@ class PixelOverSampler(BaseOverSampler):
         sampler = clone(self.sampler).set_params(
             sampling_strategy=self.sampling_strategy, random_state=self.random_state
         )
-        smallest = int(np.unique(y, return_counts=True)[1].min())
+        resampled = [int(np.sum(y == c)) for c, count in self.sampling_strategy_.items() if count > 0]
         for name in sampler.get_params().keys() & {"k_neighbors", "n_neighbors"}:
-            if smallest < 2:
+            neighbours = getattr(sampler, name)
+            if not resampled or not isinstance(neighbours, numbers.Integral):
+                continue  # a NearestNeighbors object has a number of its own
+            if min(resampled) < 2:
                 raise TooFewImagesError(
                     f"{type(sampler).__name__} interpolates between images of a class, but one class has only one"
                 )
-            sampler.set_params(**{name: min(getattr(sampler, name), smallest - 1)})
+            sampler.set_params(**{name: min(neighbours, min(resampled) - 1)})
         # float32, because differences of uint8 wrap around.
         pixels = X.reshape(len(X), -1).astype(np.float32)
         try:

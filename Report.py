@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from imblearn.utils import check_sampling_strategy
 from scipy.stats import binomtest
 
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
@@ -119,6 +120,15 @@ def _metric(*keys, show=percent):
     return cell
 
 
+def _minority_precision(runs):
+    """The column's cell; a dash if a run never predicts the minority, because then it has no precision."""
+    for run in runs:
+        minority = [run["class_names"].index(c) for c in run["minority_classes"]]
+        if not np.sum(run["metrics"]["confusion_matrix"], axis=0)[minority].all():
+            return "–"
+    return percent([run["metrics"]["minority"]["precision"] for run in runs])
+
+
 def _standard_deviation(fractions):
     return f"{100 * np.std(fractions, ddof=1):.1f}" if len(fractions) > 1 else ""
 
@@ -126,7 +136,7 @@ def _standard_deviation(fractions):
 COLUMNS = {
     "images added": lambda runs: f"{sum(runs[0]['training_images']['synthetic']):,}",
     "minority recall": lambda runs: f"**{_metric('metrics', 'minority', 'recall')(runs)}**",
-    "minority precision": _metric("metrics", "minority", "precision"),
+    "minority precision": _minority_precision,
     "minority F1": _metric("metrics", "minority", "f1"),
     "balanced accuracy": _metric("metrics", "balanced_accuracy"),
     "accuracy": _metric("metrics", "accuracy"),
@@ -152,15 +162,18 @@ def results_table(results, columns=COLUMNS):
     results : dict
         Arm name -> list of results, as :meth:`Results.Study.load_results` returns them.
     columns : dict
-        Column head -> function of an arm's runs that returns the cell.
+        Column head -> function of an arm's runs that returns the cell. A column without any value is left out.
 
     Returns
     -------
     str
         All scores in percent. With three seeds or more, half the width of the 95 % interval follows the mean.
     """
-    rows = [(ARMS[name].title, *(cell(runs) for cell in columns.values())) for name, runs in results.items()]
-    return markdown_table(("arm", *columns), rows)
+    cells = {head: [cell(runs) for runs in results.values()] for head, cell in columns.items()}
+    cells = {"arm": [ARMS[name].title for name in results]} | {
+        head: column for head, column in cells.items() if any(column)
+    }
+    return markdown_table(tuple(cells), zip(*cells.values(), strict=True))
 
 
 def arms_table(names):
@@ -180,14 +193,19 @@ def arms_table(names):
         arm = ARMS[name]
         sampler, classes = "none", ""
         if (made_by := arm.method.sampler) is not None:
-            sampler = f"`{type(made_by).__name__}`" + (
-                ", spectrum matched" if getattr(made_by, "match", None) == "spectrum" else ""
-            )
+            match = getattr(made_by, "match", None)
+            sampler = f"`{type(made_by).__name__}`" + (f", {match} matched" if match else "")
             sampler += ", labels shuffled" if arm.method.shuffled else ""
-            classes = "every class" if callable(made_by.sampling_strategy) else "the minority"
-        loss = "logit-adjusted cross-entropy" if arm.method.logit_adjusted else "cross-entropy"
-        rows.append((arm.title, sampler, classes, loss, arm.method.batches_in_words))
-    return markdown_table(("arm", "sampler", "adds images to", "loss", "batches"), rows)
+            classes = _classes_with_images(made_by.sampling_strategy)
+        rows.append((arm.title, sampler, classes, arm.method.loss_in_words, arm.method.batches_in_words))
+    return markdown_table(("arm", "sampler", "adds images to", "loss", "batches"), rows, align="left")
+
+
+def _classes_with_images(strategy):
+    """Which classes a ``sampling_strategy`` adds images to, where one class is rare."""
+    y = np.repeat(np.arange(10), [50] + 9 * [5000])
+    new = check_sampling_strategy(strategy, y, "over-sampling")
+    return "the minority" if sum(count > 0 for count in new.values()) == 1 else "every class"
 
 
 def conditions(results):
@@ -201,9 +219,11 @@ def conditions(results):
     Raises
     ------
     ValueError
-        If two arms were trained with different recipes or networks.
+        If two arms were trained with different recipes or networks, or there is no result.
     """
     runs = [run for arm in results.values() for run in arm]
+    if not runs:
+        raise ValueError("There is no result yet: run an arm first.")
     first = runs[0]
     configuration = configuration_of(first)
     shared = configuration.keys() - {"logit_adjusted", "processes", "precision", "bfloat16"}
@@ -455,8 +475,8 @@ def arms_report(results):
     parts = (
         conditions(results),
         results_table(results, COLUMNS | MORE_COLUMNS),
-        "What the second of two arms has more than the first, in percentage points. In brackets: the 95 % bootstrap interval "
-        "over test images. After ±, with three seeds or more: half the width of the 95 % interval over seeds. The p-value is "
+        "The second arm's score minus the first's, in percentage points. In brackets: the 95 % bootstrap interval over test "
+        "images. The number after ± is half the width of the 95 % interval over seeds (three seeds or more). The p-value is "
         "of exact McNemar tests on the minority's images, one a seed, combined by twice the mean (Vovk and Wang 2020), then "
         "corrected for the number of questions (Holm 1979):",
         paired_table(results),

@@ -54,7 +54,7 @@ def mean_interval(values, level=0.95):
 
 
 def bootstrap_weights(y_true, resamples=RESAMPLES, seed=0):
-    """How often each test image is drawn in each bootstrap resample.
+    """How often each test image is drawn in each resample of a stratified bootstrap.
 
     Every class is resampled by itself, so that each keeps its number of images, as in the test set. Give all classifiers
     that are compared the same weights: then differences between them are paired.
@@ -85,15 +85,27 @@ def minority_scores(y_true, predictions, minority_classes, weights):
     y_true, predictions : ndarray of int, shape (n,)
     minority_classes : sequence of int
     weights : ndarray of float, shape (resamples, n)
-        See :func:`bootstrap_weights`. A row of ones gives the scores themselves.
+        See :func:`bootstrap_weights`. A row of ones gives the scores themselves, as does any other constant.
 
     Returns
     -------
     dict of ndarray of float, shape (resamples,)
-        ``recall``, ``precision`` and ``f1``, each the mean over the minority classes, and ``accuracy``. Precision and F1
-        of a class that is never predicted are 0.
+        ``recall``, ``precision`` and ``f1``, each the mean over the minority classes, and ``accuracy``. The precision of a
+        class that is never predicted is NaN, its F1 is 0.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not of the same images, or there is no image of a minority class.
     """
-    y_true, predictions = np.asarray(y_true), np.asarray(predictions)
+    y_true, predictions, weights = map(np.asarray, (y_true, predictions, weights))
+    if not y_true.shape == predictions.shape == weights.shape[1:]:
+        raise ValueError(
+            f"The true classes, predictions and weights must be of the same images, but have the shapes {y_true.shape}, "
+            f"{predictions.shape} and {weights.shape}."
+        )
+    if missing := sorted(set(minority_classes) - set(y_true.tolist())):
+        raise ValueError(f"There is no image of the minority classes {missing}.")
     right = y_true == predictions
     scores = []
     for c in minority_classes:
@@ -101,9 +113,10 @@ def minority_scores(y_true, predictions, minority_classes, weights):
             weights @ rows.astype(weights.dtype)
             for rows in (right & (y_true == c), predictions == c, y_true == c)
         )
-        scores.append((found / there, found / np.maximum(predicted, 1), 2 * found / (predicted + there)))
+        precision = np.where(predicted > 0, found / np.where(predicted > 0, predicted, 1), np.nan)
+        scores.append((found / there, precision, 2 * found / (predicted + there)))
     recall, precision, f1 = np.mean(scores, axis=0)
-    accuracy = weights @ right.astype(weights.dtype) / len(y_true)
+    accuracy = weights @ right.astype(weights.dtype) / weights.sum(axis=1)
     return {"recall": recall, "precision": precision, "f1": f1, "accuracy": accuracy}
 
 

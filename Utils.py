@@ -49,8 +49,8 @@ def save_figure(figure, path):
     return figure
 
 
-def markdown_table(head, rows):
-    """Make a Markdown table. Its first column is aligned to the left, the others to the right.
+def markdown_table(head, rows, align="right"):
+    """Make a Markdown table. Its first column is aligned to the left.
 
     Parameters
     ----------
@@ -58,13 +58,15 @@ def markdown_table(head, rows):
         The titles of the columns.
     rows : iterable of sequence of str
         The cells of each row, as many as there are titles.
+    align : {'right', 'left'}
+        Side of the other columns: right for numbers, left for words.
 
     Returns
     -------
     str
         Without a line break at the end.
     """
-    alignment = ["---"] + ["---:"] * (len(head) - 1)
+    alignment = ["---"] + ["---:" if align == "right" else "---"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, alignment, *rows))
 
 
@@ -200,8 +202,9 @@ def plot_image_rows(rows, title, captions=None):
     for ax in axes.flat:
         ax.set_axis_off()
     for row, (label, images) in zip(axes, rows.items(), strict=True):
-        for ax, image, text in zip(row, images, captions.get(label, [""] * len(images)), strict=False):
+        for ax, image in zip(row, images, strict=False):
             ax.imshow(image, interpolation="nearest")
+        for ax, text in zip(row, captions.get(label, ()), strict=False):
             ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=9)
         row[0].text(-0.15, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
     figure.suptitle(title)

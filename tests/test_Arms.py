@@ -162,6 +162,19 @@ def test_a_number_of_images_must_be_one_and_of_an_arm_that_has_images(name, mess
         find_arm(name)
 
 
+def any_loss(y, num_classes, sources):
+    return None
+
+
+def test_a_method_is_made_of_functions_that_have_a_name():
+    assert (
+        "any_loss" in Method(loss=any_loss).definition and Method(loss=any_loss).loss_in_words == "any_loss"
+    )
+    assert Method(batches=any_loss, what="of its own").batches_in_words == "of its own"
+    with pytest.raises(ValueError, match="write a function, no lambda"):
+        Method(loss=lambda *arguments: None)
+
+
 def test_no_two_arms_write_the_same_file():
     assert len({arm.image_tag for arm in ARMS.values()}) == len(ARMS)
     assert len({arm.weights_name for arm in ARMS.values()}) == len(ARMS)

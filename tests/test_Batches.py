@@ -120,6 +120,16 @@ def test_a_source_without_rows_is_refused_if_it_is_needed():
     source_batches(sources=np.zeros(20, dtype=int), phases=((1.0, 0.0),))
 
 
+@pytest.mark.parametrize(
+    "sources", [SOURCES[:-1], np.repeat([0, 1, 2], [10, 5, 5]), np.append(SOURCES, 1), SOURCES - 1]
+)
+def test_each_row_has_a_source_and_it_is_0_or_1(sources):
+    with pytest.raises(
+        ValueError, match="sources must be 20 numbers, 0 for a real row and 1 for a synthetic one"
+    ):
+        source_batches(sources=sources)
+
+
 def test_running_statistics_follow_real_images_only():
     trained = []
     for pixel in (255, 0):  # every synthetic image is white, or black
@@ -276,6 +286,11 @@ def test_pasting_needs_one_fraction_and_whole_weights():
     ):
         with pytest.raises(ValueError, match="Pasting needs batches with one synthetic fraction"):
             PastedBatches(source_batches(**options), "cutmix", seed=0)
+
+
+def test_pasting_needs_micro_batches_of_one_source():
+    with pytest.raises(ValueError, match="Pasting needs micro-batches of one source"):
+        PastedBatches(source_batches(statistics_per_source=False), "cutmix", seed=0)
 
 
 # --- What the training checks -------------------------------------------------------------------

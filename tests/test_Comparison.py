@@ -113,9 +113,23 @@ def test_questions_are_answered_by_the_minoritys_images(found, answer, results, 
         find(results[name][0], tiny_data.y_test, count, wrong=10)
     warning, _, line = findings(results, QUESTION).splitlines()
     assert "`smoke` is too short to conclude anything" in warning
-    assert line.startswith(f"- **Does it help?** {answer}. *Logit-adjusted")
+    seeds = "" if answer == "Undecided" else " (1 seed)"
+    assert line.startswith(f"- **Does it help?** {answer}{seeds}. *Logit-adjusted")
     first, second = (f"{n / 10:.1%} of the minority (precision {n / (n + 10):.1%})" for n in found)
-    assert f"finds {second}, *Imbalanced* {first}; p " in line
+    assert f"finds {second}, *Imbalanced* {first}; p = 0." in line or "p = 1.0" in line
+
+
+def test_an_arm_that_never_predicts_the_minority_has_no_precision(results, tiny_data):
+    three_seeds(results, tiny_data, [(0, 0, 0), (8, 8, 8)])
+    head, _, row = map(cells, paired_table(results, QUESTION).splitlines())
+    row = dict(zip(head, row, strict=True))
+    assert row["minority precision"] == "–" and row["minority F1"].startswith("+88.9")
+    line = findings(results, QUESTION).splitlines()[-1]
+    assert "*Imbalanced* 0.0% of the minority; p = " in line and "Yes (3 seeds)" in line
+
+
+def test_without_results_there_is_no_answer():
+    assert findings({}, QUESTION) == "" and len(paired_table({}, QUESTION).splitlines()) == 2
 
 
 def test_an_answer_needs_a_p_value_that_survives_the_number_of_questions(results, tiny_data):

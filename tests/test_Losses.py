@@ -74,6 +74,20 @@ def test_synthetic_rows_can_have_the_real_rows_prior():
     assert not (LogitAdjustedLoss(Y, 3, sources).log_prior_of_row == real_only).all()
 
 
+def test_the_real_rows_prior_needs_a_real_row_of_each_synthetic_class():
+    sources = (Y == 2).astype(
+        int
+    )  # class 2 is synthetic only, so the real prior would make its loss infinite
+    with pytest.raises(ValueError, match=r"needs a real image of each class, but there is none of \[2\]"):
+        LogitAdjustedLoss(Y, 3, sources, real_prior_for_all=True)
+    LogitAdjustedLoss(Y, 3, sources)
+
+
+def test_labels_may_be_a_list():
+    as_list = LogitAdjustedLoss(Y.tolist(), 3, (np.arange(len(Y)) % 2).tolist())
+    assert repr(as_list) == repr(LogitAdjustedLoss(Y, 3, np.arange(len(Y)) % 2))
+
+
 def test_a_class_that_is_missing_stays_impossible_whatever_tau_is():
     assert LogitAdjustedLoss(Y, 4, tau=0.0).log_prior_of_row[:, 3].eq(-torch.inf).all()
     for tau in (-1, float("nan"), float("inf")):

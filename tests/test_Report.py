@@ -11,8 +11,9 @@ import pytest
 from conftest import REPOSITORY
 
 import Report
-from Arms import ARMS, STORY
+from Arms import ARMS, STORY, Arm
 from Experiment import run_arms
+from Methods import METHODS
 from Results import Study
 
 
@@ -72,11 +73,25 @@ def test_every_stored_score_has_a_column(results):
     results["logit-adjusted"][0]["metrics_with_averaged_flips"] = None  # as for the digits
     *_, last = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
     assert cells(last)[4] == ""
+    for run in results["imbalanced"]:
+        run["metrics_with_averaged_flips"] = None
+    head, *_ = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
+    assert "averaged flips" not in head and "G-mean" in head  # a column without any value
+
+
+def test_an_arm_that_never_predicts_the_minority_has_no_precision(results):
+    run = results["logit-adjusted"][0]
+    matrix = np.array(run["metrics"]["confusion_matrix"])
+    for column, precision in ((0, "–"), (5, f"{100 * run['metrics']['minority']['precision']:.1f}")):
+        matrix[:, 3] = column
+        run["metrics"]["confusion_matrix"] = matrix.tolist()
+        *_, last = Report.results_table(results).splitlines()
+        assert cells(last)[3] == precision
 
 
 def test_the_table_of_arms_says_what_they_differ_in():
     rows = [cells(row) for row in Report.arms_table(STORY).splitlines()[2:]]
-    alike = "all images alike"
+    alike = "shuffled, sources mixed"
     assert rows == [
         ["Imbalanced", "none", "", "cross-entropy", alike],
         ["Non-synthetic, mild augmentation", "`AugmentationOverSampler`", "the minority", "cross-entropy", alike],
@@ -99,6 +114,29 @@ def test_the_table_of_arms_says_what_they_differ_in():
     assert [row[1].count("shuffled") for row in rows] == [0, 0, 1, 0, 0]
     assert [row[1].count("spectrum") for row in rows] == [1, 1, 1, 0, 1]
     assert [row[3] == "cross-entropy" for row in rows] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("ldam-deferred", ["none", "", "LDAM", "shuffled, sources mixed"]),
+        ("class-balanced", ["none", "", "class-balanced cross-entropy", "shuffled, sources mixed"]),
+        ("last-layer", ["none", "", "cross-entropy; then retrain last layer", "shuffled, sources mixed"]),
+        ("mixup", ["none", "", "cross-entropy", "mixup"]),
+        ("adjusted-oversampled", ["`PixelOverSampler`", "the minority",
+         "logit-adjusted cross-entropy, one prior for all rows", "shuffled, sources mixed"]),
+        ("stable-matched-statistics", ["`StableDiffusionOverSampler`, statistics matched", "the minority",
+         "cross-entropy", "shuffled, sources mixed"]),
+    ],
+)  # fmt: skip
+def test_any_method_can_be_told_in_the_table_of_arms(method, expected, monkeypatch):
+    monkeypatch.setitem(ARMS, "new", Arm("New", "new", "new", METHODS[method]))
+    assert cells(Report.arms_table(["new"]).splitlines()[2])[1:] == expected
+
+
+def test_conditions_without_a_result_are_one_line():
+    with pytest.raises(ValueError, match="There is no result yet: run an arm first"):
+        Report.conditions({})
 
 
 def test_uneven_seeds_are_said(results):

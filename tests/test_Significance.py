@@ -73,9 +73,35 @@ def test_a_weight_of_two_is_the_image_twice(y_pred):
         )
 
 
-def test_a_class_that_is_never_predicted_has_a_precision_of_0():
+def test_a_class_that_is_never_predicted_has_no_precision():
     scores = minority_scores(Y_TRUE, np.zeros_like(Y_TRUE), [2], np.ones((2, len(Y_TRUE))))
-    assert all((scores[key] == 0).all() for key in ("recall", "precision", "f1"))
+    assert all((scores[key] == 0).all() for key in ("recall", "f1"))
+    assert np.isnan(scores["precision"]).all()
+
+
+def test_only_the_proportions_of_the_weights_matter(y_pred):
+    ones, small = (minority_scores(Y_TRUE, y_pred, [2], np.full((1, len(Y_TRUE)), w)) for w in (1, 0.01))
+    assert {key: values[0] for key, values in ones.items()} == pytest.approx(
+        {key: values[0] for key, values in small.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("predictions", "minority", "weights", "message"),
+    [
+        (
+            Y_TRUE[1:],
+            [2],
+            np.ones((1, 90)),
+            r"same images, but have the shapes \(90,\), \(89,\) and \(1, 90\)",
+        ),
+        (Y_TRUE, [2], np.ones((1, 89)), "same images"),
+        (Y_TRUE, [2, 7], np.ones((1, 90)), r"no image of the minority classes \[7\]"),
+    ],
+)
+def test_scores_need_the_same_images_and_some_of_the_minority(predictions, minority, weights, message):
+    with pytest.raises(ValueError, match=message):
+        minority_scores(Y_TRUE, predictions, minority, weights)
 
 
 def test_the_bootstrap_interval_is_scipys(y_pred):

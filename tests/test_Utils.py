@@ -38,6 +38,10 @@ def test_a_table_aligns_its_first_column_to_the_left_and_the_others_to_the_right
     ]  # fmt: skip
 
 
+def test_a_table_of_words_is_aligned_to_the_left():
+    assert markdown_table(("arm", "loss"), [], align="left").splitlines()[1] == "| --- | --- |"
+
+
 # --- Metrics ------------------------------------------------------------------------------------
 
 # Confusion matrix (rows: true class):   a  b  c     recall

@@ -13,6 +13,7 @@ import torch
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.over_sampling.base import BaseOverSampler
 from sklearn.base import clone
+from sklearn.neighbors import NearestNeighbors
 from torchvision.transforms import v2
 
 import Downsampling
@@ -243,6 +244,8 @@ def test_an_impossible_share_of_synthetic_images_is_refused(y, share):
 def test_an_unknown_preset_is_refused_with_the_valid_ones(X, y):
     with pytest.raises(ValueError, match=r"'wild'.*mild, mild-black-corners, reference"):
         AugmentationOverSampler(preset="wild").fit_resample(X, y)
+    with pytest.raises(ValueError, match="Unknown preset 'wild'"):  # also if nothing is to be added
+        AugmentationOverSampler(preset="wild", sampling_strategy={}).fit_resample(X, y)
 
 
 @pytest.mark.parametrize("preset", ["mild", "reference"])
@@ -364,6 +367,18 @@ def test_the_given_sampler_is_left_as_it_is(X, y):
     smote = SMOTE()
     PixelOverSampler(smote, random_state=3).fit_resample(X, y)
     assert smote.get_params() == SMOTE().get_params()
+
+
+def test_only_the_classes_that_are_resampled_limit_the_neighbours(X):
+    y = np.repeat([0, 1, 2], [13, 6, 1])
+    for neighbours in (4, NearestNeighbors(n_neighbors=4)):
+        sampler = PixelOverSampler(SMOTE(k_neighbors=neighbours), sampling_strategy={1: 9}, random_state=3)
+        X_res, y_res = sampler.fit_resample(X, y)
+        expected, _ = SMOTE(k_neighbors=neighbours, sampling_strategy={1: 9}, random_state=3).fit_resample(
+            X.reshape(20, -1).astype(np.float32), y
+        )
+        assert (X_res == np.rint(expected).astype(np.uint8).reshape(X_res.shape)).all()
+        assert np.bincount(y_res).tolist() == [13, 9, 1]
 
 
 def test_neighbours_of_a_class_with_one_image_are_refused(X):
