@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
 from Comparison import findings, paired_table
-from Results import Study, configuration_of, network_name, predictions_of
+from Results import Study, configuration_of, network_name, precision_of, predictions_of
 from Runtime import atomic_path, describe_differences, hardware_text
 from Significance import mean_interval
 from Utils import (
@@ -236,6 +236,7 @@ def conditions(results):
                 f"ways ({differences}). Remove the older result and run the arm again."
             )
     hardware = ", ".join(dict.fromkeys(hardware_text(run["hardware"]) for run in runs))
+    precision = " and ".join(sorted({precision_of(run) for run in runs}))
     torch_versions = ", ".join(dict.fromkeys(run["versions"]["torch"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
     uneven = "" if len(runs) == len(seeds) * len(results) else " (not every arm has all of them)"
@@ -253,7 +254,7 @@ def conditions(results):
         f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). "
         "Its last weights are evaluated, with one view of each test image unless the column says otherwise. "
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{uneven}. "
-        f"PyTorch {torch_versions} on {hardware}; the median training took {time}, possibly "
+        f"PyTorch {torch_versions} on {hardware}, convolutions in {precision}; the median training took {time}, possibly "
         "beside other work on the machine. All scores are percentages. "
         f"There are {support:,} test images of the minority, so a recall near one half is uncertain by "
         f"{100 * (recall.high - recall.low) / 2:.0f} points (95 %) from the choice of test images alone. "

@@ -324,6 +324,12 @@ def configuration_of(result):
     return with_defaults(result["configuration"])
 
 
+def precision_of(result):
+    """The type in which a result's convolutions ran; older results say only whether it was bfloat16."""
+    configuration = result["configuration"]
+    return configuration.get("precision") or ("bfloat16" if configuration.get("bfloat16") else "float32")
+
+
 def with_defaults(settings):
     """Settings of a recipe and a network (dict), completed by the defaults of those that could not be chosen then."""
     return Recipe(steps=1).as_json() | {"mirrored": False} | settings

@@ -148,6 +148,18 @@ def test_uneven_seeds_are_said(results):
     assert Report.comparison_figure(results).get_suptitle() == "cat-3, profile smoke, 1 seed (0)"
 
 
+def test_the_conditions_say_in_which_types_convolutions_ran(results):
+    first, second, third = (
+        run["configuration"] for run in (*results["imbalanced"], *results["logit-adjusted"])
+    )
+    first["precision"] = second["precision"] = "float32"
+    del third["precision"]
+    third["bfloat16"] = True  # as in older results
+    assert "convolutions in bfloat16 and float32; " in Report.conditions(results)
+    third["bfloat16"] = False
+    assert "convolutions in float32; " in Report.conditions(results)
+
+
 def test_results_from_before_a_metric_show_an_empty_cell(results):
     del results["logit-adjusted"][0]["metrics"]["g_mean"]
     *_, last = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
