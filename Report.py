@@ -501,7 +501,11 @@ def generated_parts():
         summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(few)}"
     return {
         Path("README.md"): {"summary": summary},
-        Path("docs", "results.md"): {"results": arms_report(results), "gan": "\n\n".join(gan) or NOT_RUN},
+        Path("docs", "results.md"): {
+            "summary": summary,
+            "results": arms_report(results),
+            "gan": "\n\n".join(gan) or NOT_RUN,
+        },
     }
 
 
