@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from Arms import PROFILES
+from Documents import NOT_RUN, update_documents
 from Methods import METHODS
-from Report import NOT_RUN, update_documents
 from Results import HARDWARE, read_json
 from Runtime import hardware_text
 from Utils import markdown_table

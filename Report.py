@@ -18,8 +18,9 @@ from scipy.stats import binomtest
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
 from Comparison import findings, paired_table
+from Documents import NOT_RUN, update_documents
 from Results import Study, configuration_of, network_name, precision_of, predictions_of
-from Runtime import atomic_path, describe_differences, hardware_text
+from Runtime import describe_differences, hardware_text
 from Significance import mean_interval
 from Utils import (
     markdown_table,
@@ -30,7 +31,6 @@ from Utils import (
     save_figure,
 )
 
-NOT_RUN = "*Not run yet.*"
 README_ARMS = (
     "imbalanced",
     "non-synthetic",
@@ -99,11 +99,13 @@ def banner(study, data, split):
 # --- Tables of arms -----------------------------------------------------------------------------
 
 
-def percent(fractions, digits=1):
-    """``94.0 ± 0.1``: mean over seeds in percent and, with three or more, half the width of its 95 % interval."""
+def percent(fractions):
+    """``94.0 ± 0.1``: mean over seeds in percent and, with three or more, half the width of its 95 % interval; – for NaN."""
     mean, half_width = mean_interval(fractions)
-    interval = "" if half_width is None else f" ± {100 * half_width:.{digits}f}"
-    return f"{100 * mean:.{digits}f}{interval}"
+    if np.isnan(mean):
+        return "–"
+    interval = "" if half_width is None else f" ± {100 * half_width:.1f}"
+    return f"{100 * mean:.1f}{interval}"
 
 
 def _metric(*keys, show=percent):
@@ -120,13 +122,14 @@ def _metric(*keys, show=percent):
     return cell
 
 
-def _minority_precision(runs):
-    """The column's cell; a dash if a run never predicts the minority, because then it has no precision."""
-    for run in runs:
-        minority = [run["class_names"].index(c) for c in run["minority_classes"]]
-        if not np.sum(run["metrics"]["confusion_matrix"], axis=0)[minority].all():
-            return "–"
-    return percent([run["metrics"]["minority"]["precision"] for run in runs])
+def _minority_precisions(runs):
+    """One a run: NaN if it never predicts the minority, because then it has none."""
+    predicted = [np.sum(run["metrics"]["confusion_matrix"], axis=0) for run in runs]
+    minority = [runs[0]["class_names"].index(c) for c in runs[0]["minority_classes"]]
+    return [
+        run["metrics"]["minority"]["precision"] if counts[minority].all() else np.nan
+        for run, counts in zip(runs, predicted, strict=True)
+    ]
 
 
 def _standard_deviation(fractions):
@@ -136,7 +139,7 @@ def _standard_deviation(fractions):
 COLUMNS = {
     "images added": lambda runs: f"{sum(runs[0]['training_images']['synthetic']):,}",
     "minority recall": lambda runs: f"**{_metric('metrics', 'minority', 'recall')(runs)}**",
-    "minority precision": _minority_precision,
+    "minority precision": lambda runs: percent(_minority_precisions(runs)),
     "minority F1": _metric("metrics", "minority", "f1"),
     "balanced accuracy": _metric("metrics", "balanced_accuracy"),
     "accuracy": _metric("metrics", "accuracy"),
@@ -316,7 +319,7 @@ def comparison_figure(results):
     rows = {
         ARMS[name].title: {
             "minority_recall": [run["metrics"]["minority"]["recall"] for run in runs],
-            "minority_precision": [run["metrics"]["minority"]["precision"] for run in runs],
+            "minority_precision": _minority_precisions(runs),
             "balanced_accuracy": [run["metrics"]["balanced_accuracy"] for run in runs],
         }
         for name, runs in results.items()
@@ -487,6 +490,10 @@ def arms_report(results):
     return "\n\n".join(parts)
 
 
+def _few(results):
+    return {name: results[name] for name in README_ARMS if name in results}
+
+
 def generated_parts():
     """Document -> name of each generated part -> its text, made from the committed study's ``results/``."""
     results, gan = COMMITTED.load_results(), []
@@ -497,8 +504,7 @@ def generated_parts():
         gan.append(generation_table(COMMITTED.read_judgement()))
     summary = NOT_RUN
     if results:
-        few = {name: results[name] for name in README_ARMS if name in results}
-        summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(few)}"
+        summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(_few(results))}"
     return {
         Path("README.md"): {"summary": summary},
         Path("docs", "results.md"): {
@@ -507,58 +513,6 @@ def generated_parts():
             "gan": "\n\n".join(gan) or NOT_RUN,
         },
     }
-
-
-def with_part(text, name, part):
-    """``text`` with everything between the two markers ``name`` replaced by ``part``.
-
-    Raises
-    ------
-    ValueError
-        If the markers are missing or occur more than once.
-    """
-    begin, end = f"<!-- {name}:begin (generated) -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"There must be one line {begin!r} and one {end!r}.")
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n\n{part}\n\n{end}{rest.partition(end)[2]}"
-
-
-def update_documents(documents, check):
-    """Write the generated parts into their documents, or only say which documents are not current.
-
-    Parameters
-    ----------
-    documents : dict
-        As :func:`generated_parts` returns it.
-    check : bool
-        Whether to write nothing.
-
-    Returns
-    -------
-    list of path
-        The documents that were not current.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a document is not in the working directory.
-    """
-    changed = []
-    for path, parts in documents.items():
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no {path} in {Path.cwd()}. Run this from the repository's folder."
-            )
-        text = current = path.read_text(encoding="utf-8")
-        for name, part in parts.items():
-            current = with_part(current, name, part)
-        if current != text:
-            changed.append(path)
-            if not check:
-                with atomic_path(path) as temporary:
-                    temporary.write_text(current, encoding="utf-8")
-    return changed
 
 
 def main(arguments=None):
@@ -590,6 +544,7 @@ def main(arguments=None):
         save_arm_plots(COMMITTED, name)
     if results:
         plt.close(save_figure(comparison_figure(results), COMMITTED.image_path("comparison.png")))
+        plt.close(save_figure(comparison_figure(_few(results)), COMMITTED.image_path("summary.png")))
     if figure := reliability_figure(results):
         plt.close(save_figure(figure, COMMITTED.image_path("reliability.png")))
 

@@ -17,7 +17,8 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
-from Report import COLUMNS, COMMITTED, NOT_RUN, percent, update_documents
+from Documents import NOT_RUN, update_documents
+from Report import COLUMNS, COMMITTED, percent
 from Results import Study
 from Utils import COLOURS, markdown_table, save_figure
 

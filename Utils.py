@@ -401,7 +401,7 @@ def plot_comparison(rows, title):
     ----------
     rows : dict
         Title of the arm -> dict of ``minority_recall``, ``minority_precision`` and ``balanced_accuracy``. Each is a
-        list with one fraction between 0 and 1 per run. The first arm is drawn at the top.
+        list with one fraction between 0 and 1 per run, NaN if there is none. The first arm is drawn at the top.
     title : str
         Of the whole figure.
 
@@ -421,7 +421,8 @@ def plot_comparison(rows, title):
             mean = float(np.mean(runs[key]))
             ax.barh(position, mean, color=colour, alpha=0.75)
             ax.plot(runs[key], [position] * len(runs[key]), "k.", markersize=5)
-            ax.text(max(max(runs[key]), mean) + 0.015, position, f"{100 * mean:.1f}", va="center")
+            text = "–" if np.isnan(mean) else f"{100 * mean:.1f}"
+            ax.text(np.nanmax([0, *runs[key]]) + 0.015, position, text, va="center")
         ax.set_xlim(0, 1.2)  # leaves room for a label at 100 %
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))

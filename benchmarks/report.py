@@ -21,7 +21,7 @@ import side_by_side
 import stable_diffusion
 import time_to_accuracy
 
-from Report import NOT_RUN, update_documents
+from Documents import NOT_RUN, update_documents
 from Results import read_json
 
 README = Path("benchmarks", "README.md")

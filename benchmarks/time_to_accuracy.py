@@ -30,7 +30,6 @@ from ClassifierTraining import count_training_flops
 from Experiment import make_training_set
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Precision import precision_name
-from Report import percent
 from Results import HARDWARE, Study, read_json
 from Runtime import (
     choose_device,
@@ -141,8 +140,15 @@ def load_runs(series):
     return found
 
 
+def _mean_and_range(fractions):
+    """``87.07 (86.73 to 87.40)``: mean in percent, and the lowest and highest of several seeds."""
+    percents = 100 * np.array(fractions)
+    seeds = f" ({percents.min():.2f} to {percents.max():.2f})" if len(percents) > 1 else ""
+    return f"{percents.mean():.2f}{seeds}"
+
+
 def table(series):
-    """Markdown table of a series: what each line costs and reaches, mean and spread over seeds.
+    """Markdown table of a series: what each line costs and reaches, mean and range over seeds.
 
     Only the targets have a time, because they ran alone. The lines of the ablation ran two at a time.
     """
@@ -155,8 +161,8 @@ def table(series):
         first = runs[0]
         cells = [
             SERIES[series][name].what, str(first["width"]), f"{first['passes']:g}", f"{first['pflops']:.3f}",
-            percent([run["accuracy"] for run in runs], 2),
-            percent([run["accuracy_with_averaged_flips"] for run in runs], 2),
+            _mean_and_range([run["accuracy"] for run in runs]),
+            _mean_and_range([run["accuracy_with_averaged_flips"] for run in runs]),
             str(len(runs)),
         ]  # fmt: skip
         if timed:

@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 
 import Report
 from Arms import ARMS, STORY, Arm
+from Documents import NOT_RUN
 from Experiment import run_arms
 from Methods import METHODS
 from Results import Study
@@ -87,6 +88,8 @@ def test_an_arm_that_never_predicts_the_minority_has_no_precision(results):
         run["metrics"]["confusion_matrix"] = matrix.tolist()
         *_, last = Report.results_table(results).splitlines()
         assert cells(last)[3] == precision
+        bars = Report.comparison_figure(results).axes[1]
+        assert bars.texts[-1].get_text() == precision
 
 
 def test_the_table_of_arms_says_what_they_differ_in():
@@ -207,17 +210,6 @@ def test_the_reliability_diagram_shows_the_arms_that_have_probabilities(results)
 # --- Generated parts of the documents -----------------------------------------------------------
 
 
-def test_a_document_is_replaced_between_its_markers_only():
-    begin, end = "<!-- a:begin (generated) -->", "<!-- a:end -->"
-    text = f"before\n{begin}\nold\n{end}\nafter\n"
-    new = Report.with_part(text, "a", "new")
-    assert new == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
-    assert Report.with_part(new, "a", "new") == new
-    for lacking in ("no markers", begin, text + text, text.replace("a:", "b:")):
-        with pytest.raises(ValueError, match="There must be one line .*a:begin"):
-            Report.with_part(lacking, "a", "new")
-
-
 def test_a_document_that_is_not_current_fails_the_check(monkeypatch, capsys):
     documents = {Path("README.md"): {"summary": "true"}, Path("current.md"): {"a": "true"}}
     monkeypatch.setattr(Report, "generated_parts", lambda: documents)
@@ -233,9 +225,7 @@ def test_a_document_that_is_not_current_fails_the_check(monkeypatch, capsys):
 
 
 def test_documents_without_evidence_say_so():
-    assert all(
-        part == Report.NOT_RUN for parts in Report.generated_parts().values() for part in parts.values()
-    )
+    assert all(part == NOT_RUN for parts in Report.generated_parts().values() for part in parts.values())
 
 
 def test_the_readme_shows_the_committed_results_in_a_row_for_each_arm(monkeypatch):
@@ -252,7 +242,7 @@ def test_results_of_another_profile_do_not_change_the_documents(tiny_data, monke
     """After a run on a GPU, the tests of the repository still pass."""
     monkeypatch.setattr(Report, "COMMITTED", Study("cpu", "cifar10", "cat-3"))
     run_arms([Study("smoke", "cifar10", "cat-3")], tiny_data, ["imbalanced"])
-    assert Report.generated_parts()[Path("README.md")]["summary"] == Report.NOT_RUN
+    assert Report.generated_parts()[Path("README.md")]["summary"] == NOT_RUN
 
 
 @pytest.mark.parametrize("script", ["Report.py", "benchmarks/report.py"])
@@ -276,7 +266,7 @@ def test_the_tables_of_a_profile_are_printed_and_nothing_is_written(tiny_data, c
     Report.main(["--profile", "smoke"])
     assert "| Imbalanced | 0 |" in capsys.readouterr().out
     Report.main(["--profile", "headline"])
-    assert capsys.readouterr().out.strip() == Report.NOT_RUN
+    assert capsys.readouterr().out.strip() == NOT_RUN
     assert not Path("README.md").exists()
 
 

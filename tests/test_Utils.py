@@ -222,6 +222,12 @@ def test_the_comparison_has_a_bar_for_each_arm_and_a_dot_for_each_run():
     assert all(ax.get_xlabel() for ax in figure.axes)
 
 
+def test_an_arm_without_a_precision_has_a_dash():
+    row = {"minority_recall": [0.0], "minority_precision": [np.nan], "balanced_accuracy": [0.5]}
+    _, precision, _ = plot_comparison({"imbalanced": row}, "Title").axes
+    assert [t.get_text() for t in precision.texts] == ["–"]
+
+
 GAN_HISTORY = [
     {
         "step": step,
