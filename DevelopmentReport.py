@@ -29,7 +29,7 @@ RUN = {  # what is asked of a result, see Results.read_json
     "recipe": dict, "hardware": HARDWARE,
 }  # fmt: skip
 CUE = {
-    "sampler": str, "method": str | None, "split": str, "seed": int, "auc": Real, "configuration": dict,
+    "sampler": str, "method": str, "split": str, "seed": int, "auc": Real, "configuration": dict,
 }  # fmt: skip
 
 
@@ -82,20 +82,22 @@ def cue_table():
         for folder in folders
         for run in _read_runs(folder)
     }
+    recall_of = {}  # (images, folder) -> the cell
+    for (name, results), folder in itertools.product(cues.items(), folders):
+        keys = [(folder.name, result["method"], result["split"], result["seed"]) for result in results]
+        if all(key in recalls for key in keys):
+            recall_of[name, folder] = f"{100 * np.mean([recalls[key] for key in keys]):.1f}"
+    folders = [folder for folder in folders if any((name, folder) in recall_of for name in cues)]
     rows = []
     for name, results in cues.items():
-        cells = []
-        for folder in folders:
-            keys = [(folder.name, r["method"], r["split"], r["seed"]) for r in results]
-            complete = all(key in recalls for key in keys)
-            cells.append(f"{100 * np.mean([recalls[key] for key in keys]):.1f}" if complete else "")
+        cells = [recall_of.get((name, folder), "") for folder in folders]
         auc = np.mean([result["auc"] for result in results])
-        rows.append((-auc, (name, f"{auc:.3f}", results[0]["method"] or "", *cells, _where(results))))
+        rows.append((-auc, (name, f"{auc:.3f}", f"`{results[0]['method']}`", *cells, _where(results))))
     head = (
         "images",
         "AUC of the cue",
         "method",
-        *(f"recall, {folder.name}" for folder in folders),
+        *(f"recall (%). {_describe(folder)}" for folder in folders),
         "split and seed",
     )
     return markdown_table(head, [row for _, row in sorted(rows)])

@@ -80,7 +80,7 @@ def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
         path.parent.mkdir(parents=True)
         run = {"method": "smote", "what": "SMOTE", "split": split_name, "seed": 0, "recipe": {}}
         path.write_text(json.dumps(run | {"validation": scores | {"recall": recall}, "hardware": hardware}))
-    assert cue_table().splitlines()[2] == "| SMOTE | 0.750 | smote | 25.0 | dog-50 seed 0, ship-50 seed 0 |"
+    assert cue_table().splitlines()[2] == "| SMOTE | 0.750 | `smote` | 25.0 | dog-50 seed 0, ship-50 seed 0 |"
     monkeypatch.setattr(CueStrength, "cue_strength", None)
     assert CueStrength.measure(None, "SMOTE", "dog-50", 0)["auc"] == 0.75  # finished
 
