@@ -371,6 +371,8 @@ def found_and_missed_figure(first, second, data, columns=10):
 def reliability_figure(results):
     """Reliability diagram of the arms of the README that have probabilities, or None: older results have none.
 
+    With fewer than two arms there is nothing to compare.
+
     Parameters
     ----------
     results : dict
@@ -385,7 +387,7 @@ def reliability_figure(results):
         rankings = [(run.get("probabilities") or {}).get("minority") for run in results.get(name, ())]
         if rankings and all(rankings):
             reliability[name] = [ranking["reliability"] for ranking in rankings]
-    if not reliability:
+    if len(reliability) < 2:
         return None
     runs = {name: results[name] for name in reliability}
     reliability = {ARMS[name].title: bins for name, bins in reliability.items()}
