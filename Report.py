@@ -116,8 +116,12 @@ def _metric(*keys, show=percent):
         for value in runs:
             for key in keys:
                 value = value.get(key) if value is not None else None
-            values.append(value)
-        return "" if None in values else show(values)  # older results may lack a metric
+            if value is not None:
+                values.append(value)
+        if not values:
+            return ""
+        lacking = "" if len(values) == len(runs) else f" ({len(values)} of {len(runs)} seeds)"
+        return show(values) + lacking  # older results may lack a metric
 
     return cell
 
@@ -329,8 +333,10 @@ def comparison_figure(results):
 
 def _caption_of_arms(results):
     fewest, most = (count(map(len, results.values())) for count in (min, max))
-    uneven = f"{fewest} to {most} seeds an arm" if fewest < most else None
-    return caption(max(results.values(), key=len), uneven)
+    words = f"{fewest} to {most} seeds an arm" if fewest < most else None
+    if fewest == most and len({run["seed"] for runs in results.values() for run in runs}) > most:
+        words = f"{most} seed{'s' * (most > 1)} an arm, not the same"
+    return caption(max(results.values(), key=len), words)
 
 
 def found_and_missed_figure(first, second, data, columns=10):
@@ -382,15 +388,17 @@ def reliability_figure(results):
     -------
     matplotlib.figure.Figure or None
     """
-    reliability = {}
-    for name in README_ARMS:
-        rankings = [(run.get("probabilities") or {}).get("minority") for run in results.get(name, ())]
-        if rankings and all(rankings):
-            reliability[name] = [ranking["reliability"] for ranking in rankings]
-    if len(reliability) < 2:
+    runs = {
+        name: [run for run in results.get(name, ()) if (run.get("probabilities") or {}).get("minority")]
+        for name in README_ARMS
+    }
+    runs = {name: some for name, some in runs.items() if some}
+    if len(runs) < 2:
         return None
-    runs = {name: results[name] for name in reliability}
-    reliability = {ARMS[name].title: bins for name, bins in reliability.items()}
+    reliability = {
+        ARMS[name].title: [run["probabilities"]["minority"]["reliability"] for run in some]
+        for name, some in runs.items()
+    }
     return plot_reliability(reliability, _caption_of_arms(runs))
 
 

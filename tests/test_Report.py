@@ -167,6 +167,10 @@ def test_results_from_before_a_metric_show_an_empty_cell(results):
     del results["logit-adjusted"][0]["metrics"]["g_mean"]
     *_, last = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
     assert cells(last)[3] == ""
+    del results["imbalanced"][0]["metrics"]["g_mean"]
+    _, _, row, _ = Report.results_table(results, Report.MORE_COLUMNS).splitlines()
+    g_mean = results["imbalanced"][1]["metrics"]["g_mean"]
+    assert cells(row)[3] == f"{100 * g_mean:.1f} (1 of 2 seeds)"
 
 
 @pytest.mark.parametrize(("key", "other"), [("downsampling", "strides"), ("steps", 7), ("width", 8)])
@@ -201,9 +205,10 @@ def test_images_that_one_arm_finds_are_shown_with_what_the_other_takes_them_for(
 def test_the_reliability_diagram_shows_the_arms_that_have_probabilities(results):
     figure = Report.reliability_figure(results)
     assert figure.axes[0].get_title() == "cat-3, profile smoke, 1 to 2 seeds an arm"
-    for runs in results.values():
-        for run in runs:
-            del run["probabilities"]  # as in older results
+    del results["imbalanced"][0]["probabilities"]  # as in older results
+    figure = Report.reliability_figure(results)
+    assert figure.axes[0].get_title() == "cat-3, profile smoke, 1 seed an arm, not the same"
+    del results["imbalanced"][1]["probabilities"]
     assert Report.reliability_figure(results) is None
 
 
