@@ -323,7 +323,7 @@ def test_the_repr_of_a_loss_tells_its_priors_and_smoothing():
 
 def test_a_learnable_data_set_is_learnt(tiny_data):
     model = create_classifier(10, 8, channel_statistics(tiny_data.X_train), seed=0)
-    recipe = Recipe(steps=40, batch_size=50)
+    recipe = Recipe(steps=80, batch_size=50)
     history = train_classifier(model, tiny_data.X_train, tiny_data.y_train, recipe, seed=0)
     assert history[-1]["train_loss"] < 0.6 * history[0]["train_loss"]
     predictions = evaluate_classifier(model, tiny_data.X_test, tiny_data.y_test).predictions

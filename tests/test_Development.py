@@ -110,7 +110,7 @@ def test_every_method_runs_without_the_test_set_and_leaves_a_result(few, cache, 
 def test_what_is_special_in_the_batches_is_said_of_every_method():
     words = {name: method.batches_in_words for name, method in METHODS.items()}
     assert all(words.values())
-    assert words["adjusted"] == "all images alike" and words["mixup"] == "mixup"
+    assert words["adjusted"] == "shuffled, sources mixed" and words["mixup"] == "mixup"
     assert words["stable-spectrum-light"].startswith("50% synthetic of weight 0.3, none in the last 15%")
 
 
