@@ -243,7 +243,7 @@ def conditions(results):
                 f"ways ({differences}). Remove the older result and run the arm again."
             )
     hardware = ", ".join(dict.fromkeys(hardware_text(run["hardware"]) for run in runs))
-    precision = " and ".join(sorted({precision_of(run) for run in runs}))
+    precision = " and ".join(sorted({precision_of(run["configuration"]) for run in runs}))
     torch_versions = ", ".join(dict.fromkeys(run["versions"]["torch"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
     uneven = "" if len(runs) == len(seeds) * len(results) else " (not every arm has all of them)"

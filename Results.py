@@ -324,9 +324,8 @@ def configuration_of(result):
     return with_defaults(result["configuration"])
 
 
-def precision_of(result):
-    """The type in which a result's convolutions ran; older results say only whether it was bfloat16."""
-    configuration = result["configuration"]
+def precision_of(configuration):
+    """The type in which convolutions ran, from a configuration; older ones say only whether it was bfloat16."""
     return configuration.get("precision") or ("bfloat16" if configuration.get("bfloat16") else "float32")
 
 

@@ -30,7 +30,7 @@ from ClassifierTraining import count_training_flops
 from Experiment import make_training_set
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Precision import precision_name
-from Results import HARDWARE, Study, read_json
+from Results import HARDWARE, Study, precision_of, read_json
 from Runtime import (
     choose_device,
     code_version,
@@ -167,8 +167,7 @@ def table(series):
         ]  # fmt: skip
         if timed:
             minutes = f"{np.median([run['seconds'] for run in runs]) / 60:.0f}"
-            # Results from before float16 was possible say only whether it was bfloat16.
-            precision = first.get("precision") or ("bfloat16" if first.get("bfloat16") else "float32")
+            precision = precision_of(first)
             cells.insert(4, minutes if precision == "bfloat16" else f"{minutes} ({precision})")
         rows.append(cells)
         hardware |= {hardware_text(run["hardware"]): None for run in runs}
