@@ -301,6 +301,10 @@ ARMS = {
         "resnet_gan_source_balanced_adjusted",
         Method(GANOverSampler(sampling_strategy=source_balanced_strategy), adjusted),
     ),
+    "gan-source-aware": Arm(
+        "GAN, source-aware", "gan_source_aware", "resnet_gan_source_aware",
+        METHODS["gan-spectrum-quarter-real-last"],
+    ),
     "stable": Arm(
         "Stable Diffusion, minority only", "stable", "resnet_stable_diffusion",
         Method(StableDiffusionOverSampler()), story=True,
@@ -357,6 +361,7 @@ GAN_STORY = (
     "gan",
     "gan-source-balanced",
     "gan-source-balanced-adjusted",
+    "gan-source-aware",
 )
 
 # The questions that the study asks of two arms: does the second find more of the minority than the first?
@@ -373,6 +378,8 @@ QUESTIONS = {
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
     ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
+    ("logit-adjusted", "gan-source-aware"): "Do the GAN's images add to the adjusted loss in source-aware training?",
+    ("gan-source-aware", "stable-source-aware"): "In source-aware training, does Stable Diffusion beat the GAN?",
     ("logit-adjusted", "stable-source-aware-placebo"): "Do they add to it in source-aware training with shuffled labels?",
     ("stable-source-aware-unmatched", "stable-source-aware"): "Does the matched spectrum raise the recall of source-aware training?",
     ("stable-source-aware-shared-statistics", "stable-source-aware"):
