@@ -51,12 +51,15 @@ TESTED = 500  # images of each source
 code_version()  # read and cached now: a commit made during a training is not the code that ran
 
 
-def cue_strength(development, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, tested=TESTED, device=None):
-    """Train a network to tell a sampler's images from real ones, and test it on the rare class.
+def cue_strength(X, y, unseen, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, tested=TESTED, device=None):
+    """Train a network to tell a sampler's images from real ones, and test it on the rarest class.
 
     Parameters
     ----------
-    development : DevelopmentSplits.DevelopmentData
+    X, y : ndarrays of uint8, shape (n, height, width, 3), and int64, shape (n,)
+        The imbalanced training set.
+    unseen : ndarray of uint8, shape (m, height, width, 3)
+        Real images of the rarest class that are not in ``X``.
     sampler : imbalanced-learn over-sampler
         Its ``sampling_strategy`` is replaced, so that each class gets images.
     seed : int
@@ -75,24 +78,26 @@ def cue_strength(development, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, te
     Raises
     ------
     ValueError
-        If there are too few images of the rare class to test on.
+        If there are too few images of the rarest class to test on.
     """
+    rarest = np.bincount(y).argmin()
     strategy = partial(source_balanced_strategy, share=0.25)
     sampler = clone(sampler).set_params(sampling_strategy=strategy, random_state=sampling_seed(seed))
-    X, y = sampler.fit_resample(development.X, development.y)
-    added = np.arange(len(y)) >= len(development.y)
+    real, statistics = len(y), channel_statistics(X)
+    X, y = sampler.fit_resample(X, y)
+    added = np.arange(len(y)) >= real
     rng = np.random.default_rng(derive_seed(seed, 6))
-    rare_added = rng.permutation(np.flatnonzero(added & (y == development.minority)))
-    rare_real = rng.permutation(np.flatnonzero(development.y_val == development.minority))
+    rare_added = rng.permutation(np.flatnonzero(added & (y == rarest)))
+    rare_real = rng.permutation(len(unseen))
     if min(len(rare_added) // 2, len(rare_real)) < tested:
         raise ValueError(
             f"{tested} images of each source are to be tested, but there are {len(rare_added)} added and "
             f"{len(rare_real)} real ones of the rare class. Test fewer."
         )
     training = _equally_many(y, added, rng, without=rare_added[:tested])
-    model = create_classifier(2, width, channel_statistics(development.X), seed, device)
+    model = create_classifier(2, width, statistics, seed, device)
     train_classifier(model, X[training], added[training].astype(np.int64), recipe, seed=seed)
-    images = np.concatenate([X[rare_added[:tested]], development.X_val[rare_real[:tested]]])
+    images = np.concatenate([X[rare_added[:tested]], unseen[rare_real[:tested]]])
     labels = np.repeat([1, 0], tested)
     logits = evaluate_classifier(model, images, labels).logits
     return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
@@ -119,7 +124,9 @@ def measure(data, name, split_name, seed, device=None):
         return result
     commit = code_version()
     development = development_data(held_out_set(data), split_name)
-    auc = cue_strength(development, METHODS[SAMPLERS[name]].sampler, seed=seed, device=device)
+    unseen = development.X_val[development.y_val == development.minority]
+    sampler = METHODS[SAMPLERS[name]].sampler
+    auc = cue_strength(development.X, development.y, unseen, sampler, seed=seed, device=device)
     result = {
         "sampler": name, "method": SAMPLERS[name], "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
         "hardware": describe_hardware(choose_device(device)), "commit": commit,

@@ -19,6 +19,7 @@ test: $(ENVIRONMENT)  ## check modules, notebooks, and that the documents show w
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope
 	$(RUN) Report.py --check
 	$(RUN) Sweeps.py --check
+	$(RUN) Usefulness.py --check
 	$(RUN) DevelopmentReport.py --check
 	$(RUN) benchmarks/report.py --check
 
@@ -34,6 +35,7 @@ evidence: $(ENVIRONMENT)  ## every arm under PROFILE=cpu or PROFILE=full, then t
 report: $(ENVIRONMENT)  ## redraw the committed plots and the documents' tables from results/
 	$(RUN) Report.py
 	$(RUN) Sweeps.py
+	$(RUN) Usefulness.py
 	$(RUN) DevelopmentReport.py
 	$(RUN) benchmarks/report.py
 

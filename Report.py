@@ -474,6 +474,7 @@ def generation_table(judged):
 
 
 COMMITTED = Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT)
+HEADLINE = Study("headline", "cifar10", REFERENCE_SPLIT)
 
 
 def arms_report(results):
@@ -520,6 +521,7 @@ def generated_parts():
         Path("docs", "results.md"): {
             "summary": summary,
             "results": arms_report(results),
+            "headline": arms_report(HEADLINE.load_results()),
             "gan": "\n\n".join(gan) or NOT_RUN,
         },
     }
@@ -555,6 +557,8 @@ def main(arguments=None):
     if results:
         plt.close(save_figure(comparison_figure(results), COMMITTED.image_path("comparison.png")))
         plt.close(save_figure(comparison_figure(_few(results)), COMMITTED.image_path("summary.png")))
+    if headline := HEADLINE.load_results():
+        plt.close(save_figure(comparison_figure(headline), COMMITTED.image_path("headline.png")))
     if figure := reliability_figure(results):
         plt.close(save_figure(figure, COMMITTED.image_path("reliability.png")))
 

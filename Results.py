@@ -229,6 +229,8 @@ JUDGEMENT = {
     },
 }  # fmt: skip
 
+CUES = {"auc": {str: Real}, "configuration": dict, "hardware": HARDWARE}
+
 
 def read_json(path, shape=None):
     """Content of a JSON file of ``results/``.

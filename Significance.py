@@ -13,11 +13,12 @@ References
 ----------
 Dietterich (1998), Approximate statistical tests for comparing supervised classification learning algorithms. Efron
 (1979), Bootstrap methods. Holm (1979), A simple sequentially rejective multiple test procedure. McNemar (1947), Note on the
-sampling error of the difference between correlated proportions. Vovk and Wang (2020), Combining p-values via averaging.
+sampling error of the difference between correlated proportions. Spearman (1904), The proof and measurement of association
+between two things. Vovk and Wang (2020), Combining p-values via averaging.
 """
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, permutation_test, rankdata, t, zscore
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 2000
@@ -227,3 +228,42 @@ def holm(p_values):
         In the order of ``p_values``; empty if there is none.
     """
     return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
+
+
+def rank_correlation(x, y):
+    """Spearman's rank correlation (1904), with a permutation test: do ``x`` and ``y`` rank things alike?
+
+    Parameters
+    ----------
+    x, y : sequences of float, shape (n,)
+        At least three values each.
+
+    Returns
+    -------
+    rho : float
+        1 if they rank alike, -1 if in reverse, 0 without a relation. NaN if one of them does not vary.
+    p : float
+        Two-sided, from all orders of ``x`` (up to eight values) or 10,000 random ones. NaN if ``rho`` is.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than three values, or not as many of each.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if x.shape != y.shape or x.ndim != 1 or x.size < 3:
+        raise ValueError(
+            f"Two lists of at least three values are needed, got shapes {x.shape} and {y.shape}."
+        )
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan"), float("nan")
+    x, y = zscore(rankdata(x)), zscore(rankdata(y))  # Spearman's is Pearson's of the ranks
+    test = permutation_test(
+        (x,),
+        lambda order, axis: np.mean(order * y, axis=axis),
+        vectorized=True,
+        permutation_type="pairings",
+        n_resamples=np.inf if x.size <= 8 else 10_000,
+        random_state=0,
+    )
+    return float(test.statistic), float(test.pvalue)

@@ -28,6 +28,11 @@ class MarkedCopies(ImageOverSampler):
         return images
 
 
+def strength(development, sampler, **options):
+    unseen = development.X_val[development.y_val == development.minority]
+    return cue_strength(development.X, development.y, unseen, sampler, **SHORT | options)
+
+
 @pytest.fixture(scope="module")
 def development():
     rng = np.random.default_rng(0)
@@ -40,9 +45,9 @@ def development():
 
 
 def test_a_mark_is_a_strong_cue_and_a_plain_copy_is_none(development):
-    assert cue_strength(development, MarkedCopies(), **SHORT) > 0.95
+    assert strength(development, MarkedCopies()) > 0.95
     # New noise and copies of old noise look alike to a network that has learned nothing about them.
-    assert 0.2 < cue_strength(development, PixelOverSampler(RandomOverSampler()), **SHORT) < 0.8
+    assert 0.2 < strength(development, PixelOverSampler(RandomOverSampler())) < 0.8
 
 
 def test_training_images_have_as_many_real_as_added_ones_of_each_class(development, monkeypatch):
@@ -52,7 +57,7 @@ def test_training_images_have_as_many_real_as_added_ones_of_each_class(developme
         seen["labels"] = y
 
     monkeypatch.setattr(CueStrength, "train_classifier", train)
-    cue_strength(development, MarkedCopies(), **SHORT)
+    strength(development, MarkedCopies())
     assert np.bincount(seen["labels"]).tolist() == [30 + 30 + 10] * 2
 
 
@@ -60,7 +65,7 @@ def test_too_few_images_to_test_on_are_refused(development):
     with pytest.raises(
         ValueError, match="60 images of each source are to be tested, but there are 110 added"
     ):
-        cue_strength(development, MarkedCopies(), **SHORT | {"tested": 60})
+        strength(development, MarkedCopies(), tested=60)
 
 
 def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):

@@ -250,6 +250,21 @@ def test_results_of_another_profile_do_not_change_the_documents(tiny_data, monke
     assert Report.generated_parts()[Path("README.md")]["summary"] == NOT_RUN
 
 
+def test_the_strongest_network_has_its_own_tables_and_picture(tiny_data, headline, monkeypatch):
+    monkeypatch.setattr(Report, "COMMITTED", Study("smoke", "cifar10", "cat-5"))
+    monkeypatch.setattr(Report, "HEADLINE", headline)
+    run_arms([headline], tiny_data, ["imbalanced", "logit-adjusted"])
+    document = Path("docs", "results.md")
+    parts = Report.generated_parts()
+    assert parts[document]["headline"].count("| Logit-adjusted loss, no added image |") == 1
+    assert parts[document]["results"] == NOT_RUN
+    for path, names in parts.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"<!-- {n}:begin (generated) -->\n<!-- {n}:end -->\n" for n in names))
+    Report.main([])
+    assert Path("images/smoke/cat-5/headline.png").exists()
+
+
 @pytest.mark.parametrize("script", ["Report.py", "benchmarks/report.py"])
 def test_another_working_directory_is_one_line(script):
     answer = subprocess.run([sys.executable, str(REPOSITORY / script)], capture_output=True, text=True)

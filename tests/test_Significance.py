@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, spearmanr
 from sklearn.metrics import precision_recall_fscore_support
 
 from Significance import (
@@ -13,6 +13,7 @@ from Significance import (
     mcnemar_test,
     mean_interval,
     minority_scores,
+    rank_correlation,
 )
 
 # --- Over seeds ---------------------------------------------------------------------------------
@@ -183,3 +184,39 @@ def test_seeds_that_agree_prove_more_than_seeds_that_contradict_each_other():
 def test_holm_multiplies_the_smallest_by_their_number():
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.04]) == [0.04] and holm([]) == []
+
+
+# --- Ranks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("y", "rho", "p"),
+    [
+        ([1.0, 2.0, 3.0], 1.0, 2 / 6),
+        ([3.0, 2.0, 1.0], -1.0, 2 / 6),
+        ([10.0, 20.0, 15.0], 0.5, 1.0),
+    ],
+)
+def test_rank_correlation_asks_all_orders(y, rho, p):
+    found = rank_correlation([1, 5, 7], y)
+    assert found == pytest.approx((rho, p))
+
+
+def test_rank_correlation_is_spearmans_with_ties_and_many_values():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 5, 30), rng.integers(0, 5, 30)
+    expected = spearmanr(x, y)
+    rho, p = rank_correlation(x, y)
+    assert rho == pytest.approx(expected.statistic)
+    assert p == pytest.approx(expected.pvalue, abs=0.03)
+    assert rank_correlation(x, y) == (rho, p)
+
+
+def test_what_does_not_vary_has_no_rank_correlation():
+    assert np.isnan(rank_correlation([1, 2, 3], [4, 4, 4])).all()
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 2], [1, 2]), ([1, 2, 3], [1, 2]), ([[1, 2, 3]], [[1, 2, 3]])])
+def test_rank_correlation_needs_three_pairs(x, y):
+    with pytest.raises(ValueError, match="at least three values"):
+        rank_correlation(x, y)
