@@ -51,6 +51,8 @@ class ArmComparison:
         Score -> half the width of the 95 % interval of the difference over seeds; None with fewer than three.
     p_value : float
         Of exact McNemar tests on the minority's test images, one a seed, combined.
+    average_precision : tuple of float
+        The differences in the minority's average precision, one for each seed whose results both have it.
     """
 
     question: str
@@ -60,6 +62,7 @@ class ArmComparison:
     bootstrap: Mapping
     over_seeds: Mapping
     p_value: float
+    average_precision: tuple
 
     def difference(self, score):
         """Second minus first: a float."""
@@ -104,11 +107,22 @@ def compare_arms(results, questions=QUESTIONS):
             mcnemar_test(y_true[rare], *(predictions_of(runs[seed])[rare] for runs in by_seed))
             for seed in seeds
         ]
-        comparisons.append(_comparison(question, pair, seeds, scores, combined_mcnemar(tests)))
+        ranking = _average_precisions(by_seed, seeds)
+        comparisons.append(_comparison(question, pair, seeds, scores, combined_mcnemar(tests), ranking))
     return comparisons
 
 
-def _comparison(question, pair, seeds, scores, p_value):
+def _average_precisions(by_seed, seeds):
+    """The second arm's average precision of the minority minus the first's, for each seed; older results have none."""
+    pairs = [[(runs[seed].get("probabilities") or {}).get("minority") for runs in by_seed] for seed in seeds]
+    return tuple(
+        second["average_precision"] - first["average_precision"]
+        for first, second in pairs
+        if first and second
+    )
+
+
+def _comparison(question, pair, seeds, scores, p_value, ranking):
     means, bootstrap, over_seeds = {}, {}, {}
     for key in SCORES:
         # Arm, seed, resample; the first resample is the test set itself.
@@ -121,7 +135,7 @@ def _comparison(question, pair, seeds, scores, p_value):
         bootstrap[key] = tuple(interval)
         over_seeds[key] = mean_interval(differences[:, 0])[1]
     titles = tuple(ARMS[name].title for name in pair)
-    return ArmComparison(question, titles, seeds, means, bootstrap, over_seeds, p_value)
+    return ArmComparison(question, titles, seeds, means, bootstrap, over_seeds, p_value, ranking)
 
 
 def _points(value):
@@ -137,14 +151,34 @@ def _difference_in_words(comparison, key):
     return f"{_points(comparison.difference(key))}{seeds} ({_points(low)} to {_points(high)})"
 
 
+def _ranking_in_words(comparison):
+    differences = comparison.average_precision
+    if not differences:
+        return ""
+    mean, half = mean_interval(differences)
+    lacking = len(differences) < len(comparison.seeds)
+    return (
+        _points(mean)
+        + ("" if half is None else f" ± {100 * half:.1f}")
+        + (f" ({len(differences)} of {len(comparison.seeds)} seeds)" if lacking else "")
+    )
+
+
 def _p_value(p):
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _found_in_words(recall, precision):
+def _found_in_words(recall, precision, f1):
     if np.isnan(precision):
         return f"{recall:.1%} of the minority"
-    return f"{recall:.1%} of the minority (precision {precision:.1%})"
+    return f"{recall:.1%} of the minority (precision {precision:.1%}, F1 {f1:.1%})"
+
+
+def _f1_over_seeds(comparison):
+    half = comparison.over_seeds["f1"]
+    if half is None or np.isnan(comparison.difference("f1")):
+        return ""
+    return f" Difference in F1 over the {len(comparison.seeds)} seeds: {_points(comparison.difference('f1'))} ± {100 * half:.1f} points."
 
 
 def paired_table(results, questions=QUESTIONS):
@@ -161,7 +195,8 @@ def paired_table(results, questions=QUESTIONS):
     -------
     str
         Differences in percentage points with their 95 % bootstrap intervals over test images; with three seeds or more also
-        half the width of the 95 % interval over seeds. The p-value is of exact McNemar tests on the minority's test
+        half the width of the 95 % interval over seeds. The average precision, which no threshold enters, has the latter only; it
+        is left out if no result has it. The p-value is of exact McNemar tests on the minority's test
         images, combined over seeds, and then corrected for the number of questions (Holm 1979).
     """
     comparisons = compare_arms(results, questions)
@@ -170,8 +205,11 @@ def paired_table(results, questions=QUESTIONS):
     for comparison, p in zip(comparisons, corrected, strict=True):
         cells = [" → ".join(comparison.titles), str(len(comparison.seeds))]
         cells += [_difference_in_words(comparison, key) for key in SCORES]
+        cells.append(_ranking_in_words(comparison))
         rows.append([*cells, _p_value(comparison.p_value), _p_value(p)])
-    head = ("compared arms", "seeds", *SCORES.values(), "p, recall", "p, corrected")
+    head = ("compared arms", "seeds", *SCORES.values(), "average precision", "p, recall", "p, corrected")
+    if not any(comparison.average_precision for comparison in comparisons):
+        head, rows = head[:6] + head[7:], [row[:6] + row[7:] for row in rows]
     return markdown_table(head, rows)
 
 
@@ -179,7 +217,8 @@ def findings(results, questions=QUESTIONS):
     """The study's questions, each answered from the results: a markdown list.
 
     The answer, with the number of seeds, is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 after the correction for the
-    number of questions, else *undecided*. The scores are means over the seeds that both arms have.
+    number of questions, else *undecided*. With three seeds or more, the difference in F1 and its 95 % interval over seeds follow: recall can be
+    bought with precision, F1 less so. The scores are means over the seeds that both arms have.
 
     Parameters
     ----------
@@ -196,11 +235,13 @@ def findings(results, questions=QUESTIONS):
     lines = []
     for comparison, p in zip(comparisons, holm([c.p_value for c in comparisons]), strict=True):
         answer = "Undecided" if p >= 0.05 else "Yes" if comparison.difference("recall") > 0 else "No"
-        first, second = map(_found_in_words, comparison.means["recall"], comparison.means["precision"])
+        first, second = map(
+            _found_in_words, *(comparison.means[key] for key in ("recall", "precision", "f1"))
+        )
         seeds = f" ({len(comparison.seeds)} seed{'s' * (len(comparison.seeds) > 1)})" if p < 0.05 else ""
         lines.append(
             f"- **{comparison.question}** {answer}{seeds}. *{comparison.titles[1]}* finds {second}, *{comparison.titles[0]}* "
-            f"{first}; p {'' if p < 1e-4 else '= '}{_p_value(p)}."
+            f"{first}; p {'' if p < 1e-4 else '= '}{_p_value(p)}.{_f1_over_seeds(comparison)}"
         )
     warnings = {
         f"*The profile `{run['profile']}` is too short to conclude anything from these answers.*\n"

@@ -15,18 +15,25 @@ import numpy as np
 from imblearn.utils import check_sampling_strategy
 from scipy.stats import binomtest
 
-from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
+from Arms import ARMS, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
 from Comparison import findings, paired_table
 from Documents import NOT_RUN, update_documents
-from Results import Study, configuration_of, network_name, precision_of, predictions_of
+from ModelCard import weights_table
+from Results import (
+    COMMITTED,
+    HEADLINE,
+    Study,
+    configuration_of,
+    network_name,
+    precision_of,
+)
 from Runtime import describe_differences, hardware_text
 from Significance import mean_interval
 from Utils import (
     markdown_table,
     plot_comparison,
     plot_confusion_matrix,
-    plot_image_rows,
     plot_learning_curves,
     save_figure,
 )
@@ -339,41 +346,6 @@ def _caption_of_arms(results):
     return caption(max(results.values(), key=len), words)
 
 
-def found_and_missed_figure(first, second, data, columns=10):
-    """Minority test images that only one of two runs finds, or neither, with what they are taken for.
-
-    Parameters
-    ----------
-    first, second : dict
-        Results of two arms, of the same test images.
-    data : ImbalancedCIFAR10.ImageDataSet
-        Only its test images and class names are used.
-    columns : int, default 10
-        Images in a row at most, chosen at random but always the same.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    predictions = [predictions_of(run) for run in (first, second)]
-    minority = [data.class_names.index(c) for c in first["minority_classes"]]
-    found = [predicted == data.y_test for predicted in predictions]
-    titles = [ARMS[run["arm"]].title for run in (first, second)]
-    groups = {  # who finds them -> the images, and whose answer is shown
-        f"only by {titles[1]};\n{titles[0]} says": (found[1] & ~found[0], predictions[0]),
-        f"only by {titles[0]};\n{titles[1]} says": (found[0] & ~found[1], predictions[1]),
-        f"by neither;\n{titles[1]} says": (~found[0] & ~found[1], predictions[1]),
-    }
-    rows, captions, rng = {}, {}, np.random.default_rng(0)
-    for words, (chosen, predicted) in groups.items():
-        images = rng.permutation(np.flatnonzero(chosen & np.isin(data.y_test, minority)))
-        label = f"{len(images):,} found {words}"
-        rows[label] = data.X_test[images[:columns]]
-        captions[label] = [data.class_names[c] for c in predicted[images[:columns]]]
-    classes = ", ".join(first["minority_classes"])
-    return plot_image_rows(rows, f"Test images of class {classes}\n{caption([first])}", captions)
-
-
 def reliability_figure(results):
     """Reliability diagram of the arms of the README that have probabilities, or None: older results have none.
 
@@ -473,10 +445,6 @@ def generation_table(judged):
 # --- Generated parts of the documents -----------------------------------------------------------
 
 
-COMMITTED = Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT)
-HEADLINE = Study("headline", "cifar10", REFERENCE_SPLIT)
-
-
 def arms_report(results):
     """Markdown of all that is said about the arms of a study: conditions, scores, tests, answers.
 
@@ -491,7 +459,8 @@ def arms_report(results):
         conditions(results),
         results_table(results, COLUMNS | MORE_COLUMNS),
         "The second arm's score minus the first's, in percentage points. In brackets: the 95 % bootstrap interval over test "
-        "images. The number after ± is half the width of the 95 % interval over seeds (three seeds or more). The p-value is "
+        "images. The number after ± is half the width of the 95 % interval over seeds (three seeds or more). The average "
+        "precision does not depend on a threshold, so it tells whether the minority is ranked better. The p-value is "
         "of exact McNemar tests on the minority's images, one a seed, combined by twice the mean (Vovk and Wang 2020), then "
         "corrected for the number of questions (Holm 1979):",
         paired_table(results),
@@ -499,6 +468,14 @@ def arms_report(results):
         findings(results),
     )
     return "\n\n".join(parts)
+
+
+def _headline_summary(results):
+    """The table of the README: few columns, because it must be short."""
+    if not results:
+        return NOT_RUN
+    heads = ("minority recall", "minority precision", "accuracy", "recall of the other classes", "seeds")
+    return results_table(results, {head: (COLUMNS | MORE_COLUMNS)[head] for head in heads})
 
 
 def _few(results):
@@ -516,14 +493,16 @@ def generated_parts():
     summary = NOT_RUN
     if results:
         summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(_few(results))}"
+    headline = HEADLINE.load_results()
     return {
-        Path("README.md"): {"summary": summary},
+        Path("README.md"): {"summary": summary, "headline": _headline_summary(headline)},
         Path("docs", "results.md"): {
             "summary": summary,
             "results": arms_report(results),
-            "headline": arms_report(HEADLINE.load_results()),
+            "headline": arms_report(headline),
             "gan": "\n\n".join(gan) or NOT_RUN,
         },
+        Path("models", "README.md"): {"weights": weights_table()},
     }
 
 

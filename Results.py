@@ -66,7 +66,7 @@ class Study:
         return self._output_path("models", file_name)
 
     def _output_path(self, kind, file_name):
-        if self == Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT):
+        if self == COMMITTED:
             return Path(kind, file_name)
         prefix = "" if self.data == "cifar10" else f"{self.data}_"
         return Path(kind, self.profile, self.folder, prefix + file_name)
@@ -165,6 +165,10 @@ class Study:
     def load_test_labels(self):
         """True classes of the test set, int array of shape (n,), in the order of the predictions."""
         return np.array(self.record_path("test-labels.txt").read_text().split(), dtype=int)
+
+
+COMMITTED = Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT)
+HEADLINE = Study("headline", "cifar10", REFERENCE_SPLIT)
 
 
 # --- What the files must hold: every part that some reader asks for --------------------------------

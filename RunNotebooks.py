@@ -23,6 +23,7 @@ from Runtime import atomic_path
 
 NOTEBOOKS = ("Main.ipynb", "GAN_Main.ipynb", "GAN_Classification.ipynb")
 MOST_BYTES = 1_000_000  # an executed notebook stays small enough to be read on the web
+PROGRESS_HINT = "ignore:IProgress not found"
 
 
 class Kernel:
@@ -58,6 +59,10 @@ def run_notebooks(names, profile_name, data_name):
     profile_name, data_name
         See :func:`run_notebook`, also for the errors.
     """
+    # Without this, a library's hint about progress bars and its path on this machine would be in the copies.
+    warnings_of_user = os.environ.get("PYTHONWARNINGS", "")
+    if PROGRESS_HINT not in warnings_of_user:
+        os.environ["PYTHONWARNINGS"] = f"{warnings_of_user},{PROGRESS_HINT}".lstrip(",")
     following = Kernel()
     try:
         for name in names:
@@ -155,9 +160,6 @@ def main(arguments=None):
         line = "*" * 100
         print(f"{line}\n{caught[-1].message}\n{line}", flush=True)
     print(f"Profile {profile_name}: {profile.purpose}.", flush=True)
-    # Without this, a library's hint about progress bars and its path on this machine would be in the copies.
-    warnings_of_user = os.environ.get("PYTHONWARNINGS", "")
-    os.environ["PYTHONWARNINGS"] = f"{warnings_of_user},ignore:IProgress not found".lstrip(",")
     os.environ |= passive_waiting()  # for the kernels; PyTorch is loaded here already
     try:
         run_notebooks(NOTEBOOKS, profile_name, data.name)

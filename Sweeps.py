@@ -18,8 +18,8 @@ from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
 from Documents import NOT_RUN, update_documents
-from Report import COLUMNS, COMMITTED, percent
-from Results import Study
+from Report import COLUMNS, percent
+from Results import COMMITTED, Study
 from Utils import COLOURS, markdown_table, save_figure
 
 DOCUMENT = Path("docs", "results.md")

@@ -21,8 +21,7 @@ from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS
 from Documents import NOT_RUN, update_documents
-from Report import COMMITTED
-from Results import CUES, read_json
+from Results import COMMITTED, CUES, read_json
 from Significance import holm, rank_correlation
 from Utils import COLOURS, markdown_table, save_figure
 
@@ -95,7 +94,7 @@ def usefulness_table(study):
         (
             ARMS[arms[k]].title,
             f"**{100 * recall[k]:.1f}**",
-            *(f"{values[k]:.3g}" for values in measures.values()),
+            *(f"{values[k]:.3f}" for values in measures.values()),
         )
         for k in order
     ]

@@ -102,6 +102,26 @@ def test_the_table_shows_differences_intervals_and_corrected_p_values(results, t
     assert back["minority recall"].startswith("-60.0 ± 0.0 (-") and back["accuracy"].startswith("-6.0")
     p = 2 * 2 / 2**6
     assert there["p, recall"] == f"{p:.4f}" and there["p, corrected"] == f"{2 * p:.4f}"
+    f1 = 2 * 0.8 / 1.8 - 2 * 0.2 / 1.2  # with a precision of 1
+    line = findings(results, QUESTION).splitlines()[-1]
+    assert line.endswith(f" Difference in F1 over the 3 seeds: +{100 * f1:.1f} ± 0.0 points.")
+
+
+def test_the_table_shows_how_much_better_the_minority_is_ranked(results, tiny_data):
+    three_seeds(results, tiny_data, [(2, 2, 2), (8, 8, 8)])
+    for name, precisions in (("imbalanced", (0.2, 0.3, 0.4)), ("logit-adjusted", (0.5, 0.7, 0.6))):
+        for run, value in zip(results[name], precisions, strict=True):
+            run["probabilities"] = {"minority": {"average_precision": value}}
+    head, _, row = map(cells, paired_table(results, QUESTION).splitlines())
+    half = 4.3027 * np.std([30, 40, 20], ddof=1) / np.sqrt(3)
+    assert row[head.index("average precision")] == f"+30.0 ± {half:.1f}"
+    del results["imbalanced"][0]["probabilities"]  # as in older results
+    head, _, row = map(cells, paired_table(results, QUESTION).splitlines())
+    assert row[head.index("average precision")] == "+30.0 (2 of 3 seeds)"
+    for run in results["imbalanced"]:
+        run["probabilities"] = {"minority": None}
+    head, _, row = map(cells, paired_table(results, QUESTION).splitlines())
+    assert "average precision" not in head and len(head) == len(row) == 8
 
 
 @pytest.mark.parametrize(
@@ -115,7 +135,10 @@ def test_questions_are_answered_by_the_minoritys_images(found, answer, results, 
     assert "`smoke` is too short to conclude anything" in warning
     seeds = "" if answer == "Undecided" else " (1 seed)"
     assert line.startswith(f"- **Does it help?** {answer}{seeds}. *Logit-adjusted")
-    first, second = (f"{n / 10:.1%} of the minority (precision {n / (n + 10):.1%})" for n in found)
+    first, second = (
+        f"{n / 10:.1%} of the minority (precision {n / (n + 10):.1%}, F1 {2 * n / (n + 20):.1%})"
+        for n in found
+    )
     assert f"finds {second}, *Imbalanced* {first}; p = 0." in line or "p = 1.0" in line
 
 

@@ -181,27 +181,6 @@ def test_the_conditions_name_the_network_and_refuse_arms_trained_in_different_wa
         Report.conditions(results)
 
 
-def test_images_that_one_arm_finds_are_shown_with_what_the_other_takes_them_for(results, tiny_data):
-    cats = np.flatnonzero(tiny_data.y_test == 3)
-    runs = []
-    for name, found, otherwise in (("imbalanced", [0, 1, 2], 5), ("logit-adjusted", [2, 3], 8)):
-        predictions = tiny_data.y_test.copy()
-        predictions[cats] = otherwise
-        predictions[cats[found]] = 3
-        runs.append(results[name][0] | {"test_predictions": " ".join(map(str, predictions))})
-    figure = Report.found_and_missed_figure(*runs, tiny_data, columns=4)
-    rows = np.array(figure.axes).reshape(3, 4)
-    captions = [[ax.texts[0].get_text() for ax in row if ax.images] for row in rows]
-    assert captions == [["dog"], ["ship"] * 2, ["ship"] * 4]
-    labels = [row[0].texts[-1].get_text() for row in rows]
-    starts = "1 found only by Logit-adjusted", "2 found only by Imbalanced", "6 found by neither"
-    assert all(label.startswith(start) for label, start in zip(labels, starts, strict=True))
-    shown = figure.axes[0].images[0].get_array()
-    assert (shown == tiny_data.X_test[cats[3]]).all()
-    assert figure.get_suptitle() == "Test images of class cat\ncat-3, profile smoke, 1 seed (0)"
-    Report.found_and_missed_figure(runs[0], runs[0], tiny_data)  # two rows have no image
-
-
 def test_the_reliability_diagram_shows_the_arms_that_have_probabilities(results):
     figure = Report.reliability_figure(results)
     assert figure.axes[0].get_title() == "cat-3, profile smoke, 1 to 2 seeds an arm"
@@ -291,4 +270,6 @@ def test_the_tables_of_a_profile_are_printed_and_nothing_is_written(tiny_data, c
 
 
 def test_the_readme_can_be_read_in_five_minutes():
-    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) <= 1500
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    # The bars of tables are no words.
+    assert len([word for word in text.split() if re.search(r"\w", word)]) <= 1350

@@ -181,3 +181,10 @@ def test_the_notebooks_in_the_repository_have_no_output_and_one_parameter_cell(n
     assert all(not cell.get("outputs") for cell in notebook["cells"])
     tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
     assert tags.count(["parameters"]) == 1
+
+
+def test_executed_copies_say_nothing_of_the_machine():
+    copies = sorted((REPOSITORY / "results" / "cpu").glob("*.ipynb"))
+    assert len(copies) == 3
+    for copy in copies:
+        assert "site-packages" not in copy.read_text(encoding="utf-8")
