@@ -359,7 +359,6 @@ GAN_STORY = (
     "imbalanced",
     "logit-adjusted",
     "gan",
-    "gan-source-balanced",
     "gan-source-balanced-adjusted",
     "gan-source-aware",
 )
@@ -378,14 +377,14 @@ QUESTIONS = {
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
     ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
-    ("logit-adjusted", "gan-source-aware"): "Do the GAN's images add to the adjusted loss in source-aware training?",
-    ("gan-source-aware", "stable-source-aware"): "In source-aware training, does Stable Diffusion beat the GAN?",
     ("logit-adjusted", "stable-source-aware-placebo"): "Do they add to it in source-aware training with shuffled labels?",
     ("stable-source-aware-unmatched", "stable-source-aware"): "Does the matched spectrum raise the recall of source-aware training?",
     ("stable-source-aware-shared-statistics", "stable-source-aware"):
         "Do batch-norm statistics per source raise it?",
     ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does the adjusted loss raise it?",
     ("stable-source-aware-to-the-end", "stable-source-aware"): "Does ending on real images raise it?",
+    ("logit-adjusted", "gan-source-aware"): "Do the GAN's images add to the adjusted loss in source-aware training?",
+    ("gan-source-aware", "stable-source-aware"): "In source-aware training, does Stable Diffusion beat the GAN?",
     ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):
         "With the adjusted loss, does Stable Diffusion beat the GAN?",
 }  # fmt: skip

@@ -264,7 +264,7 @@ def test_what_was_made_from_a_part_of_the_data_is_not_used_for_another_part(tiny
 
 def test_a_run_of_another_profile_leaves_the_committed_gan_alone(tiny_data, monkeypatch):
     """cpu writes to models/generator.pt, full to a folder of its own."""
-    monkeypatch.setattr(Results, "REFERENCE_SPLIT", "cat-5")
+    monkeypatch.setattr(Results, "COMMITTED", Study("cpu", "cifar10", "cat-5"))
     for name, channels in (("cpu", 4), ("full", 5)):
         settings = dataclasses.replace(PROFILES["smoke"].gan, channels=channels)
         profile = dataclasses.replace(PROFILES["smoke"], evidence=True, width=channels, gan=settings)
