@@ -30,13 +30,18 @@ def weights_table():
         result = read_result(path)
         configuration, metrics = configuration_of(result), result["metrics"]
         minority = metrics["minority"]
-        scores = (minority["recall"], minority["precision"], metrics["accuracy"])
+        called = sum(
+            row[result["class_names"].index(minority["classes"][0])] for row in metrics["confusion_matrix"]
+        )
+        precision = f"{100 * minority['precision']:.1f}" if called else "–"
         rows.append(
             (
                 f"`{study.weights_path(name).relative_to('models')}`",
                 f"{network_name(configuration)}, {configuration['parameters']:,} parameters",
                 f"{ARMS[name].title}, profile `{study.profile}`",
-                *(f"{100 * score:.1f}" for score in scores),
+                f"{100 * minority['recall']:.1f}",
+                precision,
+                f"{100 * metrics['accuracy']:.1f}",
             )
         )
     if COMMITTED.record_path("gan.json").exists():

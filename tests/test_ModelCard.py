@@ -84,6 +84,7 @@ def test_the_card_has_a_row_for_each_file_with_the_scores_of_its_result():
     for (study, name), row in zip(CLASSIFIERS, rows, strict=False):
         recall = read_result(study.result_path(name))["metrics"]["minority"]["recall"]
         assert f"| {100 * recall:.1f} |" in row and study.weights_path(name).name in row
+    assert "| 0.0 | – |" in rows[0]  # it never says cat, so it has no precision
 
 
 def test_a_network_without_a_result_has_no_row(monkeypatch, tmp_path):
