@@ -142,12 +142,15 @@ def _points(value):
     return f"{round(100 * value, 1) + 0.0:+.1f}"  # adding 0 makes -0.0 positive
 
 
+def _plus_minus(half_width):
+    return "" if half_width is None else f" ± {100 * half_width:.1f}"
+
+
 def _difference_in_words(comparison, key):
     if np.isnan(comparison.difference(key)):
         return "–"
     low, high = comparison.bootstrap[key]
-    half = comparison.over_seeds[key]
-    seeds = "" if half is None else f" ± {100 * half:.1f}"
+    seeds = _plus_minus(comparison.over_seeds[key])
     return f"{_points(comparison.difference(key))}{seeds} ({_points(low)} to {_points(high)})"
 
 
@@ -155,13 +158,10 @@ def _ranking_in_words(comparison):
     differences = comparison.average_precision
     if not differences:
         return ""
-    mean, half = mean_interval(differences)
+    mean, half_width = mean_interval(differences)
     lacking = len(differences) < len(comparison.seeds)
-    return (
-        _points(mean)
-        + ("" if half is None else f" ± {100 * half:.1f}")
-        + (f" ({len(differences)} of {len(comparison.seeds)} seeds)" if lacking else "")
-    )
+    seeds = f" ({len(differences)} of {len(comparison.seeds)} seeds)" if lacking else ""
+    return f"{_points(mean)}{_plus_minus(half_width)}{seeds}"
 
 
 def _p_value(p):
@@ -175,10 +175,11 @@ def _found_in_words(recall, precision, f1):
 
 
 def _f1_over_seeds(comparison):
-    half = comparison.over_seeds["f1"]
-    if half is None or np.isnan(comparison.difference("f1")):
+    difference, half_width = comparison.difference("f1"), comparison.over_seeds["f1"]
+    if half_width is None or np.isnan(difference):
         return ""
-    return f" Difference in F1 over the {len(comparison.seeds)} seeds: {_points(comparison.difference('f1'))} ± {100 * half:.1f} points."
+    seeds = len(comparison.seeds)
+    return f" Difference in F1 over the {seeds} seeds: {_points(difference)}{_plus_minus(half_width)} points."
 
 
 def paired_table(results, questions=QUESTIONS):
@@ -201,16 +202,20 @@ def paired_table(results, questions=QUESTIONS):
     """
     comparisons = compare_arms(results, questions)
     corrected = holm([comparison.p_value for comparison in comparisons])
-    rows = []
-    for comparison, p in zip(comparisons, corrected, strict=True):
-        cells = [" → ".join(comparison.titles), str(len(comparison.seeds))]
-        cells += [_difference_in_words(comparison, key) for key in SCORES]
-        cells.append(_ranking_in_words(comparison))
-        rows.append([*cells, _p_value(comparison.p_value), _p_value(p)])
-    head = ("compared arms", "seeds", *SCORES.values(), "average precision", "p, recall", "p, corrected")
-    if not any(comparison.average_precision for comparison in comparisons):
-        head, rows = head[:6] + head[7:], [row[:6] + row[7:] for row in rows]
-    return markdown_table(head, rows)
+    columns = {
+        "compared arms": [" → ".join(comparison.titles) for comparison in comparisons],
+        "seeds": [str(len(comparison.seeds)) for comparison in comparisons],
+        **{
+            title: [_difference_in_words(comparison, key) for comparison in comparisons]
+            for key, title in SCORES.items()
+        },
+        "average precision": [_ranking_in_words(comparison) for comparison in comparisons],
+        "p, recall": [_p_value(comparison.p_value) for comparison in comparisons],
+        "p, corrected": [_p_value(p) for p in corrected],
+    }
+    if not any(columns["average precision"]):
+        del columns["average precision"]
+    return markdown_table(tuple(columns), zip(*columns.values(), strict=True))
 
 
 def findings(results, questions=QUESTIONS):

@@ -19,7 +19,7 @@ from Arms import ARMS, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
 from Comparison import findings, paired_table
 from Documents import NOT_RUN, update_documents
-from ModelCard import weights_table
+from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
 from Results import (
     COMMITTED,
     HEADLINE,
@@ -27,6 +27,7 @@ from Results import (
     configuration_of,
     network_name,
     precision_of,
+    read_result,
 )
 from Runtime import describe_differences, hardware_text
 from Significance import mean_interval
@@ -474,8 +475,38 @@ def _headline_summary(results):
     """The table of the README: few columns, because it must be short."""
     if not results:
         return NOT_RUN
-    heads = ("minority recall", "minority precision", "accuracy", "recall of the other classes", "seeds")
-    return results_table(results, {head: (COLUMNS | MORE_COLUMNS)[head] for head in heads})
+    heads = ("minority recall", "minority precision", "accuracy", "seeds")
+    return results_table(results, {head: COLUMNS[head] for head in heads})
+
+
+def weights_table():
+    """Markdown table of the committed networks: file, what it is, and its scores in percent."""
+    rows = []
+    for study, name in CLASSIFIERS:
+        path = study.result_path(name)
+        if not path.exists():
+            continue
+        result = read_result(path)
+        configuration = configuration_of(result)
+        rows.append(
+            (
+                f"`{study.weights_path(name).relative_to('models')}`",
+                f"{network_name(configuration)}, {configuration['parameters']:,} parameters",
+                f"{ARMS[name].title}, profile `{study.profile}`",
+                percent([result["metrics"]["minority"]["recall"]]),
+                COLUMNS["minority precision"]([result]),
+                COLUMNS["accuracy"]([result]),
+            )
+        )
+    if COMMITTED.record_path("gan.json").exists():
+        parameters = COMMITTED.read_gan_record()["parameters"]
+        for path in (GENERATOR, DISCRIMINATOR):
+            network = f"{path.stem} of the GAN, {parameters[path.stem]:,} parameters"
+            rows.append((f"`{path.name}`", network, f"profile `{COMMITTED.profile}`", "", "", ""))
+    if not rows:
+        return NOT_RUN
+    head = ("file", "network", "trained by", "minority recall", "minority precision", "accuracy")
+    return markdown_table(head, rows, "left")
 
 
 def _few(results):

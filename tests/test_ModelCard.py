@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import ModelCard
+import Report
 from ClassifierNetwork import evaluate_classifier, load_classifier
 from GANExperiment import gan_settings, quality_measure
 from GANNetworks import load_discriminator, load_generator, sample_images
 from GenerationQuality import ImageFeatures
 from ImbalancedCIFAR10 import split_from_name
-from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR, weights_table
+from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
+from Report import weights_table
 from Results import COMMITTED, predictions_of, read_result
 from Runtime import derive_seed
 
@@ -51,12 +52,8 @@ def test_the_generator_has_the_quality_of_its_record(cifar10):
 
 def test_the_arms_with_the_gan_were_trained_on_images_of_this_generator():
     checksum = COMMITTED.generator_checksum()
-    runs = [
-        run
-        for name in COMMITTED.load_results()
-        if name.startswith("gan")
-        for run in COMMITTED.load_runs(name)
-    ]
+    results = COMMITTED.load_results().items()
+    runs = [run for name, arm_runs in results if name.startswith("gan") for run in arm_runs]
     assert runs and all(run["generator"] == checksum for run in runs)
 
 
@@ -89,4 +86,4 @@ def test_the_card_has_a_row_for_each_file_with_the_scores_of_its_result():
 
 def test_a_network_without_a_result_has_no_row(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert weights_table() == ModelCard.NOT_RUN
+    assert weights_table() == Report.NOT_RUN
