@@ -1,14 +1,14 @@
 """The study's questions: do two arms differ by more than chance? Nothing here trains, resamples images or downloads.
 
-    results = Study("cpu", "cifar10", "cat-50").load_results()
-    print(paired_table(results))
-    print(findings(results))
+    comparisons = compare_arms(Study("cpu", "cifar10", "cat-50").load_results())
+    print(paired_table(comparisons))
+    print(findings(comparisons))
 
 Two arms are compared on the seeds that both have, image by image. ``Significance.py`` has the statistics.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,9 +16,8 @@ from Arms import ARMS, PROFILES, QUESTIONS
 from Results import Study, predictions_of
 from Significance import (
     bootstrap_weights,
-    combined_mcnemar,
     holm,
-    mcnemar_test,
+    mcnemar_over_seeds,
     mean_interval,
     minority_scores,
 )
@@ -50,9 +49,12 @@ class ArmComparison:
     over_seeds : dict
         Score -> half the width of the 95 % interval of the difference over seeds; None with fewer than three.
     p_value : float
-        Of exact McNemar tests on the minority's test images, one a seed, combined.
+        Of McNemar's exact test on the minority's test images, all seeds together.
+    corrected_p_value : float
+        Corrected for the number of questions (Holm 1979).
     average_precision : tuple of float
         The differences in the minority's average precision, one for each seed whose results both have it.
+    profile : str
     """
 
     question: str
@@ -62,12 +64,29 @@ class ArmComparison:
     bootstrap: Mapping
     over_seeds: Mapping
     p_value: float
+    corrected_p_value: float
     average_precision: tuple
+    profile: str
 
     def difference(self, score):
         """Second minus first: a float."""
         first, second = self.means[score]
         return second - first
+
+    def varies_with_the_seed(self):
+        """Whether the 95 % interval over seeds of the difference in recall contains zero; False with fewer than three seeds."""
+        half_width = self.over_seeds["recall"]
+        return half_width is not None and abs(self.difference("recall")) <= half_width
+
+    def answer(self):
+        """``"Yes"`` or ``"No"``: the second arm finds more or fewer of the minority's images. Else ``"Undecided"``.
+
+        A difference must be too large for the choice of test images (a corrected p-value below 0.05) and, with three seeds or
+        more, for the choice of seeds.
+        """
+        if self.corrected_p_value >= 0.05 or self.varies_with_the_seed():
+            return "Undecided"
+        return "Yes" if self.difference("recall") > 0 else "No"
 
 
 def compare_arms(results, questions=QUESTIONS):
@@ -103,13 +122,14 @@ def compare_arms(results, questions=QUESTIONS):
                         y_true, predictions_of(runs[seed]), minority, weights
                     )
         rare = np.isin(y_true, minority)
-        tests = [
-            mcnemar_test(y_true[rare], *(predictions_of(runs[seed])[rare] for runs in by_seed))
-            for seed in seeds
-        ]
-        ranking = _average_precisions(by_seed, seeds)
-        comparisons.append(_comparison(question, pair, seeds, scores, combined_mcnemar(tests), ranking))
-    return comparisons
+        p_value = mcnemar_over_seeds(
+            y_true[rare], *([predictions_of(runs[seed])[rare] for seed in seeds] for runs in by_seed)
+        )
+        comparisons.append(_comparison(question, pair, seeds, scores, p_value, by_seed))
+    corrected = holm([comparison.p_value for comparison in comparisons])
+    return [
+        replace(comparison, corrected_p_value=p) for comparison, p in zip(comparisons, corrected, strict=True)
+    ]
 
 
 def _average_precisions(by_seed, seeds):
@@ -122,7 +142,7 @@ def _average_precisions(by_seed, seeds):
     )
 
 
-def _comparison(question, pair, seeds, scores, p_value, ranking):
+def _comparison(question, pair, seeds, scores, p_value, by_seed):
     means, bootstrap, over_seeds = {}, {}, {}
     for key in SCORES:
         # Arm, seed, resample; the first resample is the test set itself.
@@ -134,8 +154,18 @@ def _comparison(question, pair, seeds, scores, p_value, ranking):
         interval = np.quantile(resampled, [0.025, 0.975]).tolist() if resampled.size else (np.nan, np.nan)
         bootstrap[key] = tuple(interval)
         over_seeds[key] = mean_interval(differences[:, 0])[1]
-    titles = tuple(ARMS[name].title for name in pair)
-    return ArmComparison(question, titles, seeds, means, bootstrap, over_seeds, p_value, ranking)
+    return ArmComparison(
+        question=question,
+        titles=tuple(ARMS[name].title for name in pair),
+        seeds=seeds,
+        means=means,
+        bootstrap=bootstrap,
+        over_seeds=over_seeds,
+        p_value=p_value,
+        corrected_p_value=p_value,  # until all questions are known
+        average_precision=_average_precisions(by_seed, seeds),
+        profile=by_seed[0][seeds[0]]["profile"],
+    )
 
 
 def _points(value):
@@ -182,26 +212,21 @@ def _f1_over_seeds(comparison):
     return f" Difference in F1 over the {seeds} seeds: {_points(difference)}{_plus_minus(half_width)} points."
 
 
-def paired_table(results, questions=QUESTIONS):
+def paired_table(comparisons):
     """Markdown table of what the second of two arms has more than the first.
 
     Parameters
     ----------
-    results : dict
-        Arm name -> list of results.
-    questions : dict
-        Names of two arms -> the question.
+    comparisons : list of ArmComparison
+        See :func:`compare_arms`.
 
     Returns
     -------
     str
         Differences in percentage points with their 95 % bootstrap intervals over test images; with three seeds or more also
         half the width of the 95 % interval over seeds. The average precision, which no threshold enters, has the latter only; it
-        is left out if no result has it. The p-value is of exact McNemar tests on the minority's test
-        images, combined over seeds, and then corrected for the number of questions (Holm 1979).
+        is left out if no result has it. The p-values are of McNemar's exact test on the minority's test images.
     """
-    comparisons = compare_arms(results, questions)
-    corrected = holm([comparison.p_value for comparison in comparisons])
     columns = {
         "compared arms": [" → ".join(comparison.titles) for comparison in comparisons],
         "seeds": [str(len(comparison.seeds)) for comparison in comparisons],
@@ -211,47 +236,47 @@ def paired_table(results, questions=QUESTIONS):
         },
         "average precision": [_ranking_in_words(comparison) for comparison in comparisons],
         "p, recall": [_p_value(comparison.p_value) for comparison in comparisons],
-        "p, corrected": [_p_value(p) for p in corrected],
+        "p, corrected": [_p_value(comparison.corrected_p_value) for comparison in comparisons],
     }
     if not any(columns["average precision"]):
         del columns["average precision"]
     return markdown_table(tuple(columns), zip(*columns.values(), strict=True))
 
 
-def findings(results, questions=QUESTIONS):
+def findings(comparisons):
     """The study's questions, each answered from the results: a markdown list.
 
-    The answer, with the number of seeds, is *yes* or *no* if the two arms' recalls of the minority differ at p < 0.05 after the correction for the
-    number of questions, else *undecided*. With three seeds or more, the difference in F1 and its 95 % interval over seeds follow: recall can be
-    bought with precision, F1 less so. The scores are means over the seeds that both arms have.
+    Each line has the answer (see :meth:`ArmComparison.answer`) with the number of seeds, the scores of both arms as means over the seeds
+    that both have, and the corrected p-value. With three seeds or more, the difference in F1 and its 95 % interval over seeds follow:
+    recall can be bought with precision, F1 less so.
 
     Parameters
     ----------
-    results : dict
-        Arm name -> list of results.
-    questions : dict
-        Names of two arms -> the question.
+    comparisons : list of ArmComparison
+        See :func:`compare_arms`.
 
     Returns
     -------
     str
     """
-    comparisons = compare_arms(results, questions)
     lines = []
-    for comparison, p in zip(comparisons, holm([c.p_value for c in comparisons]), strict=True):
-        answer = "Undecided" if p >= 0.05 else "Yes" if comparison.difference("recall") > 0 else "No"
+    for comparison in comparisons:
         first, second = map(
             _found_in_words, *(comparison.means[key] for key in ("recall", "precision", "f1"))
         )
-        seeds = f" ({len(comparison.seeds)} seed{'s' * (len(comparison.seeds) > 1)})" if p < 0.05 else ""
+        seeds, p = len(comparison.seeds), comparison.corrected_p_value
+        reason = ""
+        if p < 0.05 and comparison.varies_with_the_seed():
+            reason = (
+                " The difference in recall varies with the seed: its 95 % interval over seeds contains zero."
+            )
         lines.append(
-            f"- **{comparison.question}** {answer}{seeds}. *{comparison.titles[1]}* finds {second}, *{comparison.titles[0]}* "
-            f"{first}; p {'' if p < 1e-4 else '= '}{_p_value(p)}.{_f1_over_seeds(comparison)}"
+            f"- **{comparison.question}** {comparison.answer()} ({seeds} seed{'s' * (seeds > 1)}). *{comparison.titles[1]}* finds "
+            f"{second}, *{comparison.titles[0]}* {first}; p {'' if p < 1e-4 else '= '}{_p_value(p)}.{reason}{_f1_over_seeds(comparison)}"
         )
     warnings = {
-        f"*The profile `{run['profile']}` is too short to conclude anything from these answers.*\n"
-        for runs in results.values()
-        for run in runs
-        if not PROFILES[run["profile"]].evidence
+        f"*The profile `{comparison.profile}` is too short to conclude anything from these answers.*\n"
+        for comparison in comparisons
+        if not PROFILES[comparison.profile].evidence
     }
     return "\n".join([*warnings, *lines])

@@ -6,7 +6,6 @@
 Nothing here trains. ``Development.py`` and ``CueStrength.py`` obtain the results.
 """
 
-import argparse
 import itertools
 from numbers import Real
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from Arms import PROFILES
-from Documents import NOT_RUN, update_documents
+from Documents import NOT_RUN, report_parser, run_report
 from Methods import METHODS
 from Results import HARDWARE, read_json
 from Runtime import hardware_text
@@ -141,15 +140,8 @@ def generated_parts():
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Tables of docs/development.md from results/development/.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
-    options = parser.parse_args(arguments)
-    try:
-        changed = update_documents({DOCUMENT: generated_parts()}, options.check)
-    except (ValueError, KeyError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    if options.check and changed:
-        parser.exit(1, f"{DOCUMENT} does not show what {FOLDER} says. Run 'make report' and commit.\n")
+    parser = report_parser("Tables of docs/development.md from results/development/.")
+    run_report(parser, parser.parse_args(arguments).check, lambda: {DOCUMENT: generated_parts()})
 
 
 if __name__ == "__main__":

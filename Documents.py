@@ -4,8 +4,14 @@
 <!-- summary:end -->
 
 update_documents({Path("README.md"): {"summary": table}}, check=False)
+
+A program that writes such parts is two calls:
+
+parser = report_parser("Tables of README.md from results/.")
+run_report(parser, parser.parse_args().check, lambda: {Path("README.md"): {"summary": table}})
 """
 
+import argparse
 from pathlib import Path
 
 from Runtime import atomic_path
@@ -63,3 +69,41 @@ def update_documents(documents, check):
                 with atomic_path(path) as temporary:
                     temporary.write_text(current, encoding="utf-8")
     return changed
+
+
+def report_parser(description):
+    """The command line of a program that writes generated parts: an ``argparse.ArgumentParser`` with ``--check``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a document is not current"
+    )
+    return parser
+
+
+def run_report(parser, check, documents, draw=None):
+    """Write the generated parts and draw the pictures, or check that the documents are current.
+
+    The program ends with status 1 and one line if results cannot be read or written, or a document is not current.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        See :func:`report_parser`.
+    check : bool
+        Whether to write nothing.
+    documents : callable
+        Called without arguments, returns what :func:`update_documents` takes.
+    draw : callable, optional
+        Called without arguments after the documents are written, saves the pictures. Not called for a check.
+    """
+    try:
+        changed = update_documents(documents(), check)
+        if draw is not None and not check:
+            draw()
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if check and changed:
+        names = " and ".join(map(str, changed))
+        parser.exit(1, f"What results/ says is not in {names}. Run 'make report' and commit.\n")
+    if check:
+        print("The documents show what results/ says.")

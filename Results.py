@@ -298,7 +298,7 @@ def read_result(path):
     result = read_json(path, RESULT)
     metrics, names = result["metrics"], result["class_names"]
     is_right = {
-        "arm": f"{result['arm']}-seed{result['seed']}.json" == path.name,
+        "arm": f"{result['arm']}-seed{result['seed']}.json" == Path(path).name,
         "minority_classes": set(result["minority_classes"]) <= set(names) & metrics["per_class"].keys(),
         "metrics.confusion_matrix": [len(row) for row in metrics["confusion_matrix"]]
         == len(names) * [len(names)],

@@ -4,7 +4,7 @@
     weights = bootstrap_weights(y_test)                              # over test images
     recall = minority_scores(y_test, predictions, [3], weights)["recall"]
     low, high = np.quantile(recall, [0.025, 0.975])
-    p = holm([combined_mcnemar(tests_of_the_seeds), 0.2])
+    p = holm([mcnemar_over_seeds(y_test, first, second), 0.2])       # predictions of two models, a row a seed
 
 Two things vary: the test images that happen to be there, and the seed of sampler, initial weights and image order. The
 bootstrap and McNemar's test cover the first, the interval over seeds covers the second.
@@ -12,13 +12,13 @@ bootstrap and McNemar's test cover the first, the interval over seeds covers the
 References
 ----------
 Dietterich (1998), Approximate statistical tests for comparing supervised classification learning algorithms. Efron
-(1979), Bootstrap methods. Holm (1979), A simple sequentially rejective multiple test procedure. McNemar (1947), Note on the
-sampling error of the difference between correlated proportions. Spearman (1904), The proof and measurement of association
-between two things. Vovk and Wang (2020), Combining p-values via averaging.
+(1979), Bootstrap methods. Fisher (1935), The design of experiments. Holm (1979), A simple sequentially rejective multiple
+test procedure. McNemar (1947), Note on the sampling error of the difference between correlated proportions. Spearman
+(1904), The proof and measurement of association between two things.
 """
 
 import numpy as np
-from scipy.stats import binomtest, permutation_test, rankdata, t, zscore
+from scipy.stats import binom, permutation_test, rankdata, t, zscore
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 2000
@@ -121,98 +121,50 @@ def minority_scores(y_true, predictions, minority_classes, weights):
     return {"recall": recall, "precision": precision, "f1": f1, "accuracy": accuracy}
 
 
-def mcnemar_test(y_true, first, second):
-    """Exact McNemar test: does one of two models get more of the same images right (McNemar 1947)?
+def mcnemar_over_seeds(y_true, first, second):
+    """McNemar's exact test of several seeds on the same test images: does one of two models get more of them right?
 
-    Only images that exactly one of the models gets right carry information. Under the null hypothesis, each
-    model is right on half of them. Dietterich (1998) recommends this test for comparing two classifiers on
-    one test set. It covers the choice of test images. It does not cover the choice of seed.
+    An image counts by how many more seeds get it right with the second model than with the first. Under the null hypothesis
+    the two models are exchangeable on each image, so that every count is as likely with the opposite sign (a sign-flip test,
+    Fisher 1935). Images are independent of each other and the seeds of one image are not, which is why the image is the unit.
+    With one seed this is McNemar's test. It covers the choice of test images. The interval of :func:`mean_interval`
+    covers the choice of seed.
 
     Parameters
     ----------
-    y_true, first, second : array of int, shape (n,)
-        The true classes and the predictions of the two models, in the same order of images.
+    y_true : array of int, shape (n,)
+        The true classes.
+    first, second : array of int, shape (n,) or (seeds, n)
+        The predictions of the two models, in the same order of images and seeds.
 
     Returns
     -------
-    dict
-        ``only_first_right`` and ``only_second_right`` (numbers of images) and ``p_value`` (two-sided).
+    float
+        The two-sided p-value, exact.
 
     Raises
     ------
     ValueError
-        If the three arrays have different shapes.
+        If the arrays are not of the same images and seeds, or there is no seed.
     """
     y_true, first, second = map(np.asarray, (y_true, first, second))
-    if not y_true.shape == first.shape == second.shape:
+    first, second = np.atleast_2d(first), np.atleast_2d(second)
+    if first.shape != second.shape or first.shape[1:] != y_true.shape or not len(first):
         raise ValueError(
-            f"The predictions must be for the same images, but y_true, first and second have the shapes "
-            f"{y_true.shape}, {first.shape} and {second.shape}."
+            f"The predictions must be for the same images and for one seed or more, but y_true, first and second have the "
+            f"shapes {y_true.shape}, {first.shape} and {second.shape}."
         )
-    only_first = int(np.sum((first == y_true) & (second != y_true)))
-    only_second = int(np.sum((second == y_true) & (first != y_true)))
-    discordant = only_first + only_second
-    p_value = binomtest(only_first, discordant).pvalue if discordant else 1.0
-    return {
-        "only_first_right": only_first,
-        "only_second_right": only_second,
-        "p_value": float(p_value),
-    }
-
-
-def combined_p_value(p_values):
-    """One p-value from those of several seeds on the same test images: twice their mean, at most 1.
-
-    The seeds' tests depend on each other, because they share the test images. Twice the mean is valid however they
-    depend (Vovk and Wang 2020); Fisher's and Stouffer's combinations are not. One p-value stays as it is.
-
-    Parameters
-    ----------
-    p_values : sequence of float
-        Between 0 and 1, at least one.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If there is none, or one is no probability.
-    """
-    p_values = np.asarray(p_values, dtype=float)
-    if not p_values.size or not np.all((p_values >= 0) & (p_values <= 1)):
-        raise ValueError(f"One or more p-values between 0 and 1 are needed: got {p_values.tolist()}.")
-    return float(p_values[0] if p_values.size == 1 else min(1.0, 2 * p_values.mean()))
-
-
-def combined_mcnemar(tests):
-    """One two-sided p-value from the McNemar tests of several seeds on the same test images.
-
-    Each side is combined by :func:`combined_p_value`, and the smaller one doubled. Seeds that contradict each other
-    therefore prove nothing, however small the p-value of each. With one seed it is the p-value of its exact test.
-
-    Parameters
-    ----------
-    tests : sequence of dict
-        What :func:`mcnemar_test` returned, at least one.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If there is no test.
-    """
-    sides = []
-    for key in ("only_first_right", "only_second_right"):
-        counts = [(test[key], test["only_first_right"] + test["only_second_right"]) for test in tests]
-        sides.append(
-            combined_p_value([binomtest(k, n, alternative="greater").pvalue if n else 1.0 for k, n in counts])
-        )
-    return min(1.0, 2 * min(sides))
+    gains = np.sum(second == y_true, axis=0) - np.sum(first == y_true, axis=0)
+    counts = np.bincount(np.abs(gains))[1:]  # images that gain or lose 1, 2, ... seeds
+    total = int(counts @ np.arange(1, len(counts) + 1))
+    # The distribution of the sum of all gains, from -total to total, is the convolution of one binomial for each size of a gain.
+    distribution = np.ones(1)
+    for size, count in enumerate(counts, start=1):
+        steps = np.zeros(2 * size * count + 1)
+        steps[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        distribution = np.convolve(distribution, steps)
+    at_least = np.abs(np.arange(-total, total + 1)) >= abs(int(gains.sum()))
+    return float(min(1.0, distribution[at_least].sum()))
 
 
 def holm(p_values):

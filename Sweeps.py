@@ -9,7 +9,6 @@
 Nothing here trains. What was not run yet is left out.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
-from Documents import NOT_RUN, update_documents
+from Documents import NOT_RUN, report_parser, run_report
 from Report import COLUMNS, percent
 from Results import COMMITTED, Study
 from Utils import COLOURS, markdown_table, save_figure
@@ -164,28 +163,33 @@ def splits_table(study):
     return markdown_table(("split", "minority", "arm", *COLUMNS), rows) if rows else ""
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Results beyond the reference split: picture and tables.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
-    options = parser.parse_args(arguments)
-    try:
-        synthetic, real = by_synthetic_images(COMMITTED), by_real_images(COMMITTED)
-        # Without a run beyond those of the arms themselves there is no curve.
-        is_run = any(len(points) > 2 for points in synthetic.values()) or any(
-            len(points) > 1 for points in real.values()
-        )
-        text = counts_table(synthetic, real) if is_run else NOT_RUN
-        if is_run:
-            text += f"\n\n![Scores against numbers of images](../images/{PICTURE})"
-        parts = {"counts": text, "splits": splits_table(COMMITTED) or NOT_RUN}
-        changed = update_documents({DOCUMENT: parts}, options.check)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    if options.check and changed:
-        parser.exit(1, f"{DOCUMENT} does not show what results/ says. Run 'make report' and commit.\n")
-    if is_run and not options.check:
+def _curves():
+    """What :func:`by_synthetic_images` and :func:`by_real_images` return, or None without a run beyond those of the arms."""
+    synthetic, real = by_synthetic_images(COMMITTED), by_real_images(COMMITTED)
+    is_run = any(len(points) > 2 for points in synthetic.values()) or any(
+        len(points) > 1 for points in real.values()
+    )
+    return (synthetic, real) if is_run else None
+
+
+def generated_parts():
+    """Document -> name of each generated part -> its text."""
+    counts = NOT_RUN
+    if curves := _curves():
+        counts = f"{counts_table(*curves)}\n\n![Scores against numbers of images](../images/{PICTURE})"
+    return {DOCUMENT: {"counts": counts, "splits": splits_table(COMMITTED) or NOT_RUN}}
+
+
+def draw_plots():
+    """Draw the picture of the numbers of images, if there are such runs."""
+    if curves := _curves():
         title = f"How many images? {COMMITTED.split.rpartition('-')[0]}, profile {COMMITTED.profile}"
-        plt.close(save_figure(counts_figure(synthetic, real, title), COMMITTED.image_path(PICTURE)))
+        plt.close(save_figure(counts_figure(*curves, title), COMMITTED.image_path(PICTURE)))
+
+
+def main(arguments=None):
+    parser = report_parser("Results beyond the reference split: picture and tables.")
+    run_report(parser, parser.parse_args(arguments).check, generated_parts, draw_plots)
 
 
 if __name__ == "__main__":

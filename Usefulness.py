@@ -12,7 +12,6 @@ Reference: Ravuri and Vinyals (2019), Classification accuracy score for conditio
 usual measures do not predict it.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS
-from Documents import NOT_RUN, update_documents
+from Documents import NOT_RUN, report_parser, run_report
 from Results import COMMITTED, CUES, read_json
 from Significance import holm, rank_correlation
 from Utils import COLOURS, markdown_table, save_figure
@@ -150,20 +149,21 @@ def usefulness_figure(study):
     return figure
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Compare measures of added images with what they are worth.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
-    options = parser.parse_args(arguments)
-    try:
-        parts = {"usefulness": usefulness_table(COMMITTED)}
-        changed = update_documents({DOCUMENT: parts}, options.check)
-        figure = None if options.check else usefulness_figure(COMMITTED)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    if options.check and changed:
-        parser.exit(1, f"{DOCUMENT} does not show what results/ says. Run 'make report' and commit.\n")
+def draw_plots():
+    """Draw the picture of the measures, if there are enough arms."""
+    figure = usefulness_figure(COMMITTED)
     if figure is not None:
         plt.close(save_figure(figure, COMMITTED.image_path(PICTURE)))
+
+
+def main(arguments=None):
+    parser = report_parser("Compare measures of added images with what they are worth.")
+    run_report(
+        parser,
+        parser.parse_args(arguments).check,
+        lambda: {DOCUMENT: {"usefulness": usefulness_table(COMMITTED)}},
+        draw_plots,
+    )
 
 
 if __name__ == "__main__":

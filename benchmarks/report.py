@@ -6,7 +6,6 @@
 A table whose benchmark has not been run yet reads "Not run yet".
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import side_by_side
 import stable_diffusion
 import time_to_accuracy
 
-from Documents import NOT_RUN, update_documents
+from Documents import NOT_RUN, report_parser, run_report
 from Results import read_json
 
 README = Path("benchmarks", "README.md")
@@ -62,17 +61,12 @@ def reckoned_parts():
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Tables of benchmarks/README.md from results/benchmarks/.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not current")
-    options = parser.parse_args(arguments)
-    try:
-        documents = {README: generated_parts(), reckon.DOCUMENT: reckoned_parts()}
-        changed = update_documents(documents, options.check)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    if options.check and changed:
-        names = ", ".join(map(str, changed))
-        parser.exit(1, f"What results/benchmarks/ says is not in {names}. Run 'make report' and commit.\n")
+    parser = report_parser("Tables of benchmarks/README.md from results/benchmarks/.")
+    run_report(
+        parser,
+        parser.parse_args(arguments).check,
+        lambda: {README: generated_parts(), reckon.DOCUMENT: reckoned_parts()},
+    )
 
 
 if __name__ == "__main__":

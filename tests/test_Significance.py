@@ -1,16 +1,16 @@
 """Intervals and tests against values worked out by hand or by another way."""
 
+import itertools
+
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import binomtest, bootstrap, spearmanr
 from sklearn.metrics import precision_recall_fscore_support
 
 from Significance import (
     bootstrap_weights,
-    combined_mcnemar,
-    combined_p_value,
     holm,
-    mcnemar_test,
+    mcnemar_over_seeds,
     mean_interval,
     minority_scores,
     rank_correlation,
@@ -134,51 +134,45 @@ def predictions(only_first, only_second, both=3, neither=2):
         (2, 8, 112 / 1024),  # 2 * (1 + 10 + 45) / 2^10
     ],
 )
-def test_mcnemar_equals_hand_computed_binomial_values_in_both_orders(only_first, only_second, p_value):
+def test_one_seed_is_mcnemars_test_by_hand_in_both_orders(only_first, only_second, p_value):
     y_true, first, second = predictions(only_first, only_second)
-    expected = {"only_first_right": only_first, "only_second_right": only_second}
-    assert mcnemar_test(y_true, first, second) == {**expected, "p_value": pytest.approx(p_value)}
-    assert mcnemar_test(y_true, second, first)["p_value"] == pytest.approx(p_value)
-    assert mcnemar_test(y_true, second, first)["only_first_right"] == only_second
+    assert mcnemar_over_seeds(y_true, first, second) == pytest.approx(p_value)
+    assert mcnemar_over_seeds(y_true, second, first) == pytest.approx(p_value)
+    assert mcnemar_over_seeds(y_true, [first], [second]) == pytest.approx(p_value)
 
 
-def test_mcnemar_does_not_depend_on_images_that_both_or_neither_get_right():
-    assert mcnemar_test(*predictions(1, 6, both=0, neither=0)) == mcnemar_test(*predictions(1, 6, 90, 70))
+def test_one_seed_is_the_binomial_test_of_the_images_that_one_model_gets_right():
+    y_true, first, second = predictions(130, 170, both=300, neither=200)
+    assert mcnemar_over_seeds(y_true, first, second) == pytest.approx(binomtest(130, 300).pvalue)
 
 
-@pytest.mark.parametrize("shapes", [(5, 4, 5), (5, 5, 4), (4, 5, 5)])
-def test_mcnemar_refuses_predictions_for_other_images(shapes):
-    with pytest.raises(ValueError, match="same images"):
-        mcnemar_test(*(np.zeros(n, dtype=int) for n in shapes))
+def test_images_that_both_or_neither_get_right_do_not_matter():
+    one, other = predictions(1, 6, both=0, neither=0), predictions(1, 6, 90, 70)
+    assert mcnemar_over_seeds(*one) == pytest.approx(mcnemar_over_seeds(*other))
 
 
-def test_p_values_of_seeds_are_combined_by_twice_their_mean():
-    assert combined_p_value([0.03]) == 0.03
-    assert combined_p_value([0.01, 0.03]) == pytest.approx(0.04)
-    assert combined_p_value([0.0, 0.9, 0.9]) == 1.0  # one seed alone proves nothing
+def test_seeds_flip_their_sign_together_for_each_image():
+    """Images that gain 2, 1, 1 and -1 seeds: of 16 equally likely sums, those of 3 or more either way."""
+    y_true = np.ones(5, dtype=int)
+    first = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+    second = [[1, 1, 0, 0, 1], [1, 0, 1, 1, 0]]
+    sums = [abs(2 * a + b + c + d) for a, b, c, d in itertools.product([-1, 1], repeat=4)]
+    assert mcnemar_over_seeds(y_true, first, second) == pytest.approx(np.mean(np.array(sums) >= 3))
 
 
-@pytest.mark.parametrize("p_values", [[], [0.5, 1.1], [-0.1], [float("nan")]])
-def test_only_p_values_are_combined(p_values):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        combined_p_value(p_values)
+def test_the_same_images_in_more_seeds_are_no_new_evidence_and_seeds_that_contradict_are_none():
+    y_true, first, second = predictions(2, 8)
+    three = mcnemar_over_seeds(y_true, [first] * 3, [second] * 3)
+    assert three == pytest.approx(112 / 1024)  # as with one seed
+    assert mcnemar_over_seeds(y_true, [first, second], [second, first]) == 1
 
 
-def counts(only_first, only_second):
-    return mcnemar_test(*predictions(only_first, only_second))
-
-
-def test_mcnemar_of_one_seed_is_the_exact_test():
-    for only_first, only_second in ((0, 0), (3, 3), (0, 5), (8, 2)):
-        test = counts(only_first, only_second)
-        assert combined_mcnemar([test]) == pytest.approx(test["p_value"])
-    with pytest.raises(ValueError, match="One or more"):
-        combined_mcnemar([])
-
-
-def test_seeds_that_agree_prove_more_than_seeds_that_contradict_each_other():
-    assert combined_mcnemar([counts(0, 9), counts(0, 8)]) == pytest.approx(2 * (1 / 2**9 + 1 / 2**8))
-    assert combined_mcnemar([counts(0, 20), counts(20, 0)]) == 1
+@pytest.mark.parametrize(
+    "shapes", [(5, 4, 5), (5, 5, 4), (4, 5, 5), (5, (2, 5), (3, 5)), (5, (0, 5), (0, 5))]
+)
+def test_mcnemar_refuses_predictions_for_other_images_or_seeds(shapes):
+    with pytest.raises(ValueError, match="same images and for one seed or more"):
+        mcnemar_over_seeds(*(np.zeros(n, dtype=int) for n in shapes))
 
 
 def test_holm_multiplies_the_smallest_by_their_number():
