@@ -377,12 +377,12 @@ QUESTIONS = {
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
     ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
-    ("logit-adjusted", "stable-source-aware-placebo"): "Do they add to it in source-aware training with shuffled labels?",
+    ("logit-adjusted", "stable-source-aware-placebo"): "Do Stable Diffusion images with shuffled labels add to the adjusted loss in source-aware training?",
     ("stable-source-aware-unmatched", "stable-source-aware"): "Does the matched spectrum raise the recall of source-aware training?",
     ("stable-source-aware-shared-statistics", "stable-source-aware"):
-        "Do batch-norm statistics per source raise it?",
-    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does the adjusted loss raise it?",
-    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does ending on real images raise it?",
+        "Do batch-norm statistics per source raise the recall of source-aware training?",
+    ("stable-source-aware-cross-entropy", "stable-source-aware"): "Does the adjusted loss raise the recall of source-aware training?",
+    ("stable-source-aware-to-the-end", "stable-source-aware"): "Does ending on real images raise the recall of source-aware training?",
     ("logit-adjusted", "gan-source-aware"): "Do the GAN's images add to the adjusted loss in source-aware training?",
     ("gan-source-aware", "stable-source-aware"): "In source-aware training, does Stable Diffusion beat the GAN?",
     ("gan-source-balanced-adjusted", "stable-source-balanced-adjusted"):

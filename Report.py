@@ -161,7 +161,7 @@ MORE_COLUMNS = {
     "macro F1": _metric("metrics", "macro_f1"),
     "G-mean": _metric("metrics", "g_mean"),
     "accuracy, averaged flips": _metric("metrics_with_averaged_flips", "accuracy"),
-    "accuracy, best epoch by test accuracy": _metric("best_look_at_test", "test_accuracy"),
+    "accuracy, best evaluation in training": _metric("best_look_at_test", "test_accuracy"),
     "average precision of the minority": _metric("probabilities", "minority", "average_precision"),
     "expected calibration error": _metric("probabilities", "expected_calibration_error"),
     "standard deviation of the recall": _metric("metrics", "minority", "recall", show=_standard_deviation),
@@ -465,8 +465,9 @@ def arms_report(results):
         "of McNemar's exact test on the minority's images, all seeds together, then corrected for the number of questions "
         "(Holm 1979):",
         paired_table(comparisons),
-        "The study's questions, answered by the recall of the minority. An answer other than *undecided* needs a corrected p-value "
-        "below 0.05 and, with three seeds or more, a 95 % interval over seeds without zero:",
+        "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
+        "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and, with three seeds or more, a 95 % interval "
+        "over seeds without zero. Else the answer is *undecided*:",
         findings(comparisons),
     )
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""What docs/contributing.md says works as it stands there."""
+"""What the documents show as code works as it stands there."""
 
 import dataclasses
 import re
@@ -10,9 +10,17 @@ from conftest import REPOSITORY, files, smoke
 
 import Arms
 from Arms import ARMS, ArmUnavailableError
+from ClassifierNetwork import channel_statistics, create_classifier
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "contributing.md").read_text(), re.DOTALL)
 CAT = 3
+
+
+def python_blocks(document):
+    text = (REPOSITORY / "docs" / document).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+BLOCKS = python_blocks("contributing.md")
 
 
 def entry(text, names):
@@ -51,3 +59,18 @@ def test_a_sampler_is_a_file_and_a_line(tiny_data, monkeypatch):
     X_res, y_res = arm.fit_resample(X, y, seed=0)
     assert np.bincount(y_res).tolist() == [9, 9] and 2 < X_res[12:].std() < 16
     assert smoke(name, tiny_data)["training_images"]["synthetic"][CAT] == 25
+
+
+def test_source_aware_training_on_ones_own_images():
+    [block] = python_blocks("development.md")
+    rng = np.random.default_rng(0)
+    names = {
+        "X": rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8),
+        "y": np.repeat([0, 1, 2], [28, 28, 4]),
+        "X_new": rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8),
+        "y_new": np.repeat([0, 1, 2], [4, 4, 16]),
+    }
+    exec(block.replace("steps=2000, batch_size=256", "steps=2, batch_size=16, micro_batch_size=8"), names)
+    model, new = names["model"], create_classifier(3, 16, channel_statistics(names["X_all"]), seed=0)
+    assert len(names["X_all"]) == 84
+    assert any((a != b).any() for a, b in zip(model.parameters(), new.parameters(), strict=True))
