@@ -13,6 +13,7 @@ from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, ArmUnavaila
 from BusyMachine import start_again_if_busy
 from CueStrength import RECIPE, TESTED, WIDTH, cue_strength
 from Experiment import make_training_set
+from ImageOverSampler import added_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from QualityExperiment import judge_generated_images
 from Results import CUES, Study, read_json
@@ -51,7 +52,7 @@ def measure_images(study, data, arms=MEASURED, device=None):
     images = {}
     for name in arms:
         X_arm, y_arm = make_training_set(study, data, name, device=device)
-        images[name] = X_arm[len(y) :][y_arm[len(y) :] == minority]
+        images[name] = added_images(X_arm, y_arm, len(y), minority)
     judge_generated_images(study, data, images, device)
     _measure_cues(study, X, y, data.X_test[data.y_test == minority], arms, choose_device(device))
 

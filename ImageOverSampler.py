@@ -168,6 +168,25 @@ class ImageOverSampler(BaseOverSampler):
         """
 
 
+def added_images(X_res, y_res, real_images, c):
+    """The images of one class that a sampler added.
+
+    Parameters
+    ----------
+    X_res, y_res : ndarrays of shape (m, height, width, 3) and (m,)
+        What ``fit_resample`` returned.
+    real_images : int
+        Number of images that it was given: the first rows.
+    c : int
+        The class.
+
+    Returns
+    -------
+    ndarray of shape (k, height, width, 3)
+    """
+    return X_res[real_images:][y_res[real_images:] == c]
+
+
 def fewer_images_strategy(y, *, strategy, count):
     """A ``sampling_strategy`` that makes fewer new images than another one, in the same proportions of the classes.
 
