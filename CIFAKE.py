@@ -98,6 +98,10 @@ def read_cifake(source, images_per_class=None):
     labels : ndarray of int64, shape (n,)
     """
     source = user_path(source)
+    if images_per_class is not None and not 1 <= images_per_class <= IMAGES_PER_CLASS:
+        raise ValueError(
+            f"images_per_class must be a number from 1 to {IMAGES_PER_CLASS:,}, or None for all: got {images_per_class}."
+        )
     if not source.exists():
         raise FileNotFoundError(f"There is no {source}. Pass the path of CIFAKE's folder or zip.")
     read = _read_folder if source.is_dir() else _read_zip

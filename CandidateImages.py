@@ -29,6 +29,7 @@ from DiffusionPipelines import (
     load_pipeline,
 )
 from Downsampling import METHODS, downsample
+from ImageCache import fingerprint
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Prompts import fingerprint_of_prompts, make_prompts
 from Runtime import (
@@ -176,7 +177,7 @@ def describe_job(settings, class_name, label, sources=None):
     if settings.lora is not None:
         job["lora_weights"] = _hash_of_adapter(settings.lora)
     if settings.strengths:
-        job["sources"] = hashlib.sha256(np.ascontiguousarray(sources).tobytes()).hexdigest()[:12]
+        job["sources"] = fingerprint(sources)
     return job
 
 

@@ -39,7 +39,7 @@ from Compilation import CompiledNetwork
 from GhostBatchNorm import micro_batches
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from Muon import KernelMuon
-from Precision import ScaledSteps, half_weights, mixed_precision
+from Precision import ScaledSteps, half_weights, mixed_precision, precision_name
 from Runtime import (
     Checkpoint,
     check_images,
@@ -218,7 +218,7 @@ def train_classifier(
     _check_batches(batches, recipe)
     training = _Training(model, y, recipe, loss, batches)
     # An old checkpoint lacks settings that could not be chosen when it was written.
-    defaults = asdict(Recipe(steps=1)) | {"mirrored": False}
+    defaults = asdict(Recipe(steps=1)) | {"mirrored": False, "precision": precision_name(training.device)}
     store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)}, defaults)
     store.require_writable()
     history = training.resume(store)
@@ -380,6 +380,7 @@ class _Training:
             "batches": getattr(self.batches, "description", type(self.batches).__name__),
             "rows": len(self.targets),
             "processes": self.world_size,
+            "precision": precision_name(self.device),  # going on in another type would give other weights
         }
 
     def states(self):

@@ -136,7 +136,6 @@ def measure(data, name, split_name, seed, device=None):
 
 
 def main(arguments=None):
-    start_again_if_busy()
     parser = argparse.ArgumentParser(description="Measure how well added images can be told from real ones.")
     add = parser.add_argument
     add("--split", nargs="+", default=SPLITS, help=f"development splits (default: {' '.join(SPLITS)})")
@@ -157,4 +156,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    start_again_if_busy()
     main()

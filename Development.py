@@ -28,7 +28,6 @@ def _positive(text):
 
 
 def main(arguments=None):
-    start_again_if_busy()
     parser = argparse.ArgumentParser(
         description="Compare methods on development splits, without the test set.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,4 +74,5 @@ def _run_all(names, options, budget):
 
 
 if __name__ == "__main__":
+    start_again_if_busy()
     main()

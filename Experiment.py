@@ -17,6 +17,8 @@ from ArmTraining import finished_result, run_arm
 from BusyMachine import start_again_if_busy
 from DeviceFaults import device_faults
 from GANExperiment import prepare_generator
+from GANNetworks import load_generator
+from ImageCache import CACHE, fingerprint, load_metadata
 from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import load_data, split_from_name
@@ -29,8 +31,8 @@ from Runtime import choose_device, start_processes
 def prepare_stable_diffusion_images(data, *splits):
     """Make sure that there are Stable Diffusion images, and say where they come from.
 
-    See :func:`ImageSources.prepare_images`: the cache, else CIFAKE, else generation from text. None of
-    them looks at an image of ``data``.
+    See :func:`ImageSources.prepare_images`: the cache, else CIFAKE, else generation from text. Neither CIFAKE nor generation
+    from text looks at an image of ``data``. A cache whose images were made from real ones is refused unless these are the images that every split keeps.
 
     Parameters
     ----------
@@ -59,9 +61,27 @@ def prepare_stable_diffusion_images(data, *splits):
             name = data.class_names[c]
             counts[name] = max(counts.get(name, 0), wanted - int(np.sum(y == c)))
     try:
-        return prepare_images(counts, no_more=data.most_images_a_class is not None)
+        source = prepare_images(counts, no_more=data.most_images_a_class is not None)
     except ImagesUnavailableError as error:
         raise ArmUnavailableError(str(error)) from error
+    for split in splits:
+        _refuse_images_made_from_removed_ones(data, split)
+    return source
+
+
+def _refuse_images_made_from_removed_ones(data, split):
+    """An image drawn from real ones, matched to them or drawn with an adapter trained on them shows what these show."""
+    made_from = {}  # class -> fingerprints of real images
+    for row in load_metadata(CACHE):
+        if row["real_images"]:
+            made_from.setdefault(int(row["label"]), set()).update(row["real_images"].split("+"))
+    X, y = split.cut(data.X_train, data.y_train) if made_from else (None, None)
+    for c, fingerprints in made_from.items():
+        if c < len(data.class_names) and fingerprints != {fingerprint(X[y == c])}:
+            raise ArmUnavailableError(
+                f"the images of class {data.class_names[c]} in {CACHE} were made from other real images than those that "
+                f"{split.name} keeps, and could show removed ones. Make them again with --split {split.name} --replace, or move the cache away"
+            )
 
 
 def make_training_set(study, data, arm_name, seed=0, device=None):
@@ -75,7 +95,7 @@ def make_training_set(study, data, arm_name, seed=0, device=None):
         A key of :data:`Arms.ARMS`. For an arm that needs a GAN, the study's GAN is trained now if it is not yet.
     seed : int
     device : str or torch.device, optional
-        Where that GAN is trained. Default: the fastest there is.
+        Where that GAN is trained and its images are drawn. Default: the fastest there is.
 
     Returns
     -------
@@ -96,7 +116,7 @@ def make_training_set(study, data, arm_name, seed=0, device=None):
     if arm.needs_stable_diffusion:
         prepare_stable_diffusion_images(data, split)
     if arm.needs_gan:
-        generator = prepare_generator(study, data, device)
+        generator = load_generator(prepare_generator(study, data, device), device)
     X, y = split.cut(data.X_train, data.y_train)
     return arm.fit_resample(X, y, seed=seed, generator=generator)
 

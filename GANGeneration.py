@@ -34,6 +34,7 @@ from GANTrainingStep import (
 )
 from GANTrainingStep import count_flops as count_flops  # callers find it here
 from ImageOverSampler import ImageOverSampler
+from Precision import precision_name
 from Runtime import (
     Checkpoint,
     check_images,
@@ -137,7 +138,10 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     for network in (adversaries.generator, adversaries.average):
         network.trained_classes[batches.classes] = True
     data = {"num_classes": num_classes, "checksum": checksum(y, X), "judged": quality is not None}
-    checkpoint = Checkpoint(checkpoint, {**dataclasses.asdict(settings), "seed": seed, **data})
+    precision = {"precision": precision_name(device)}  # going on in another type would give other weights
+    checkpoint = Checkpoint(
+        checkpoint, {**dataclasses.asdict(settings), "seed": seed, **data, **precision}, defaults=precision
+    )
     checkpoint.require_writable()
     progress, unjudged = _resume(checkpoint, adversaries)
     record_steps = {max(1, settings.steps * k // settings.records) for k in range(1, settings.records + 1)}

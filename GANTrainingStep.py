@@ -119,9 +119,12 @@ def check_settings(settings, judged_classes=0):
             raise ValueError(f"{name} must be at least {smallest}: got {value}.")
         if not isinstance(value, int):
             raise ValueError(f"{name} must be a whole number: got {value}.")
-    for name in ("generator_learning_rate", "discriminator_learning_rate", "ema_decay", "augmentation"):
-        if not math.isfinite(getattr(settings, name)):
-            raise ValueError(f"{name} must be finite: got {getattr(settings, name)}.")
+    largest = {"generator_learning_rate": math.inf, "discriminator_learning_rate": math.inf}
+    for name, most in (largest | {"ema_decay": 1, "augmentation": 1}).items():
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and 0 <= value <= most):
+            up_to = f" to {most}" if most == 1 else " or more"
+            raise ValueError(f"{name} must be a finite number, 0{up_to}: got {value}.")
     floats = (6 + settings.channels) * IMAGE_SIZE**2  # a real and a generated image, the last layer's input
     require_memory(4 * floats * settings.batch_size, f"A batch of {settings.batch_size:,} images")
     if judged_classes:

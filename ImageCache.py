@@ -12,6 +12,7 @@ folder.
 """
 
 import csv
+import hashlib
 import io
 import os
 import warnings
@@ -34,8 +35,13 @@ CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
 METADATA = (
     "class", "label", "index", "prompt", "seed", "model", "preset", "steps", "guidance_scale", "lora",
-    "source", "strength", "clip_margin", "job", "crc32",
+    "source", "strength", "real_images", "clip_margin", "job", "crc32",
 )  # fmt: skip
+
+
+def fingerprint(images):
+    """Twelve hexadecimal digits that tell one set of images (an array of uint8) from another."""
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()[:12]
 
 
 # --- The cache ----------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from Downsampling import image_statistics, match_statistics
 from ImageCache import (
     CACHE,
     check_cache_path,
+    fingerprint,
     refuse_foreign_images,
     replace_class,
 )
 from ImageSelection import Selection, SelectionError, select_candidates
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
+from LoRATraining import images_of_adapter
 from Prompts import find_grammar
 from Runtime import check_images, require_free_space, save_json, start_processes
 
@@ -103,6 +105,8 @@ def generate_images(
                 images, report["statistics"] = _match(images, real_images)
             save_json(folder / "report.json", report)
             metadata = _describe_candidates(candidates, rows, job)
+            seen = _real_images_behind(maker.settings, selection, real_images)
+            metadata = [row | {"real_images": seen} for row in metadata]
             replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
     processes.wait_for_everyone()
     return report
@@ -193,6 +197,16 @@ def _check_margins(candidates, job, folder):
             f"CLIP gave no judgement (NaN) of {unjudged.sum():,} candidates in {folder}. Remove the shards with the "
             f"candidates {first} to {last} and run again."
         )
+
+
+def _real_images_behind(settings, selection, real_images):
+    """Fingerprints of the real images that the generated ones depend on, joined by ``+``; empty if there are none."""
+    seen = set()
+    if settings.strengths or selection.match:
+        seen.add(fingerprint(real_images))
+    if settings.lora is not None:
+        seen.add(images_of_adapter(settings.lora))
+    return "+".join(sorted(seen - {None}))
 
 
 def _match(images, real_images):

@@ -13,10 +13,11 @@ from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, ArmUnavaila
 from BusyMachine import start_again_if_busy
 from CueStrength import RECIPE, TESTED, WIDTH, cue_strength
 from Experiment import make_training_set
+from GANNetworks import load_generator
 from ImageOverSampler import added_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from QualityExperiment import judge_generated_images
-from Results import CUES, Study, read_json
+from Results import CUES, Study, read_json, with_defaults
 from Runtime import choose_device, code_version, describe_hardware, require_same_settings, save_json
 from Usefulness import MEASURED
 
@@ -44,7 +45,8 @@ def measure_images(study, data, arms=MEASURED, device=None):
     ArmUnavailableError
         If the images of an arm are not available.
     ValueError
-        If the cues were measured with other settings or another generator, or there are too few images to test on.
+        If the cues were measured with other settings or another generator, other images were judged that are not among
+        these arms', or there are too few images to test on.
     """
     split = split_from_name(study.split, data.y_train, data.class_names)
     X, y = split.cut(data.X_train, data.y_train)
@@ -66,20 +68,19 @@ def _measure_cues(study, X, y, unseen, arms, device):
     cues = {"configuration": settings, "auc": {}}
     if path.exists():
         cues = read_json(path, CUES)
-        require_same_settings(path, cues["configuration"], settings)
+        require_same_settings(path, with_defaults(cues["configuration"]), settings)
     cues |= {"hardware": describe_hardware(device), "commit": code_version()}
     for name in arms:
         if name not in cues["auc"]:
             sampler = clone(ARMS[name].method.sampler)
             if ARMS[name].needs_gan:
-                sampler.set_params(generator=study.model_path("generator.pt"))
+                sampler.set_params(generator=load_generator(study.model_path("generator.pt"), device))
             cues["auc"][name] = cue_strength(X, y, unseen, sampler, tested=tested, device=device)
             print(f"{name}: AUC of the cue {cues['auc'][name]:.3f}", flush=True)
             save_json(path, cues)
 
 
 def main(arguments=None):
-    start_again_if_busy()
     parser = argparse.ArgumentParser(description="Measure the images that arms add to the rare class.")
     add = parser.add_argument
     add("--profile", choices=list(PROFILES), default=COMMITTED_PROFILE, help=f"default: {COMMITTED_PROFILE}")
@@ -93,4 +94,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    start_again_if_busy()
     main()

@@ -35,6 +35,7 @@ from Runtime import (
     check_images,
     choose_device,
     derive_seed,
+    load_torch_file,
     one_process_at_a_time,
     require_free_space,
     require_writable,
@@ -132,6 +133,24 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
     # A second run would write its own checkpoints between these.
     with one_process_at_a_time(folder, "trains this adapter"):
         return _train(X, class_name, folder, recipe, seed, device)
+
+
+def images_of_adapter(folder):
+    """Fingerprint (see :func:`ImageCache.fingerprint`) of the real images that an adapter was trained on.
+
+    Parameters
+    ----------
+    folder : path
+
+    Returns
+    -------
+    str or None
+        None if the adapter is from elsewhere, so that nothing is known.
+    """
+    state = user_path(folder) / STATE
+    if not state.exists():
+        return None
+    return load_torch_file(state, {"identity"})["identity"]["images"][:12]
 
 
 def _train(X, class_name, folder, recipe, seed, device):

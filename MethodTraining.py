@@ -13,6 +13,7 @@ from ClassifierNetwork import channel_statistics, create_classifier, evaluate_cl
 from ClassifierTraining import Recipe
 from DevelopmentReport import FOLDER, RUN
 from DevelopmentSplits import development_data, development_generator, held_out_set, validation_scores
+from GANNetworks import load_generator
 from Methods import find_method
 from Precision import precision_name
 from Results import read_json, with_defaults
@@ -111,7 +112,7 @@ def run_method(data, method_name, split_name, seed, budget, device=None):
     development = development_data(rest, split_name)
     generator = None
     if method.needs_gan:  # trained as the study's, on the development split
-        generator = development_generator(rest, split_name, device)
+        generator = load_generator(development_generator(rest, split_name, device), device)
     X, y = method.fit_resample(development.X, development.y, seed=seed, generator=generator)
     model = create_classifier(
         classes, mean_std=channel_statistics(X), seed=seed, device=device, cosine_head=method.cosine_head,

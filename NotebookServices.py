@@ -189,5 +189,7 @@ def _use(found):
         return f"CIFAR-10 is read from {found.parent}."
     # The archive's folder may be read-only, so it is unpacked beside a link.
     Path("datasets").mkdir(exist_ok=True)
-    Path("datasets", found.name).symlink_to(found)
+    link = Path("datasets", found.name)
+    link.unlink(missing_ok=True)  # of an earlier session, whose archive is gone
+    link.symlink_to(found)
     return f"CIFAR-10 is unpacked from {found} into {Path('datasets').absolute()}."

@@ -36,8 +36,9 @@ def half_precision(device):
         on a CUDA GPU that has it, else None: float32.
     """
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
+        with torch.cuda.device(device):  # which is_bf16_supported asks
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
         return torch.float16 if torch.cuda.get_device_capability(device) >= (5, 3) else None
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

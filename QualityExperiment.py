@@ -106,7 +106,8 @@ def judge_generated_images(study, data, generated, device=None):
     Raises
     ------
     ValueError
-        If the kept outcome is damaged or was judged by features that this study does not have.
+        If the kept outcome is damaged, was judged by features that this study does not have, or has methods that
+        ``generated`` lacks beside a new one.
     """
     path = study.record_path("generated-images.json")
     if path.exists():
@@ -114,6 +115,11 @@ def judge_generated_images(study, data, generated, device=None):
         _refuse_other_features(path, judged, _features_name(study, data))
         if generated.keys() <= judged["methods"].keys():
             return judged
+        if lost := judged["methods"].keys() - generated.keys():
+            raise ValueError(
+                f"{path} has {', '.join(sorted(lost))} too. All methods are judged together, on equally many images: pass "
+                "the images of these as well, or remove the file."
+            )
     require_writable(path)
     split = split_from_name(study.split, data.y_train, data.class_names)
     c = split.minority_classes[0]

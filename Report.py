@@ -1,4 +1,4 @@
-"""Tables, sentences and figures made from ``results/``. Nothing here trains, resamples or downloads.
+"""Tables, sentences and figures made from ``results/``. Nothing here trains, rebalances or downloads.
 
     python Report.py           redraw the committed plots, write the tables of README.md and docs/results.md
     python Report.py --check   fail if a table does not show what results/ says
@@ -133,7 +133,7 @@ def _metric(*keys, show=percent):
     return cell
 
 
-def _minority_precisions(runs):
+def minority_precisions(runs):
     """One a run: NaN if it never predicts the minority, because then it has none."""
     predicted = [np.sum(run["metrics"]["confusion_matrix"], axis=0) for run in runs]
     minority = [runs[0]["class_names"].index(c) for c in runs[0]["minority_classes"]]
@@ -150,7 +150,7 @@ def _standard_deviation(fractions):
 COLUMNS = {
     "images added": lambda runs: f"{sum(runs[0]['training_images']['synthetic']):,}",
     "minority recall": lambda runs: f"**{_metric('metrics', 'minority', 'recall')(runs)}**",
-    "minority precision": lambda runs: percent(_minority_precisions(runs)),
+    "minority precision": lambda runs: percent(minority_precisions(runs)),
     "minority F1": _metric("metrics", "minority", "f1"),
     "balanced accuracy": _metric("metrics", "balanced_accuracy"),
     "accuracy": _metric("metrics", "accuracy"),
@@ -330,7 +330,7 @@ def comparison_figure(results):
     rows = {
         ARMS[name].title: {
             "minority_recall": [run["metrics"]["minority"]["recall"] for run in runs],
-            "minority_precision": _minority_precisions(runs),
+            "minority_precision": minority_precisions(runs),
             "balanced_accuracy": [run["metrics"]["balanced_accuracy"] for run in runs],
         }
         for name, runs in results.items()
@@ -467,7 +467,8 @@ def arms_report(results):
         paired_table(comparisons),
         "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
         "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and, with three seeds or more, a 95 % interval "
-        "over seeds without zero. Else the answer is *undecided*:",
+        "over seeds without zero. Else the answer is *undecided*. With one or two seeds an answer holds for these seeds only, because "
+        "two seeds of the same arm can differ as much:",
         findings(comparisons),
     )
     return "\n\n".join(parts)

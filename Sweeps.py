@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
 from Documents import NOT_RUN, report_parser, run_report
-from Report import COLUMNS, percent
+from Report import COLUMNS, minority_precisions, percent
 from Results import COMMITTED, Study
 from Utils import COLOURS, markdown_table, save_figure
 
@@ -33,10 +33,10 @@ WITHOUT_IMAGES = {
     BEST_WITH_STABLE_DIFFUSION: BEST_WITHOUT_IMAGES,
 }  # same loss, no image
 REAL_COUNTS = (5, 10, 25, 50, 100, 250, 500)
-SCORES = {
-    "minority recall": lambda run: run["metrics"]["minority"]["recall"],
-    "minority precision": lambda run: run["metrics"]["minority"]["precision"],
-    "accuracy": lambda run: run["metrics"]["accuracy"],
+SCORES = {  # list of results -> one value each
+    "minority recall": lambda runs: [run["metrics"]["minority"]["recall"] for run in runs],
+    "minority precision": minority_precisions,
+    "accuracy": lambda runs: [run["metrics"]["accuracy"] for run in runs],
 }
 
 
@@ -111,7 +111,7 @@ def counts_figure(synthetic, real, title):
     ):
         for ax, (score, value) in zip(row, SCORES.items(), strict=True):
             for name, points in curves.items():
-                scores = {count: [value(run) for run in runs] for count, runs in points.items()}
+                scores = {count: value(runs) for count, runs in points.items()}
                 means = {count: np.mean(values) for count, values in scores.items()}
                 colour = ARM_COLOURS[name]
                 ax.plot(list(means), list(means.values()), color=colour, label=ARMS[name].title)
@@ -135,7 +135,7 @@ def counts_table(synthetic, real):
     for kind, curves in (("synthetic", synthetic), ("real", real)):
         for name, points in curves.items():
             for count, runs in points.items():
-                scores = (percent([value(run) for run in runs]) for value in SCORES.values())
+                scores = (percent(value(runs)) for value in SCORES.values())
                 rows.append((ARMS[name].title, kind, f"{count:,}", *scores, str(len(runs))))
     return markdown_table(("arm", "images of the minority", "number", *SCORES, "seeds"), rows)
 
@@ -155,9 +155,12 @@ def splits_table(study):
     of_counts = {f"{study.split.rpartition('-')[0]}-{count}" for count in REAL_COUNTS}
     rows = []
     for folder in sorted(study.record_path("").parent.glob("*/")):
-        if folder.name in of_counts or not list(folder.glob("*-seed*.json")):
+        if not list(folder.glob("*-seed*.json")):
             continue
         for name, runs in Study(study.profile, study.data, folder.name).load_results().items():
+            is_in_the_other_table = folder.name in of_counts and name in ARM_COLOURS
+            if is_in_the_other_table or folder.name == study.split or runs[0]["data"] != study.data:
+                continue
             minority = ", ".join(runs[0]["minority_classes"])
             rows.append((folder.name, minority, ARMS[name].title, *(cell(runs) for cell in COLUMNS.values())))
     return markdown_table(("split", "minority", "arm", *COLUMNS), rows) if rows else ""
@@ -166,8 +169,9 @@ def splits_table(study):
 def _curves():
     """What :func:`by_synthetic_images` and :func:`by_real_images` return, or None without a run beyond those of the arms."""
     synthetic, real = by_synthetic_images(COMMITTED), by_real_images(COMMITTED)
-    is_run = any(len(points) > 2 for points in synthetic.values()) or any(
-        len(points) > 1 for points in real.values()
+    own_count = int(COMMITTED.split.rpartition("-")[2])
+    is_run = any(COMMITTED.record_path("").glob("*@*-seed*.json")) or any(
+        points.keys() - {own_count} for points in real.values()
     )
     return (synthetic, real) if is_run else None
 

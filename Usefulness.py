@@ -68,7 +68,7 @@ def measures_and_recall(study):
         "share of near copies": "share_of_copies",
     }
     measures = {measure: np.array([judged[name][key] for name in arms]) for measure, key in keys.items()} | {
-        "AUC of the cue": np.array([auc[name] for name in arms])
+        "AUC of the cue": np.array([auc[name] for name in arms]).round(3)  # finer differences are noise
     }
     return measures, np.array(recall), arms
 

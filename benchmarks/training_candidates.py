@@ -174,7 +174,7 @@ SERIES = {
             "batch-norm shifts learn 64 times as fast, scales not trained",
             modify=(variants.frozen_norm_scales,), norm_shift_rate=64.0,
         ),
-        "variants.compiled": departure("torch.compile", modify=(variants.compiled,)),
+        "compiled": departure("torch.compile", modify=(variants.compiled,)),
     },
     "target": {
         "balanced-94": Candidate(

@@ -855,6 +855,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(monkeypatch, differenc
     assert Path("run.pt").read_bytes() == before
 
 
+def test_a_run_does_not_go_on_in_another_type_of_numbers(monkeypatch):
+    monkeypatch.setattr(ClassifierTraining, "precision_name", lambda device: "bfloat16")
+    interrupted_run(monkeypatch)
+    monkeypatch.setattr(ClassifierTraining, "precision_name", lambda device: "float32")
+    with pytest.raises(ValueError, match="another training .precision: bfloat16 there, float32 now"):
+        train(small_model(), checkpoint="run.pt")
+
+
 def test_a_checkpoint_of_other_sources_is_refused_by_the_adjusted_loss(monkeypatch):
     interrupted_run(monkeypatch, loss=LogitAdjustedLoss(y, 10, y % 2))
     with pytest.raises(
@@ -1017,7 +1025,7 @@ def test_a_checkpoint_from_before_a_setting_could_be_chosen_is_resumed():
     with pytest.raises(KeyboardInterrupt):
         train(small_model(), after_epoch=kill, checkpoint="run.pt")
     content = torch.load("run.pt")
-    for name in ("mirrored", "norm_shift_rate", "cutout"):
+    for name in ("mirrored", "norm_shift_rate", "cutout", "precision"):
         del content["identity"][name]
     torch.save(content, "run.pt")
     with pytest.raises(ValueError, match="another training .norm_shift_rate: 1.0 there, 4.0 now"):

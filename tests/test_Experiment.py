@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, SPLIT, files, smoke_study
 
 import Experiment
 import ImageSources
-from Arms import ARMS, PROFILES, STORY
+from Arms import ARMS, PROFILES, STORY, ArmUnavailableError
 from Experiment import run_arms
+from ImageCache import CACHE, fingerprint, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, split_from_name
 from Report import caption
 from Results import Study, predictions_of
@@ -84,11 +86,32 @@ def test_generation_is_asked_for_what_the_most_demanding_split_needs(tiny_data, 
     monkeypatch.setattr(
         Experiment, "prepare_images", lambda counts, no_more: asked.append(counts) or "somewhere"
     )
+    monkeypatch.setattr(Experiment, "load_metadata", lambda path: [])
     splits = [split_from_name(name, tiny_data.y_train) for name in ("cat-5", "dog-3")]
     assert Experiment.prepare_stable_diffusion_images(tiny_data, *splits) == "somewhere"
     # 0.4 x 30 of each class; 30 - 5 cats for the first split, 30 - 3 dogs for the second.
     expected = dict.fromkeys(CIFAR10_CLASSES, 12) | {"cat": 25, "dog": 27}
     assert asked == [expected]
+
+
+def test_images_made_from_real_ones_serve_only_splits_that_keep_these(tiny_data):
+    """Images drawn from all dogs, which cat-5 keeps, would show dog-3 the dogs that it removed."""
+    X, y = split_from_name("cat-5", tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
+    labels = np.repeat(np.arange(10), 30)
+    rows = [
+        {"label": c, "real_images": fingerprint(X[y == c]) if CIFAR10_CLASSES[c] == "dog" else ""}
+        for c in labels
+    ]
+    save_generated_images(tiny_data.X_train[:300], labels, CACHE, rows)
+    for name in ("cat-5", "ship-3"):  # both keep all dogs
+        split = split_from_name(name, tiny_data.y_train)
+        assert "the cache" in Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    for name in ("dog-3", "long-tailed-10"):
+        other = split_from_name(name, tiny_data.y_train)
+        with pytest.raises(
+            ArmUnavailableError, match=f"class dog in .* other real images than those that {name}"
+        ):
+            Experiment.prepare_stable_diffusion_images(tiny_data, split, other)
 
 
 # --- Several processes --------------------------------------------------------------------------

@@ -372,6 +372,9 @@ def test_images_of_a_further_method_are_judged_too(tiny_data, tiny_cache):
     generated["stable"] = ARMS["stable"].fit_resample(X, y, seed=0)[0][len(X) :]
     judged = judge_generated_images(study, tiny_data, generated)
     assert list(judged["methods"]) == ["non-synthetic", "stable"]
+    with pytest.raises(ValueError, match="generated-images.json has non-synthetic, stable too"):
+        judge_generated_images(study, tiny_data, {"smote": generated["stable"]})
+    assert study.read_judgement() == judged
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"methods": []}'])

@@ -246,6 +246,9 @@ def test_a_checkpoint_of_another_training_is_refused(toy, monkeypatch):
     leave_checkpoint(toy, monkeypatch)
     with pytest.raises(ValueError, match="belongs to another training .seed: 0 there, 1 now.*Remove it"):
         train_gan(*toy, TINY, seed=1, checkpoint="gan.pt")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="precision: .* there, other now"):
+        patch.setattr(GANGeneration, "precision_name", lambda device: "other")
+        train_gan(*toy, TINY, seed=0, checkpoint="gan.pt")
     X, y = toy
     with pytest.raises(ValueError, match="checksum"):
         train_gan(255 - X, y, TINY, seed=0, checkpoint="gan.pt")
@@ -424,13 +427,22 @@ def test_bad_training_data_is_one_clear_error(toy):
     [
         ({"steps": float("nan")}, "steps must be at least 1: got nan"),
         ({"steps": 2.5}, "steps must be a whole number: got 2.5"),
-        ({"generator_learning_rate": float("nan")}, "generator_learning_rate must be finite: got nan"),
+        (
+            {"generator_learning_rate": float("nan")},
+            "generator_learning_rate must be a finite number, 0 or more: got nan",
+        ),
         (
             {"discriminator_learning_rate": float("inf")},
-            "discriminator_learning_rate must be finite: got inf",
+            "discriminator_learning_rate must be a finite number, 0 or more: got inf",
         ),
-        ({"ema_decay": float("nan")}, "ema_decay must be finite"),
-        ({"augmentation": float("nan")}, "augmentation must be finite"),
+        (
+            {"generator_learning_rate": -1e-3},
+            "generator_learning_rate must be a finite number, 0 or more: got -0.001",
+        ),
+        ({"ema_decay": float("nan")}, "ema_decay must be a finite number, 0 to 1: got nan"),
+        ({"ema_decay": -0.1}, "ema_decay must be a finite number, 0 to 1: got -0.1"),
+        ({"augmentation": float("nan")}, "augmentation must be a finite number, 0 to 1"),
+        ({"augmentation": 2.0}, "augmentation must be a finite number, 0 to 1: got 2.0"),
     ],
 )
 def test_a_setting_that_is_no_such_number_is_refused(toy, setting, message):

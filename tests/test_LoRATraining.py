@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import LoRATraining
 from CandidateImages import GenerationSettings, describe_job, name_job
 from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
+from ImageCache import fingerprint
 from ImbalancedCIFAR10 import minority_split
-from LoRATraining import STATE, WEIGHTS, LoRARecipe, main, train_lora
+from LoRATraining import STATE, WEIGHTS, LoRARecipe, images_of_adapter, main, train_lora
 from Runtime import one_process_at_a_time
 
 
@@ -344,6 +345,9 @@ def test_the_command_line_trains_on_the_kept_images_alone(models, tiny_data, mon
             ["--class", "cat", "--split", "cat-4", "--output", name, "--model", models["stable"], "--rank", "2",
              "--steps", "3", "--size", "64", "--device", "cpu"]
         )  # fmt: skip
+    kept, labels = split.cut(tiny_data.X_train, tiny_data.y_train)
+    assert images_of_adapter("clean") == fingerprint(kept[labels == 3])
+    assert images_of_adapter("elsewhere") is None
     assert same(weights("clean"), weights("poisoned"))
     assert not same(weights("clean"), weights("kept"))
     assert "clean: adapter of rank 2 from 4 images, loss" in capsys.readouterr().out

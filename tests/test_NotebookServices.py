@@ -277,3 +277,6 @@ def test_an_archive_is_unpacked_beside_a_link(own_folder):
     assert "is unpacked from" in find_data({str(own_folder / "input"): 1})
     assert Path("datasets/cifar-10-python.tar.gz").read_text() == archive.read_text()
     assert find_data({}) == f"CIFAR-10 is read from {own_folder / 'datasets'}."
+    other = archive.parent.rename(own_folder / "later")  # another session mounts it elsewhere
+    assert "is unpacked from" in find_data({str(other): 1})
+    assert Path("datasets/cifar-10-python.tar.gz").exists()

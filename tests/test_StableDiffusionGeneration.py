@@ -40,6 +40,7 @@ from ImageCache import (
     CACHE,
     METADATA,
     describe_cache,
+    fingerprint,
     load_generated_images,
     load_metadata,
     save_generated_images,
@@ -285,6 +286,9 @@ def test_no_removed_image_has_any_influence(models, tiny_data, monkeypatch, argu
         monkeypatch.setattr(StableDiffusionGeneration, "load_cifar10", lambda data=data: data)
         main(command_line(models, "--count", "6", "--split", "cat-4", *arguments, "--output", f"{name}.npy"))
         results[name] = load_generated_images(f"{name}.npy")[0]
+        kept = split.cut(X, tiny_data.y_train)
+        seen = fingerprint(kept[0][kept[1] == CIFAR10_CLASSES.index("cat")])
+        assert {row["real_images"] for row in load_metadata(f"{name}.npy")} == {seen}
         shutil.rmtree("datasets")
     assert np.array_equal(results["clean"], results["poisoned"])
     assert not np.array_equal(results["clean"], results["kept"])  # the kept ones do have influence

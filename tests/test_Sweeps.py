@@ -1,10 +1,13 @@
 """Results beyond the reference split: which runs are found, and what is drawn of them."""
 
+import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
+import Report
 import Sweeps
 from Experiment import run_arms
 from Results import Study
@@ -53,6 +56,9 @@ def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_da
     Sweeps.main([])
     text = document.read_text()
     assert text.count("| Stable Diffusion, minority only | synthetic | 12 |") == 1
+    [without] = re.findall(r"\| Stable Diffusion, minority only \| synthetic \| 0 \|.*", text)
+    expected = Report.COLUMNS["minority precision"](synthetic["stable"][0])
+    assert without.split("|")[5].strip() == expected  # a dash if no image is taken for the minority
     assert Path("images/smoke/cat-5/number_of_images.png").exists()
     Sweeps.main(["--check"])
     document.write_text(DOCUMENT)
@@ -72,12 +78,17 @@ def test_other_splits_have_a_row_for_each_arm_and_other_counts_of_the_same_class
 ):
     for split in ("cat-5", "cat-10", "cat-5@1", "dog-5", "step-10"):
         run_arms([Study("smoke", "cifar10", split)], tiny_data, ["logit-adjusted"])
+    run_arms([Study("smoke", "cifar10", "cat-10")], tiny_data, ["imbalanced"])  # has no curve
+    digits = Path("results/smoke/digits-5-3")
+    digits.mkdir()
+    result = json.loads(Path("results/smoke/dog-5/logit-adjusted-seed0.json").read_text())
+    (digits / "logit-adjusted-seed0.json").write_text(json.dumps(result | {"data": "digits"}))
     Sweeps.main([])
     _, text = document.read_text().split("<!-- splits:begin")
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(row[0], row[1]) for row in cells] == [
-        ("cat-5@1", "cat"), ("dog-5", "dog"), ("step-10", "dog, frog, horse, ship, truck"),
+        ("cat-10", "cat"), ("cat-5@1", "cat"), ("dog-5", "dog"), ("step-10", "dog, frog, horse, ship, truck"),
     ]  # fmt: skip
-    assert {row[2] for row in cells} == {"Logit-adjusted loss, no added image"}
+    assert [row[2] for row in cells] == ["Imbalanced", *["Logit-adjusted loss, no added image"] * 3]
     assert {row[-1] for row in cells} == {"1"}

@@ -100,6 +100,12 @@ def test_the_first_images_of_each_class_by_number_are_imported(folder, make_sour
     assert labels.tolist() == [c for c in range(10) for _ in range(n)]
 
 
+@pytest.mark.parametrize("n", [0, -5, 5001])
+def test_a_number_of_images_that_cannot_be_is_refused(folder, n):
+    with pytest.raises(ValueError, match=f"a number from 1 to .*, or None for all: got {n}"):
+        import_cifake(folder, images_per_class=n)
+
+
 def test_real_images_do_not_replace_missing_synthetic_ones(folder, images_per_class):
     images_per_class(4)
     with pytest.raises(ValueError, match="3 images of class airplane"):
