@@ -373,6 +373,7 @@ QUESTIONS = {
     ("gan", "stable"): "Does Stable Diffusion beat the GAN?",
     ("gan", "gan-source-balanced"): "Does it help to give every class images of the GAN?",
     ("stable", "stable-source-balanced"): "Does it help to give every class Stable Diffusion images?",
+    ("imbalanced", "logit-adjusted"): "Does a loss that needs no image help?",
     ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
