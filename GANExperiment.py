@@ -13,8 +13,9 @@ from importlib.metadata import version
 import numpy as np
 
 from Arms import ArmUnavailableError
-from GANGeneration import GANCollapseError, count_flops, train_gan
+from GANGeneration import GANCollapseError, train_gan
 from GANNetworks import save_discriminator, save_generator
+from GANTrainingStep import count_flops
 from GenerationQuality import frechet_distance_to
 from ImbalancedCIFAR10 import split_from_name
 from Precision import precision_name

@@ -32,7 +32,6 @@ from GANTrainingStep import (
     check_settings,
     check_training_data,
 )
-from GANTrainingStep import count_flops as count_flops  # callers find it here
 from ImageOverSampler import ImageOverSampler
 from Precision import precision_name
 from Runtime import (

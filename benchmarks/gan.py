@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from Arms import PROFILES
-from GANGeneration import Adversaries, BalancedBatches, count_flops
+from GANTrainingStep import Adversaries, BalancedBatches, count_flops
 from Precision import precision_name
 from Results import HARDWARE
 from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
@@ -140,7 +140,7 @@ class Reference:
 
 
 class Ours:
-    """:meth:`GANGeneration.Adversaries.step`."""
+    """:meth:`GANTrainingStep.Adversaries.step`."""
 
     def __init__(self, X, device, profile):
         settings = self.settings = PROFILES[profile].gan

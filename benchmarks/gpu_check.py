@@ -303,7 +303,7 @@ def check_gan_step(device_name, settings, steps, size):
     Parameters
     ----------
     device_name : str
-    settings : GANGeneration.GANSettings or None
+    settings : GANTrainingStep.GANSettings or None
         None is the profile ``full``.
     steps : int
         That are timed, after as many for starting up.

@@ -24,8 +24,9 @@ from ArmTraining import finished_result
 from ClassifierNetwork import create_classifier, load_classifier, save_classifier
 from Experiment import run_arms
 from GANExperiment import gan_lock, is_trained, prepare_generator, quality_measure, save_gan
-from GANGeneration import Adversaries, BalancedBatches, GANRun, train_gan
+from GANGeneration import GANRun, train_gan
 from GANNetworks import Discriminator, load_generator, save_generator
+from GANTrainingStep import Adversaries, BalancedBatches
 from GenerationQuality import ImageFeatures
 from ImageCache import load_generated_images
 from ImbalancedCIFAR10 import split_from_name

@@ -12,15 +12,12 @@ from test_GANNetworks import equal, random, tiny_generator
 
 import GANGeneration
 from GANGeneration import (
-    Adversaries,
-    BalancedBatches,
     GANCollapseError,
     GANOverSampler,
-    GANSettings,
-    count_flops,
     train_gan,
 )
 from GANNetworks import Generator, sample_images, save_generator, settle_statistics, update_average
+from GANTrainingStep import Adversaries, BalancedBatches, GANSettings, count_flops
 from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImageOverSampler import TooFewImagesError
 from Runtime import choose_device, derive_seed
