@@ -54,7 +54,7 @@ class Profile:
         Channels of the ResNet-18's first stage: 64 is standard, 42 the reference study's.
     steps : int
         Training steps, at most ``MOST_PASSES`` passes over the imbalanced training set.
-    gan : GANGeneration.GANSettings
+    gan : GANTrainingStep.GANSettings
         How the GAN is trained.
     evidence : bool
         Whether its results are meant to be quoted.

@@ -35,7 +35,7 @@ code_version()  # read and cached now: a commit made during a training is not th
 
 
 def gan_settings(study, data):
-    """The :class:`GANGeneration.GANSettings` of the study's profile; images are flipped if the data allows it."""
+    """The :class:`GANTrainingStep.GANSettings` of the study's profile; images are flipped if the data allows it."""
     return replace(study.settings.gan, flip=data.mirrored_images_keep_their_class)
 
 

@@ -36,10 +36,11 @@ def half_precision(device):
         on a CUDA GPU that has it, else None: float32.
     """
     if device.type == "cuda":
-        with torch.cuda.device(device):  # which is_bf16_supported asks
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16
-        return torch.float16 if torch.cuda.get_device_capability(device) >= (5, 3) else None
+        # torch.cuda.is_bf16_supported asks the same, but of the current device. AMD's GPUs all have it.
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip or capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (5, 3) else None
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     return None

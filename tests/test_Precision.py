@@ -27,19 +27,22 @@ def float16(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("native", "capability", "expected", "name"),
+    ("hip", "capability", "expected", "name"),
     [
-        (True, (9, 0), torch.bfloat16, "bfloat16"),
-        (False, (7, 5), torch.float16, "float16"),  # T4
-        (False, (6, 0), torch.float16, "float16"),  # P100
-        (False, (5, 2), None, "float32"),
+        (None, (9, 0), torch.bfloat16, "bfloat16"),
+        (None, (8, 0), torch.bfloat16, "bfloat16"),  # A100
+        (None, (7, 5), torch.float16, "float16"),  # T4
+        (None, (6, 0), torch.float16, "float16"),  # P100
+        (None, (5, 2), None, "float32"),
+        ("6.4", (7, 5), torch.bfloat16, "bfloat16"),  # AMD
     ],
 )
-def test_a_gpu_computes_in_the_best_type_that_it_has(monkeypatch, native, capability, expected, name):
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    assert half_precision(torch.device("cuda")) == expected
-    assert precision_name(torch.device("cuda")) == name
+def test_a_gpu_computes_in_the_best_type_that_it_has(monkeypatch, hip, capability, expected, name):
+    """The GPU that is asked about, which need not be the current one."""
+    monkeypatch.setattr("torch.version.hip", hip)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: {1: capability}[device.index])
+    assert half_precision(torch.device("cuda:1")) == expected
+    assert precision_name(torch.device("cuda:1")) == name
 
 
 def test_other_devices_compute_in_bfloat16_or_float32(monkeypatch):
