@@ -216,6 +216,7 @@ def test_finished_arms_need_no_images(tiny_data, monkeypatch):
     monkeypatch.setattr(
         Experiment, "prepare_images", lambda counts, no_more: prepared.append(counts) or "somewhere"
     )
+    monkeypatch.setattr(Experiment, "load_metadata", lambda path: [])
     monkeypatch.setattr(Experiment, "_run", lambda *run: "not run here")
     path = smoke_study(tiny_data).result_path("stable")
     for expected in (1, 0):
@@ -229,6 +230,7 @@ def test_finished_arms_need_no_images(tiny_data, monkeypatch):
 def test_the_data_can_be_prepared_without_running_an_arm(tiny_data, monkeypatch, capsys):
     monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
     monkeypatch.setattr(Experiment, "prepare_images", lambda counts, no_more: "the cache")
+    monkeypatch.setattr(Experiment, "load_metadata", lambda path: [])
     Experiment.main(["--prepare-data", "--split", SPLIT])
     assert "Stable Diffusion images: the cache." in capsys.readouterr().out
     assert files() == set()
