@@ -177,7 +177,7 @@ def describe_job(settings, class_name, label, sources=None):
     if settings.lora is not None:
         job["lora_weights"] = _hash_of_adapter(settings.lora)
     if settings.strengths:
-        job["sources"] = fingerprint(sources)
+        job["sources"] = fingerprint(sources)[:12]
     return job
 
 

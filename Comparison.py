@@ -8,7 +8,7 @@ Two arms are compared on the seeds that both have, image by image. ``Significanc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def compare_arms(results, questions=QUESTIONS):
     -------
     list of ArmComparison
     """
-    comparisons, scores, y_true, weights = [], {}, None, None
+    asked, scores, y_true, weights = [], {}, None, None
     for pair, question in questions.items():
         by_seed = [{run["seed"]: run for run in results.get(name, ())} for name in pair]
         seeds = tuple(sorted(by_seed[0].keys() & by_seed[1].keys()))
@@ -126,10 +126,13 @@ def compare_arms(results, questions=QUESTIONS):
         p_value = mcnemar_over_seeds(
             y_true[rare], *([predictions_of(runs[seed])[rare] for seed in seeds] for runs in by_seed)
         )
-        comparisons.append(_comparison(question, pair, seeds, scores, p_value, by_seed))
-    corrected = holm([comparison.p_value for comparison in comparisons])
+        asked.append(
+            {"question": question, "pair": pair, "seeds": seeds, "by_seed": by_seed, "p_value": p_value}
+        )
+    corrected = holm([each["p_value"] for each in asked])
     return [
-        replace(comparison, corrected_p_value=p) for comparison, p in zip(comparisons, corrected, strict=True)
+        _comparison(**each, scores=scores, corrected_p_value=p)
+        for each, p in zip(asked, corrected, strict=True)
     ]
 
 
@@ -143,7 +146,7 @@ def _average_precisions(by_seed, seeds):
     )
 
 
-def _comparison(question, pair, seeds, scores, p_value, by_seed):
+def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_value):
     means, bootstrap, over_seeds = {}, {}, {}
     for key in SCORES:
         # Arm, seed, resample; the first resample is the test set itself.
@@ -163,7 +166,7 @@ def _comparison(question, pair, seeds, scores, p_value, by_seed):
         bootstrap=bootstrap,
         over_seeds=over_seeds,
         p_value=p_value,
-        corrected_p_value=p_value,  # until all questions are known
+        corrected_p_value=corrected_p_value,
         average_precision=_average_precisions(by_seed, seeds),
         profile=by_seed[0][seeds[0]]["profile"],
     )

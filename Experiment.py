@@ -9,6 +9,7 @@ A finished arm is not run again, and a killed one continues.
 
 import argparse
 import contextlib
+import itertools
 
 import numpy as np
 
@@ -64,20 +65,21 @@ def prepare_stable_diffusion_images(data, *splits):
         source = prepare_images(counts, no_more=data.most_images_a_class is not None)
     except ImagesUnavailableError as error:
         raise ArmUnavailableError(str(error)) from error
-    for split in splits:
-        _refuse_images_made_from_removed_ones(data, split)
+    _refuse_images_made_from_removed_ones(data, splits)
     return source
 
 
-def _refuse_images_made_from_removed_ones(data, split):
+def _refuse_images_made_from_removed_ones(data, splits):
     """An image drawn from real ones, matched to them or drawn with an adapter trained on them shows what these show."""
     made_from = {}  # class -> fingerprints of real images
     for row in load_metadata(CACHE):
         if row["real_images"]:
             made_from.setdefault(int(row["label"]), set()).update(row["real_images"].split("+"))
-    X, y = split.cut(data.X_train, data.y_train) if made_from else (None, None)
-    for c, fingerprints in made_from.items():
-        if c < len(data.class_names) and fingerprints != {fingerprint(X[y == c])}:
+    for split, (c, fingerprints) in itertools.product(splits, made_from.items()):
+        if c >= len(data.class_names):
+            continue
+        rows = split.kept_rows(data.y_train)
+        if fingerprints != {fingerprint(data.X_train[rows[data.y_train[rows] == c]])}:
             raise ArmUnavailableError(
                 f"the images of class {data.class_names[c]} in {CACHE} were made from other real images than those that "
                 f"{split.name} keeps, and could show removed ones. Make them again with --split {split.name} --replace, or move the cache away"

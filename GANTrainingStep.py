@@ -119,8 +119,10 @@ def check_settings(settings, judged_classes=0):
             raise ValueError(f"{name} must be at least {smallest}: got {value}.")
         if not isinstance(value, int):
             raise ValueError(f"{name} must be a whole number: got {value}.")
-    largest = {"generator_learning_rate": math.inf, "discriminator_learning_rate": math.inf}
-    for name, most in (largest | {"ema_decay": 1, "augmentation": 1}).items():
+    most_of = {
+        "generator_learning_rate": math.inf, "discriminator_learning_rate": math.inf, "ema_decay": 1, "augmentation": 1,
+    }  # fmt: skip
+    for name, most in most_of.items():
         value = getattr(settings, name)
         if not (math.isfinite(value) and 0 <= value <= most):
             up_to = f" to {most}" if most == 1 else " or more"

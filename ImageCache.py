@@ -40,8 +40,8 @@ METADATA = (
 
 
 def fingerprint(images):
-    """Twelve hexadecimal digits that tell one set of images (an array of uint8) from another."""
-    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()[:12]
+    """SHA-256 (str of hexadecimal digits) of a set of images, an array of uint8."""
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 # --- The cache ----------------------------------------------------------------------------------

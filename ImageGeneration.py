@@ -104,9 +104,8 @@ def generate_images(
             if selection.match:
                 images, report["statistics"] = _match(images, real_images)
             save_json(folder / "report.json", report)
-            metadata = _describe_candidates(candidates, rows, job)
             seen = _real_images_behind(maker.settings, selection, real_images)
-            metadata = [row | {"real_images": seen} for row in metadata]
+            metadata = _describe_candidates(candidates, rows, job, seen)
             replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
     processes.wait_for_everyone()
     return report
@@ -218,10 +217,10 @@ def _match(images, real_images):
     }
 
 
-def _describe_candidates(candidates, rows, job):
+def _describe_candidates(candidates, rows, job, real_images):
     """One dict per row, by the names in :data:`ImageCache.METADATA`."""
     shared = {name: job[name] for name in ("class", "label", "model", "preset", "steps", "guidance_scale")}
-    shared |= {"lora": job.get("lora") or "", "job": name_job(job)}
+    shared |= {"lora": job.get("lora") or "", "real_images": real_images, "job": name_job(job)}
     described = []
     for row in rows:
         own = {name: candidates[name][row] for name in ("index", "prompt", "seed")}

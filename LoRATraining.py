@@ -13,7 +13,6 @@ tuning text-to-image diffusion models for subject-driven generation (learning fr
 """
 
 import argparse
-import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from tqdm import tqdm
 import Precision
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
+from ImageCache import fingerprint
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from Prompts import with_article
 from Runtime import (
@@ -150,13 +150,12 @@ def images_of_adapter(folder):
     state = user_path(folder) / STATE
     if not state.exists():
         return None
-    return load_torch_file(state, {"identity"})["identity"]["images"][:12]
+    return load_torch_file(state, {"identity"})["identity"]["images"]
 
 
 def _train(X, class_name, folder, recipe, seed, device):
     """The training itself. The arguments were checked, and no other process trains in ``folder``."""
-    images = hashlib.sha256(np.ascontiguousarray(X).tobytes()).hexdigest()
-    identity = asdict(recipe) | {"class": class_name, "seed": seed, "images": images}
+    identity = asdict(recipe) | {"class": class_name, "seed": seed, "images": fingerprint(X)}
     checkpoint = Checkpoint(folder / STATE, identity)
     state = _load_state(checkpoint, folder / WEIGHTS)
     if state is not None and state["step"] == recipe.steps and (folder / WEIGHTS).exists():

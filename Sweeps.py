@@ -155,11 +155,11 @@ def splits_table(study):
     of_counts = {f"{study.split.rpartition('-')[0]}-{count}" for count in REAL_COUNTS}
     rows = []
     for folder in sorted(study.record_path("").parent.glob("*/")):
-        if not list(folder.glob("*-seed*.json")):
+        if folder.name == study.split or not list(folder.glob("*-seed*.json")):
             continue
         for name, runs in Study(study.profile, study.data, folder.name).load_results().items():
             is_in_the_other_table = folder.name in of_counts and name in ARM_COLOURS
-            if is_in_the_other_table or folder.name == study.split or runs[0]["data"] != study.data:
+            if is_in_the_other_table or runs[0]["data"] != study.data:
                 continue
             minority = ", ".join(runs[0]["minority_classes"])
             rows.append((folder.name, minority, ARMS[name].title, *(cell(runs) for cell in COLUMNS.values())))
