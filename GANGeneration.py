@@ -323,7 +323,7 @@ class GANOverSampler(ImageOverSampler):
     generator : Generator or path, optional
         A trained one, or the file that :func:`GANNetworks.save_generator` wrote. It must have been trained on
         exactly the classes of ``y``. Default: ``fit`` or ``fit_resample`` trains one on the given images and
-        keeps it as ``generator_``. It is trained again only for other images.
+        keeps it as ``generator_``. It is trained again only for other images or other ``settings``.
     settings : GANSettings, optional
         For the training. Default: ``GANSettings()``, about 50 minutes on two CPU cores.
     truncation : float, optional
@@ -382,11 +382,11 @@ class GANOverSampler(ImageOverSampler):
         check_settings(settings)
         check_sampling(sum(self.sampling_strategy_.values()), settings.latent_size, self.truncation)
         if self.generator is None:
-            training_set = checksum(y, X)
-            if getattr(self, "_trained_on", None) != training_set:
+            training = checksum(y, X), settings
+            if getattr(self, "_training", None) != training:
                 seed = self.random_state if isinstance(self.random_state, (int, np.integer)) else 0
                 self.generator_ = train_gan(X, y, settings, seed=seed, device=self.device).generator
-                self._trained_on = training_set
+                self._training = training
             return
         given = self.generator
         self.generator_ = given if isinstance(given, Generator) else load_generator(given, self.device)

@@ -348,14 +348,14 @@ class Memorisation:
     @property
     def share_of_copies(self):
         """Share of generated images, from 0 to 1, that count as near copies: see :func:`memorisation`."""
-        return float(np.mean(self.distances < self.distances_among_real[self.nearest]))
+        return float(np.mean(self.distances <= self.distances_among_real[self.nearest]))
 
 
 def memorisation(real, generated, features):
     """Look for generated images that are near copies of training images.
 
-    A generated image counts as one if it is nearer to its nearest real image than any other real image is to
-    that one (the authenticity of Alaa et al. 2022). An image and its mirror image count as the same. Some new
+    A generated image counts as one if no other real image is nearer to its nearest real image than it is (the
+    authenticity of Alaa et al. 2022). An image and its mirror image count as the same. Some new
     real images of the class count as near copies too. Pass them as ``generated`` to compare with their share.
 
     Parameters

@@ -38,6 +38,7 @@ from Runtime import (
     load_torch_file,
     one_process_at_a_time,
     require_free_space,
+    require_same_settings,
     require_writable,
     seeded,
     user_path,
@@ -160,6 +161,9 @@ def _train(X, class_name, folder, recipe, seed, device):
     state = _load_state(checkpoint, folder / WEIGHTS)
     if state is not None and state["step"] == recipe.steps and (folder / WEIGHTS).exists():
         return state["history"]
+    if state is not None:  # not part of the identity, because a finished adapter may be used on any device
+        now = {"precision": Precision.precision_name(device)}
+        require_same_settings(checkpoint.path, now | {key: state[key] for key in now.keys() & state}, now)
     require_free_space(folder, 0.1)
 
     from diffusers import DDPMScheduler  # imported here because it takes seconds
@@ -366,8 +370,10 @@ def _save(folder, checkpoint, unet, steps, history, finished):
                 unet_lora_layers=convert_state_dict_to_diffusers(adapter),
                 weight_name=temporary.name,
             )
-    optimizer, scale = steps.optimizers[0].state_dict(), steps.state_dict()
-    checkpoint.save(step=len(history), history=history, adapter=adapter, optimizer=optimizer, scale=scale)
+    checkpoint.save(
+        step=len(history), history=history, adapter=adapter, optimizer=steps.optimizers[0].state_dict(),
+        scale=steps.state_dict(), precision=Precision.precision_name(unet.device),
+    )  # fmt: skip
     if finished and steps.skipped:
         tqdm.write(
             f"{steps.skipped} of {len(history)} steps were skipped, because a float16 gradient overflowed."

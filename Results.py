@@ -206,6 +206,8 @@ RANKING = {
     "average_precision": Real, "reliability": [{"images": int, "mean_probability": Real, "share_of_minority": Real}],
 }  # fmt: skip
 
+CACHE_OF_IMAGES = {"source": str, "checksum": int}
+
 GAN_RECORD = {
     "settings": {"steps": int, "batch_size": int},
     "parameters": {"generator": int, "discriminator": int},
@@ -305,6 +307,9 @@ def read_result(path):
         # Older results do not have it.
         "metrics_with_averaged_flips": isinstance(result.get("metrics_with_averaged_flips"), dict | None),
         "probabilities": not _wrong_probabilities(result.get("probabilities")),
+        # Neither do results of arms without Stable Diffusion.
+        "stable_diffusion_images": "stable_diffusion_images" not in result
+        or not wrong_parts(result["stable_diffusion_images"], CACHE_OF_IMAGES),
         "test_predictions": all(number.isdecimal() for number in result["test_predictions"].split()),
     }
     refuse_damage(path, [name for name, right in is_right.items() if not right])

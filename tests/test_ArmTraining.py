@@ -19,9 +19,11 @@ from ArmTraining import epoch_evaluator, finished_result, run_arm
 from ClassifierNetwork import Evaluation, ResNet18, evaluate_classifier, load_classifier
 from ClassifierTraining import Recipe
 from Experiment import run_arms
+from ImageCache import CACHE, describe_cache
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
 from Report import caption, conditions
 from Results import predictions_of
+from Runtime import checksum
 
 CAT = CIFAR10_CLASSES.index("cat")
 
@@ -99,6 +101,8 @@ def test_an_arm_leaves_its_result_weights_and_two_plots(arm_name, tiny_data, tin
     assert result["best_look_at_test"]["test_accuracy"] == max(looked_at)
     assert result["best_look_at_test"]["looks"] == len(looked_at)
     assert 0 < result["training_pflops"] < 1e-3
+    of_cache = {"source": describe_cache(), "checksum": checksum(np.load(CACHE))}
+    assert result.get("stable_diffusion_images") == (of_cache if arm.needs_stable_diffusion else None)
 
     configuration = result["configuration"]
     assert (configuration["steps"], configuration["width"]) == (6, 4), "every arm gets the same compute"

@@ -570,6 +570,8 @@ def test_the_sampler_trains_itself_once_for_the_same_images(toy, monkeypatch):
     assert trained == [44], "fit has trained it"
     sampler.fit_resample(X[:43], y[:43])
     assert trained == [44, 43], "other images need another GAN"
+    sampler.set_params(settings=dataclasses.replace(TINY, steps=TINY.steps + 1)).fit(X[:43], y[:43])
+    assert trained == [44, 43, 43], "other settings need another GAN"
     again, _ = GANOverSampler(settings=TINY, random_state=0).fit_resample(X, y)
     assert np.array_equal(first, again)
 

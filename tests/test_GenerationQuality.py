@@ -250,5 +250,7 @@ def test_mirror_images_are_copies_and_an_image_is_not_its_own_neighbour():
     assert memory.distances[0] == pytest.approx(0, abs=1e-3)
     assert memory.share_of_copies == 1
     assert (memory.distances_among_real > 1).all()
+    twice = np.concatenate([real, real])
+    assert memorisation(twice, real, FEATURES).share_of_copies == 1, "copies of an image that is there twice"
     with pytest.raises(ValueError, match="at least 2"):
         memorisation(real[:1], real, FEATURES)

@@ -101,11 +101,15 @@ def test_after_a_kill_training_continues_to_the_same_adapter(X, recipe, monkeypa
     assert [f.name for f in Path("adapter").iterdir()] == [STATE]
     trained = []
     monkeypatch.setattr(LoRATraining, "_backward", lambda *a: trained.append(1) or backward(*a))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="precision: .* there, other now"):
+        patch.setattr("Precision.precision_name", lambda device: "other")
+        train(X, recipe)
     assert train(X, recipe) == history
     assert len(trained) == 2  # the first two steps were kept
     assert same(weights(), weights("whole"))
     trained.clear()
-    assert train(X, recipe) == history and not trained  # finished
+    monkeypatch.setattr("Precision.precision_name", lambda device: "other")
+    assert train(X, recipe) == history and not trained  # finished, so any device may use it
 
 
 def test_the_same_seed_gives_the_same_adapter_whatever_the_caller_draws(X, recipe):

@@ -163,6 +163,16 @@ def test_the_conditions_say_in_which_types_convolutions_ran(results):
     assert "convolutions in float32; " in Report.conditions(results)
 
 
+def test_the_conditions_say_where_stable_diffusion_images_come_from(results):
+    first, second, third = (*results["imbalanced"], *results["logit-adjusted"])
+    assert "Stable Diffusion images" not in Report.conditions(results)
+    first["stable_diffusion_images"] = {"source": "9 images imported", "checksum": 1}
+    second["stable_diffusion_images"] = {"source": "9 images imported", "checksum": 1}
+    assert "Stable Diffusion images: 9 images imported. " in Report.conditions(results)
+    third["stable_diffusion_images"] = {"source": "8 images imported", "checksum": 2}
+    assert "Stable Diffusion images: 9 images imported, or 8 images imported. " in Report.conditions(results)
+
+
 def test_results_from_before_a_metric_show_an_empty_cell(results):
     del results["logit-adjusted"][0]["metrics"]["g_mean"]
     *_, last = Report.results_table(results, Report.MORE_COLUMNS).splitlines()

@@ -209,6 +209,7 @@ def test_damage_at_any_depth_is_named_with_its_file_and_place(file_name, keys, v
         ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"confusion_matrix": [[1, 1]]}}, "confusion_matrix"),
         ("stable-seed0.json", {"metrics_with_averaged_flips": 0.5}, "metrics_with_averaged_flips"),
         ("stable-seed0.json", {"probabilities": {}}, "probabilities"),
+        ("stable-seed0.json", {"stable_diffusion_images": {"source": "9 images"}}, "stable_diffusion_images"),
         ("stable-seed0.json", {"probabilities": PROBABILITIES | {"minority": {}}}, "probabilities"),
         ("gan.json", {"best_step": 7}, "best_step"),
         ("generated-images.json", {"methods": {}}, "methods"),
