@@ -365,15 +365,15 @@ GAN_STORY = (
 
 # The questions that the study asks of two arms: does the second find more of the minority than the first?
 QUESTIONS = {
-    ("imbalanced", "non-synthetic"): "Do augmented copies help?",
-    ("non-synthetic-black-corners", "non-synthetic"): "Do augmented copies help more without black corners?",
-    ("imbalanced", "stable"): "Do Stable Diffusion images of the minority help?",
-    ("imbalanced", "gan"): "Do the GAN's images of the minority help?",
+    ("imbalanced", "non-synthetic"): "Do augmented copies raise the recall?",
+    ("non-synthetic-black-corners", "non-synthetic"): "Do augmented copies raise the recall more without black corners?",
+    ("imbalanced", "stable"): "Do Stable Diffusion images of the minority raise the recall?",
+    ("imbalanced", "gan"): "Do the GAN's images of the minority raise the recall?",
     ("non-synthetic", "gan"): "Does the GAN beat augmented copies?",
     ("gan", "stable"): "Does Stable Diffusion beat the GAN?",
-    ("gan", "gan-source-balanced"): "Does it help to give every class images of the GAN?",
-    ("stable", "stable-source-balanced"): "Does it help to give every class Stable Diffusion images?",
-    ("imbalanced", "logit-adjusted"): "Does a loss that needs no image help?",
+    ("gan", "gan-source-balanced"): "Does it raise the recall to give every class images of the GAN?",
+    ("stable", "stable-source-balanced"): "Does it raise the recall to give every class Stable Diffusion images?",
+    ("imbalanced", "logit-adjusted"): "Does a loss that needs no image raise the recall?",
     ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",

@@ -9,10 +9,8 @@ synthetic images, IEEE Access (MIT licence).
 """
 
 import hashlib
-import http.client
 import io
 import re
-import socket
 import tempfile
 import warnings
 import zipfile
@@ -26,7 +24,7 @@ from tqdm import tqdm
 
 from ImageCache import CACHE, check_cache_path, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
-from Runtime import is_reachable, require_free_space, user_path
+from Runtime import downloading, is_reachable, require_free_space, user_path
 
 IMAGES_PER_CLASS = 5000
 CIFAKE_URL = (
@@ -247,14 +245,11 @@ def _download(url, sha256, folder):
         raise DataUnavailableError(f"{url} does not answer.")
     require_free_space(folder, gigabytes=0.3)
     archive = folder / "cifake.zip"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)
     try:
-        torch.hub.download_url_to_file(url, str(archive), progress=True)
-    except (OSError, http.client.HTTPException) as error:
+        with downloading():
+            torch.hub.download_url_to_file(url, str(archive), progress=True)
+    except OSError as error:
         raise DataUnavailableError(f"The download from {url} failed: {error}.") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     if sha256 is not None and hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
         raise DataUnavailableError(f"What {url} sent is not CIFAKE: its checksum is wrong.")
     return archive

@@ -67,7 +67,9 @@ def probability_metrics(logits, y_true, minority_classes):
         raise ValueError(f"There are logits of {classes} classes, numbered from 0, so none of {unknown}.")
     # In float64, so that probabilities near 1 do not all become 1 and tie in the ranking.
     probabilities = torch.from_numpy(logits).double().softmax(1)
-    error = multiclass_calibration_error(probabilities, torch.from_numpy(y_true), classes, n_bins=BINS)
+    # It counts a confidence of exactly 1 in a bin of its own.
+    below_1 = probabilities.clamp(max=1 - 1e-7)
+    error = multiclass_calibration_error(below_1, torch.from_numpy(y_true), classes, n_bins=BINS)
     is_minority = np.isin(y_true, minority_classes)
     minority = None
     if is_minority.any() and not is_minority.all():

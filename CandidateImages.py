@@ -3,8 +3,9 @@
     maker = CandidateMaker(GenerationSettings("turbo"))
     candidates = maker.make("cat", 3, range(64))     # a dict of arrays with one row per candidate
 
-A candidate depends only on its class, its index and the settings. It does not matter which process draws it
-or when. A run that was stopped therefore continues with the candidates whose shards are missing.
+A candidate depends only on its class, its index and the settings. The data type of the weights is one of them. It
+does not matter which process draws a candidate or when. A run that was stopped therefore continues with the
+candidates whose shards are missing.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from DiffusionPipelines import (
     ModelUnavailableError,
     Painter,
     check_drawing,
+    choose_dtype,
     find_preset,
     load_pipeline,
 )
@@ -142,7 +144,7 @@ class GenerationSettings:
 
 
 def describe_job(settings, class_name, label, sources=None):
-    """List everything that the candidates of a class depend on. The shards' ``settings.json`` holds this.
+    """List everything that the candidates of a class depend on, except a data type that the device decides.
 
     Parameters
     ----------
@@ -168,7 +170,7 @@ def describe_job(settings, class_name, label, sources=None):
     preset = find_preset(settings.preset)
     job = {"class": class_name, "label": int(label)} | asdict(settings)
     if settings.dtype is None:
-        del job["dtype"]  # so that candidates from before this setting keep their job
+        del job["dtype"]  # find_job names it
     job |= {
         name: getattr(preset, name)
         for name in ("guidance_scale", "guidance_interval", "solver", "tiny_decoder")
@@ -187,7 +189,7 @@ def name_job(job):
     Parameters
     ----------
     job : dict
-        See :func:`describe_job`.
+        See :func:`find_job`.
 
     Returns
     -------
@@ -256,11 +258,16 @@ class CandidateMaker:
         return start_processes().device if self._device is None else choose_device(self._device)
 
     @cached_property
+    def dtype(self):
+        """The :class:`torch.dtype` of the weights."""
+        name = self.settings.dtype
+        return choose_dtype(self.device) if name is None else getattr(torch, name)
+
+    @cached_property
     def painter(self):
         """The :class:`DiffusionPipelines.Painter` with the loaded pipeline."""
         settings = self.settings
-        dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-        pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self.device, dtype)
+        pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self.device, self.dtype)
         return Painter(pipeline, settings.preset, settings.steps, settings.size, self._batch_size)
 
     @cached_property
@@ -339,6 +346,29 @@ class CandidateMaker:
 # --- Shards -------------------------------------------------------------------------------------
 
 
+def find_job(maker, class_name, label, sources=None):
+    """List everything that the candidates of a class depend on. The shards' ``settings.json`` holds this.
+
+    Earlier versions of this code did not name a data type that the device decided. If such a job has shards, it is
+    continued under its old name, so that no finished candidate is lost, although it may get two data types.
+
+    Parameters
+    ----------
+    maker : CandidateMaker
+    class_name, label, sources
+        See :func:`describe_job`, also for the errors.
+
+    Returns
+    -------
+    dict of plain values
+        Without ``dtype`` if the job is from an earlier version.
+    """
+    job = describe_job(maker.settings, class_name, label, sources)
+    if "dtype" not in job and not any((maker.shards / name_job(job)).glob("[0-9]*.npz")):
+        job["dtype"] = str(maker.dtype).removeprefix("torch.")
+    return job
+
+
 @contextlib.contextmanager
 def open_shards(folder, job):
     """Context in which this run alone may write the shards of a job. A second run of the job waits.
@@ -349,10 +379,15 @@ def open_shards(folder, job):
     ----------
     folder : path
     job : dict
-        See :func:`describe_job`.
+        See :func:`find_job`.
     """
     folder = Path(folder)
     with one_process_at_a_time(folder, "draws these candidates"):
+        if "dtype" not in job:
+            print(
+                f"An earlier version began {folder} and did not note the data type: it is continued in this device's. "
+                "Pass --dtype to draw all candidates again in one type."
+            )
         if not (folder / "settings.json").exists():
             save_json(folder / "settings.json", job)
         for unfinished in folder.glob(".*.npz"):
@@ -461,7 +496,7 @@ def draw_candidates(maker, job, sources, wanted, processes):
     ----------
     maker : CandidateMaker
     job : dict
-        See :func:`describe_job`.
+        See :func:`find_job`.
     sources : ndarray of uint8, shape (n, height, width, 3), or None
         Real images that drawing starts from.
     wanted : int

@@ -327,20 +327,43 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     TypeError, ValueError
         If ``X`` and ``y`` are not images with labels (see :func:`Runtime.check_images`), or a logit is not finite.
     """
-    X, y = map(np.ascontiguousarray, check_images(X, y))
-    device = next(model.parameters()).device
+    X, y = check_images(X, y)
     model.to(memory_format=torch.channels_last)
-    images = torch.from_numpy(X).to(device).permute(0, 3, 1, 2)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), mixed_precision(device):
-        parts = [model(batch).float() for batch in images.split(batch_size)]
-    model.train(was_training)
-    logits = torch.cat(parts).cpu()
+    logits = _outputs(model, model, X, batch_size)
     cure = "Its weights may be damaged: train or load it again."
     require_finite(logits, "Logits of the classifier", cure)  # argmax takes NaN for class 0
     loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
     return Evaluation(loss, logits.argmax(1).numpy(), logits.numpy())
+
+
+def extract_features(model, X, *, batch_size=128):
+    """Features of images: what the last layer of a network gets.
+
+    Parameters
+    ----------
+    model : ResNet18
+        Its training or evaluation mode is left as it was.
+    X : ndarray of uint8, shape (n, height, width, 3)
+    batch_size : int
+
+    Returns
+    -------
+    tensor of float32, shape (n, d)
+        On the CPU. d is 8 x width, of a network with mirrored filters 4 x width.
+    """
+    return _outputs(model, model.features, X, batch_size)
+
+
+def _outputs(model, function, X, batch_size):
+    """Outputs of the model or of a part of it, in evaluation mode: float32, on the CPU."""
+    device = next(model.parameters()).device
+    images = torch.from_numpy(np.ascontiguousarray(X)).to(device).permute(0, 3, 1, 2)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), mixed_precision(device):
+        parts = [function(batch).float() for batch in images.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(parts).cpu()
 
 
 class EpochEvaluator:

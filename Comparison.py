@@ -82,8 +82,7 @@ class ArmComparison:
         """``"Yes"`` or ``"No"``: the second arm finds more or fewer of the minority's images. Else ``"Undecided"``.
 
         A difference must be too large for the choice of test images (a corrected p-value below 0.05) and, with three seeds or
-        more, for the choice of seeds. With fewer seeds nothing covers the latter, so the answer holds for these seeds only: two
-        seeds of one arm can differ as much.
+        more, for the choice of seeds. With fewer seeds nothing covers the latter, so the answer holds for these seeds only.
         """
         if self.corrected_p_value >= 0.05 or self.varies_with_the_seed():
             return "Undecided"

@@ -51,15 +51,19 @@ TESTED = 500  # images of each source
 code_version()  # read and cached now: a commit made during a training is not the code that ran
 
 
-def cue_strength(X, y, unseen, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, tested=TESTED, device=None):
-    """Train a network to tell a sampler's images from real ones, and test it on the rarest class.
+def cue_strength(
+    X, y, unseen, rare, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, tested=TESTED, device=None
+):
+    """Train a network to tell a sampler's images from real ones, and test it on a rare class.
 
     Parameters
     ----------
     X, y : ndarrays of uint8, shape (n, height, width, 3), and int64, shape (n,)
         The imbalanced training set.
     unseen : ndarray of uint8, shape (m, height, width, 3)
-        Real images of the rarest class that are not in ``X``.
+        Real images of the rare class that are not in ``X``.
+    rare : int
+        The number of that class.
     sampler : imbalanced-learn over-sampler
         Its ``sampling_strategy`` is replaced, so that each class gets images.
     seed : int
@@ -78,16 +82,15 @@ def cue_strength(X, y, unseen, sampler, *, seed=0, recipe=RECIPE, width=WIDTH, t
     Raises
     ------
     ValueError
-        If there are too few images of the rarest class to test on.
+        If there are too few images of the rare class to test on.
     """
-    rarest = np.bincount(y).argmin()
     strategy = partial(source_balanced_strategy, share=0.25)
     sampler = clone(sampler).set_params(sampling_strategy=strategy, random_state=sampling_seed(seed))
     real, statistics = len(y), channel_statistics(X)
     X, y = sampler.fit_resample(X, y)
     added = np.arange(len(y)) >= real
     rng = np.random.default_rng(derive_seed(seed, 6))
-    rare_added = rng.permutation(np.flatnonzero(added & (y == rarest)))
+    rare_added = rng.permutation(np.flatnonzero(added & (y == rare)))
     rare_real = rng.permutation(len(unseen))
     if min(len(rare_added) // 2, len(rare_real)) < tested:
         raise ValueError(
@@ -126,7 +129,9 @@ def measure(data, name, split_name, seed, device=None):
     development = development_data(held_out_set(data), split_name)
     unseen = development.X_val[development.y_val == development.minority]
     sampler = METHODS[SAMPLERS[name]].sampler
-    auc = cue_strength(development.X, development.y, unseen, sampler, seed=seed, device=device)
+    auc = cue_strength(
+        development.X, development.y, unseen, development.minority, sampler, seed=seed, device=device
+    )
     result = {
         "sampler": name, "method": SAMPLERS[name], "split": split_name, "seed": seed, "auc": auc, "configuration": settings,
         "hardware": describe_hardware(choose_device(device)), "commit": commit,
@@ -144,7 +149,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         data = load_cifar10()
-        prepare_images(data, options.split)
+        prepare_images(held_out_set(data), options.split)
         for seed in options.seed:
             for split_name in options.split:
                 for name in SAMPLERS:

@@ -64,7 +64,7 @@ def _run_all(names, options, budget):
     for split_name in options.split:
         development_data(rest, split_name)  # a mistake in the last name must not surface after an hour
     if any(find_method(name).needs_stable_diffusion for name in names):
-        prepare_images(data, options.split)
+        prepare_images(rest, options.split)
     for seed in options.seed:
         for name in names:
             for split_name in options.split:

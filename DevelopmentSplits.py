@@ -137,10 +137,13 @@ def validation_scores(development, predictions):
 # --- What methods need --------------------------------------------------------------------------
 
 
-def prepare_images(data, split_names):
-    """Make sure that there are Stable Diffusion images for these splits: see :mod:`Experiment`."""
-    splits = [split_from_name(name, data.y_train, data.class_names) for name in split_names]
-    prepare_stable_diffusion_images(data, *splits)
+def prepare_images(rest, split_names):
+    """Make sure that there are Stable Diffusion images for these splits of ``rest``: see :mod:`Experiment`.
+
+    Images that were made from real ones are refused unless these are the ones that the splits keep of ``rest``.
+    """
+    splits = [split_from_name(name, rest.y_train, rest.class_names) for name in split_names]
+    prepare_stable_diffusion_images(rest, *splits)
 
 
 def development_generator(rest, split_name, device):

@@ -22,6 +22,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -578,7 +579,8 @@ class Painter:
         if hasattr(pipeline.vae, "enable_tiling"):
             yield "decoding in tiles", pipeline.vae.enable_tiling
         if self._device.type == "cuda":
-            yield "networks moved to the GPU one at a time", pipeline.enable_model_cpu_offload
+            offload = partial(pipeline.enable_model_cpu_offload, device=self._device)
+            yield "networks moved to the GPU one at a time", offload
 
     def _save_memory(self, message):
         from accelerate.utils.memory import clear_device_cache

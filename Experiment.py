@@ -12,6 +12,7 @@ import contextlib
 import itertools
 
 import numpy as np
+from imblearn.utils import check_sampling_strategy
 
 from Arms import ARMS, PROFILES, ArmUnavailableError, default_split, expand_arms, find_arm, resolve_profile
 from ArmTraining import finished_result, run_arm
@@ -22,7 +23,7 @@ from GANNetworks import load_generator
 from ImageCache import CACHE, fingerprint, load_metadata
 from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
-from ImbalancedCIFAR10 import load_data, split_from_name
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, load_data, split_from_name
 from Results import Study
 from Runtime import choose_device, start_processes
 
@@ -51,7 +52,7 @@ def prepare_stable_diffusion_images(data, *splits):
     ArmUnavailableError
         If there are none for this data set.
     """
-    if data.name != "cifar10":
+    if tuple(data.class_names) != tuple(CIFAR10_CLASSES):
         raise ArmUnavailableError(
             f"there are no Stable Diffusion images of {data.name}: the cache and CIFAKE hold CIFAR-10's classes"
         )
@@ -73,8 +74,9 @@ def _refuse_images_made_from_removed_ones(data, splits):
     """An image drawn from real ones, matched to them or drawn with an adapter trained on them shows what these show."""
     made_from = {}  # class -> fingerprints of real images
     for row in load_metadata(CACHE):
-        if row["real_images"]:
-            made_from.setdefault(int(row["label"]), set()).update(row["real_images"].split("+"))
+        # Tables from before adapters of unknown origin were noted name the adapter only.
+        if seen := row["real_images"] or (row["lora"] and "unknown"):
+            made_from.setdefault(int(row["label"]), set()).update(seen.split("+"))
     for split, (c, fingerprints) in itertools.product(splits, made_from.items()):
         if c >= len(data.class_names):
             continue
@@ -82,7 +84,8 @@ def _refuse_images_made_from_removed_ones(data, splits):
         if fingerprints != {fingerprint(data.X_train[rows[data.y_train[rows] == c]])}:
             raise ArmUnavailableError(
                 f"the images of class {data.class_names[c]} in {CACHE} were made from other real images than those that "
-                f"{split.name} keeps, and could show removed ones. Make them again with --split {split.name} --replace, or move the cache away"
+                f"{split.name} keeps, or with an adapter of unknown origin, and could show removed ones. Make them again with "
+                f"--split {split.name} --replace and an adapter trained here, or move the cache away"
             )
 
 
@@ -150,9 +153,8 @@ def run_arms(studies, data, arm_names, seeds=(0,), *, device=None, processes=Non
         ``(arm, split, seed)`` -> the result (dict), or the reason (str) why it was skipped, for the runs that this
         process took part in.
     """
-    for name in arm_names:  # a typing error in the last name must not surface after an hour
-        for study in studies:
-            find_arm(name, study.profile)
+    for study, name in itertools.product(studies, arm_names):
+        _check_arm(study, data, name)  # a mistake in the last name must not surface after an hour
     # A run named twice is run once: two processes would write to the same checkpoint.
     runs = list(
         dict.fromkeys((study, name, int(seed)) for seed in seeds for study in studies for name in arm_names)
@@ -168,6 +170,18 @@ def run_arms(studies, data, arm_names, seeds=(0,), *, device=None, processes=Non
             outcome = str(error)
         outcomes[name, study.split, seed] = outcome
     return outcomes
+
+
+def _check_arm(study, data, arm_name):
+    """Raise ValueError if there is no such arm, or it cannot add as many images to this split as its name says."""
+    sampler = find_arm(arm_name, study.profile).method.sampler
+    if "@" in arm_name:
+        split = split_from_name(study.split, data.y_train, data.class_names)
+        y = data.y_train[split.kept_rows(data.y_train)]
+        try:
+            check_sampling_strategy(sampler.sampling_strategy, y, "over-sampling")
+        except ValueError as error:
+            raise ValueError(f"{arm_name} cannot run on {study.split}: {error}") from error
 
 
 def _run(study, data, arm_name, seed, device, processes):
@@ -241,6 +255,7 @@ def _parse(arguments):
 
 def _prepare_sources(studies, data, splits, options):
     """Fetch or make what several runs share. The main process does it before the others start."""
+    need_images = []
     for study, split in zip(studies, splits, strict=True):
         unfinished = {
             name
@@ -248,12 +263,14 @@ def _prepare_sources(studies, data, splits, options):
             for seed in options.seed
             if not study.result_path(name, seed).exists()
         }
+        if any(find_arm(name).needs_stable_diffusion for name in unfinished):
+            need_images.append(split)
         with contextlib.suppress(ArmUnavailableError):  # run_arms reports it
-            if any(find_arm(name).needs_stable_diffusion for name in unfinished):
-                prepare_stable_diffusion_images(data, split)
-        with contextlib.suppress(ArmUnavailableError):
             if any(find_arm(name).needs_gan for name in unfinished):
                 prepare_generator(study, data, options.device)
+    with contextlib.suppress(ArmUnavailableError):
+        if need_images:  # for all splits at once, or the images would be enough for the first one only
+            prepare_stable_diffusion_images(data, *need_images)
 
 
 def main(arguments=None):

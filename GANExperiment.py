@@ -57,12 +57,17 @@ def quality_measure(X, y, features, images):
     Returns
     -------
     callable
-        ``quality(images, labels) -> float``, smaller is better.
+        ``quality(images, labels) -> float``, smaller is better. Its ``description`` names the features.
     """
     classes = np.unique(y)
     rows = [np.resize(np.flatnonzero(y == c), images // len(classes)) for c in classes]
     distance = frechet_distance_to(X[np.concatenate(rows)], features)
-    return lambda images, labels: distance(images)
+
+    def quality(images, labels):
+        return distance(images)
+
+    quality.description = features.name
+    return quality
 
 
 def is_trained(study, data):

@@ -101,8 +101,8 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     quality : callable, optional
         ``quality(images, labels) -> float``, smaller is better, for uint8 images (m, 32, 32, 3) with
         equally many of each class. It chooses which record's generator is returned, so it must be
-        made from training data alone. If it fails, the training stops; a run with the same checkpoint
-        continues with the measurement.
+        made from training data alone. Its ``description``, if it has one, tells it from other measures in
+        checkpoints. If it fails, the training stops; a run with the same checkpoint continues with the measurement.
     checkpoint : path, optional
         File that is written at each record. A run killed at any moment continues from it to the same
         generator. The last one holds the finished run: remove it when the outcome is saved.
@@ -137,9 +137,10 @@ def train_gan(X, y, settings, *, seed, num_classes=None, quality=None, checkpoin
     for network in (adversaries.generator, adversaries.average):
         network.trained_classes[batches.classes] = True
     data = {"num_classes": num_classes, "checksum": checksum(y, X), "judged": quality is not None}
-    precision = {"precision": precision_name(device)}  # going on in another type would give other weights
+    # Going on in another type would give other weights, going on with another measure a mixed history.
+    newer = {"precision": precision_name(device), "measure": getattr(quality, "description", None)}
     checkpoint = Checkpoint(
-        checkpoint, {**dataclasses.asdict(settings), "seed": seed, **data, **precision}, defaults=precision
+        checkpoint, {**dataclasses.asdict(settings), "seed": seed, **data, **newer}, defaults=newer
     )
     checkpoint.require_writable()
     progress, unjudged = _resume(checkpoint, adversaries)
@@ -323,7 +324,7 @@ class GANOverSampler(ImageOverSampler):
     generator : Generator or path, optional
         A trained one, or the file that :func:`GANNetworks.save_generator` wrote. It must have been trained on
         exactly the classes of ``y``. Default: ``fit`` or ``fit_resample`` trains one on the given images and
-        keeps it as ``generator_``. It is trained again only for other images or other ``settings``.
+        keeps it as ``generator_``. It is trained again only for other images, other ``settings`` or another seed.
     settings : GANSettings, optional
         For the training. Default: ``GANSettings()``, about 50 minutes on two CPU cores.
     truncation : float, optional
@@ -382,13 +383,13 @@ class GANOverSampler(ImageOverSampler):
         check_settings(settings)
         check_sampling(sum(self.sampling_strategy_.values()), settings.latent_size, self.truncation)
         if self.generator is None:
-            training = checksum(y, X), settings
+            seed = self.random_state if isinstance(self.random_state, (int, np.integer)) else 0
+            training = checksum(y, X), settings, int(seed)
             if getattr(self, "_training", None) != training:
-                seed = self.random_state if isinstance(self.random_state, (int, np.integer)) else 0
                 self.generator_ = train_gan(X, y, settings, seed=seed, device=self.device).generator
                 self._training = training
             return
-        given = self.generator
+        given, self._training = self.generator, None
         self.generator_ = given if isinstance(given, Generator) else load_generator(given, self.device)
         known, classes = self.generator_.known_classes(), np.unique(y)
         if not np.array_equal(known, classes):
@@ -398,7 +399,8 @@ class GANOverSampler(ImageOverSampler):
             )
 
     def _fit_resample(self, X, y):
-        self._prepare(X, y)
+        if any(self.sampling_strategy_.values()):  # else a training would be for nothing
+            self._prepare(X, y)
         return super()._fit_resample(X, y)
 
     def _make_images(self, X, c, count, seed):

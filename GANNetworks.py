@@ -314,7 +314,8 @@ def diff_augment(images, random, strength=1.0):
 @functools.cache
 def counting(start, end, device):
     """``torch.arange(start, end, device=device)``, made once. Do not change it."""
-    return torch.arange(start, end, device=device)
+    with torch.inference_mode(False):  # a tensor made in inference mode could never be trained with
+        return torch.arange(start, end, device=device)
 
 
 # --- The averaged generator ---------------------------------------------------------------------

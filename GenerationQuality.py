@@ -29,9 +29,11 @@ from Runtime import (
     check_images,
     choose_device,
     derive_seed,
+    downloading,
     is_reachable,
     load_torch_file,
     require_finite,
+    require_free_space,
     seeded,
 )
 
@@ -138,8 +140,10 @@ def _download_inception(weights):
             "(ImageFeatures), or put the file there."
         )
     try:
+        require_free_space(weights.parent, gigabytes=0.2)
         with atomic_path(weights) as temporary:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(temporary))
+            with downloading():
+                torch.hub.download_url_to_file(INCEPTION_URL, str(temporary))
             _check_inception(temporary)
     except (OSError, ValueError, RuntimeError) as error:
         raise FeaturesUnavailableError(

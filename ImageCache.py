@@ -5,7 +5,8 @@
 
 The file is a NumPy array of records. Each record is an image and its class number. It holds no pickled object
 and can be memory-mapped. The table has the same name with the suffix ``.csv`` and one row per generated
-image: prompt, seed, model and settings. Imported images have no table.
+image: prompt, seed, model and settings. Imported images have no table. If the cache is a symbolic link, the table
+lies beside the file that it points to, so that every link to a file shows the same table.
 
 Several processes may write one cache: each waits until the others have finished. ``~`` in a path is the home
 folder.
@@ -66,19 +67,20 @@ def check_cache_path(path):
     path = user_path(path)
     if path.is_dir() or not path.name:
         raise ValueError(f"{path} is a folder. Give the cache a file name, such as {path / CACHE.name}.")
-    if path.suffix.lower() == ".csv":
-        raise ValueError(
-            f"{path} is the name of the cache's own table, which would replace the images. Choose another "
-            f"name, such as {path.with_suffix('.npy')}."
-        )
+    for name in (path, _target(path)):
+        if name.suffix.lower() == ".csv":
+            raise ValueError(
+                f"{name} is the name of the cache's own table, which would replace the images. Choose another "
+                f"name, such as {name.with_suffix('.npy')}."
+            )
     table = _table_path(path)
     if table.exists():
         if _read_table(table) is None:
             raise ValueError(
                 f"Writing {path} would replace {table}, which is no table of a cache. Choose another name, or move it."
             )
-        for other in () if path.exists() else path.parent.iterdir():
-            if _table_path(other) == table and _is_array_file(other):
+        for other in () if path.exists() else table.parent.iterdir():
+            if other.with_suffix(".csv") == table and _is_array_file(other):
                 raise ValueError(
                     f"{path} and {other} would share the table {table}. Choose another name for the cache."
                 )
@@ -97,7 +99,7 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
         The cache to write, under exactly this name. An existing cache is replaced.
     metadata : list of dict, optional
         How each image was made, by the names in :data:`METADATA` (``crc32`` is added here). A generated image
-        needs at least its ``label``, ``model`` and ``preset``. The rows are written beside ``path`` as
+        needs at least its ``label``, ``model`` and ``preset``. The rows are written beside the file as
         ``.csv``. Without metadata an existing table is removed, because it describes other images.
 
     Raises
@@ -118,6 +120,8 @@ def _make_records(images, labels):
     images, labels = check_images(images, labels)
     if images.shape[1:] != RECORD["image"].shape:
         raise ValueError(f"The cache holds images of 32x32 pixels, but these have the shape {images.shape}.")
+    if labels.min() < 0:
+        raise ValueError(f"The labels must be class numbers, 0 or more: got {labels.min()}.")
     records = np.empty(len(images), dtype=RECORD)
     records["image"], records["label"] = images, labels
     return records
@@ -128,7 +132,7 @@ def _write(records, path, metadata):
 
     The table is replaced only after the images are on the disk, so that a full disk costs neither of the old ones.
     """
-    target = Path(os.path.realpath(path))  # a symbolic link stays, and its target is replaced
+    target = _target(path)  # a symbolic link stays
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         save_array(unfinished, records)
@@ -193,8 +197,8 @@ def load_metadata(path=CACHE):
         See :func:`load_generated_images`. Also if the table is damaged or another program has saved it.
     """
     records = _open_cache(path)
-    table = _table_path(user_path(path))
-    if not table.exists():
+    table = _find_table(user_path(path))
+    if table is None:
         return [dict.fromkeys(METADATA, "") for _ in range(len(records))]
     rows = _read_table(table)
     if rows is None:
@@ -328,8 +332,21 @@ def refuse_foreign_images(class_name, label, job, path=CACHE, *, replace=False):
 # --- Files --------------------------------------------------------------------------------------
 
 
+def _target(path):
+    """The file that a path means: what a symbolic link points to, which need not exist, or the path itself."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def _table_path(path):
-    return path.with_suffix(".csv") if path.name else path
+    return _target(path).with_suffix(".csv")
+
+
+def _find_table(path):
+    """The table of a cache, or None. Earlier versions wrote it beside a symbolic link, where it is found too."""
+    table, beside_link = _table_path(path), path.with_suffix(".csv")
+    if table.exists():
+        return table
+    return beside_link if beside_link.exists() and _read_table(beside_link) is not None else None
 
 
 def _read_table(table):

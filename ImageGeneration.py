@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from CandidateImages import CandidateMaker, describe_job, draw_candidates, name_job, open_shards
+from CandidateImages import CandidateMaker, draw_candidates, find_job, name_job, open_shards
 from Downsampling import image_statistics, match_statistics
 from ImageCache import (
     CACHE,
@@ -77,8 +77,8 @@ def generate_images(
     Raises
     ------
     ValueError
-        If the class has no prompts, a shard is damaged, real images are missing, or the cache cannot be written
-        or has images of this class from elsewhere.
+        If the class has no prompts, a shard or the checkpoint beside the adapter is damaged, real images are missing,
+        or the cache cannot be written or has images of this class from elsewhere.
     SelectionError
         If too few candidates pass the selection.
     FloatingPointError
@@ -91,8 +91,9 @@ def generate_images(
     maker, selection = maker or CandidateMaker(), selection or Selection()
     sources = _check_real_images(maker.settings, selection, real_images)
     label = check_class(class_name, count, label, maker.settings)
-    job = describe_job(maker.settings, class_name, label, sources)
+    job = find_job(maker, class_name, label, sources)
     _check_cache(maker, job, count, path, replace)
+    seen = _real_images_behind(maker.settings, selection, real_images)
     processes = start_processes(maker.device)
     folder = maker.shards / name_job(job)
     with contextlib.ExitStack() as stack:
@@ -104,7 +105,6 @@ def generate_images(
             if selection.match:
                 images, report["statistics"] = _match(images, real_images)
             save_json(folder / "report.json", report)
-            seen = _real_images_behind(maker.settings, selection, real_images)
             metadata = _describe_candidates(candidates, rows, job, seen)
             replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
     processes.wait_for_everyone()
@@ -199,13 +199,16 @@ def _check_margins(candidates, job, folder):
 
 
 def _real_images_behind(settings, selection, real_images):
-    """Fingerprints of the real images that the generated ones depend on, joined by ``+``; empty if there are none."""
+    """Fingerprints of the real images that the generated ones depend on, joined by ``+``; empty if there are none.
+
+    Of an adapter from elsewhere nothing is known, so its fingerprint is the word ``unknown``.
+    """
     seen = set()
     if settings.strengths or selection.match:
         seen.add(fingerprint(real_images))
     if settings.lora is not None:
-        seen.add(images_of_adapter(settings.lora))
-    return "+".join(sorted(seen - {None}))
+        seen.add(images_of_adapter(settings.lora) or "unknown")
+    return "+".join(sorted(seen))
 
 
 def _match(images, real_images):

@@ -14,6 +14,7 @@ from BusyMachine import start_again_if_busy
 from CueStrength import RECIPE, TESTED, WIDTH, cue_strength
 from Experiment import make_training_set
 from GANNetworks import load_generator
+from ImageCache import cache_record
 from ImageOverSampler import added_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from QualityExperiment import judge_generated_images
@@ -56,26 +57,29 @@ def measure_images(study, data, arms=MEASURED, device=None):
         X_arm, y_arm = make_training_set(study, data, name, device=device)
         images[name] = added_images(X_arm, y_arm, len(y), minority)
     judge_generated_images(study, data, images, device)
-    _measure_cues(study, X, y, data.X_test[data.y_test == minority], arms, choose_device(device))
+    _measure_cues(study, X, y, data.X_test[data.y_test == minority], minority, arms, choose_device(device))
 
 
-def _measure_cues(study, X, y, unseen, arms, device):
+def _measure_cues(study, X, y, unseen, minority, arms, device):
     path = study.record_path("cues.json")
     tested = min(TESTED, len(unseen))
     settings = RECIPE.as_json() | {"width": WIDTH, "tested": tested}
-    # Cues of another generator's images say nothing about this one's.
+    # Cues of another generator's images, or of another cache's, say nothing about these.
     settings["generator"] = study.generator_checksum() if any(ARMS[name].needs_gan for name in arms) else None
+    needs_cache = any(ARMS[name].needs_stable_diffusion for name in arms)
+    settings["stable_diffusion_images"] = cache_record()["checksum"] if needs_cache else None
     cues = {"configuration": settings, "auc": {}}
     if path.exists():
         cues = read_json(path, CUES)
-        require_same_settings(path, with_defaults(cues["configuration"]), settings)
-    cues |= {"hardware": describe_hardware(device), "commit": code_version()}
+        older = {"stable_diffusion_images": settings["stable_diffusion_images"]}  # those that do not name it
+        require_same_settings(path, older | with_defaults(cues["configuration"]), settings)
     for name in arms:
         if name not in cues["auc"]:
             sampler = clone(ARMS[name].method.sampler)
             if ARMS[name].needs_gan:
                 sampler.set_params(generator=load_generator(study.model_path("generator.pt"), device))
-            cues["auc"][name] = cue_strength(X, y, unseen, sampler, tested=tested, device=device)
+            cues["auc"][name] = cue_strength(X, y, unseen, minority, sampler, tested=tested, device=device)
+            cues |= {"hardware": describe_hardware(device), "commit": code_version()}
             print(f"{name}: AUC of the cue {cues['auc'][name]:.3f}", flush=True)
             save_json(path, cues)
 

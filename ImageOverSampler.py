@@ -24,6 +24,8 @@ from Downsampling import match_spectrum, match_statistics
 from Runtime import check_images, derive_seed
 
 MATCHES = {"spectrum": match_spectrum, "statistics": match_statistics}
+# Peak memory that a value of a pixel takes, by match: each class alone and all together, and floats while matching.
+BYTES_PER_VALUE = {None: 2, "spectrum": 5, "statistics": 16}
 
 
 class UnsuitableImagesError(ValueError):
@@ -107,7 +109,7 @@ class ImageOverSampler(BaseOverSampler):
         X, y = check_images(X, y)
         if self.match is not None and self.match not in MATCHES:
             raise ValueError(f"Unknown match {self.match!r}. Choose None or one of {', '.join(MATCHES)}.")
-        check_request(self.sampling_strategy, X, y, bytes_per_value=2)  # each class alone, and all together
+        check_request(self.sampling_strategy, X, y, BYTES_PER_VALUE[self.match])
         return X, y, False
 
     def fit_resample(self, X, y):
@@ -140,7 +142,8 @@ class ImageOverSampler(BaseOverSampler):
         images, labels = [X[:0]], [y]
         for c, count in sorted(self.sampling_strategy_.items()):
             if count > 0:
-                images.append(self._make_images(X[y == c], int(c), count, derive_seed(seed, int(c))))
+                class_seed = derive_seed(seed, int(c) % 2**32)  # c may be negative
+                images.append(self._make_images(X[y == c], int(c), count, class_seed))
                 labels.append(np.full(count, c, dtype=np.int64))
         new = np.concatenate(images)
         if self.match is not None and len(new):

@@ -14,10 +14,8 @@ neural networks (step imbalance). Cui et al. (2019), Class-balanced loss based o
 samples (long-tailed CIFAR).
 """
 
-import http.client
 import os
 import re
-import socket
 import tarfile
 import tempfile
 import warnings
@@ -29,7 +27,7 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from Runtime import derive_seed, is_reachable, require_free_space, user_path
+from Runtime import derive_seed, downloading, is_reachable, require_free_space, user_path
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -207,19 +205,16 @@ def _download_cifar10(root):
         )
     require_free_space(root, gigabytes=0.6)
     root.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # otherwise torchvision's download waits forever for a stalled server
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as temporary:
-            CIFAR10(temporary, download=True)
+            with downloading():
+                CIFAR10(temporary, download=True)
             _move_into_place(Path(temporary), root)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, EOFError) as error:
         raise DataUnavailableError(
             f"The download of CIFAR-10 from {CIFAR10.url} failed: {error}. Run again, or put a copy "
             f"of {CIFAR10.base_folder} into {root.absolute()}."
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def load_digits_as_images():
@@ -424,11 +419,10 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
     classes = [class_number(name, class_names) for name in names]
     if not classes or len(set(classes)) != len(classes):
         raise ValueError(f"Name at least one minority class, and each only once. Got {names}.")
-    counts = {}
+    counts, is_fraction = {}, isinstance(keep, (float, np.floating))
     for c in classes:
         available = int(np.sum(y == c))
-        is_fraction = isinstance(keep, (float, np.floating))
-        if is_fraction and not 0 < keep <= 1:  # also refuses NaN
+        if isinstance(keep, (bool, np.bool_)) or (is_fraction and not 0 < keep <= 1):  # also refuses NaN
             count = 0
         else:
             count = int(np.ceil(float(keep) * available - 1e-9)) if is_fraction else int(keep)
@@ -438,7 +432,9 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
                 f"count from 1 to {available}, or a fraction above 0.0 and up to 1.0."
             )
         counts[c] = count
-    name = "+".join(class_names[c] for c in classes) + f"-{keep}" + _draw_suffix(draw)
+    # Not 2e-05, which split_from_name does not read.
+    kept = np.format_float_positional(keep, trim="0") if is_fraction else keep
+    name = "+".join(class_names[c] for c in classes) + f"-{kept}" + _draw_suffix(draw)
     return Split(name, counts, tuple(classes), draw)
 
 

@@ -14,6 +14,7 @@ tuning text-to-image diffusion models for subject-driven generation (learning fr
 
 import argparse
 import math
+import numbers
 import os
 from dataclasses import asdict, dataclass
 
@@ -79,7 +80,10 @@ class LoRARecipe:
     size: int = SIZE
 
     def check(self):
-        """Raise ValueError if a number is out of range. No model is needed to know this."""
+        """Raise ValueError if a number is out of range or not whole. No model is needed to know this."""
+        for name in ("rank", "steps", "batch_size", "size"):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise ValueError(f"{name} must be a whole number: got {getattr(self, name)!r}.")
         if self.steps < 1 or self.batch_size < 1 or self.rank < 1:
             raise ValueError(f"Steps, batch size and rank must be at least 1: got {self}.")
         if self.size < 8 or self.size % 8:
@@ -147,11 +151,22 @@ def images_of_adapter(folder):
     -------
     str or None
         None if the adapter is from elsewhere, so that nothing is known.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint beside the adapter is damaged, or does not say which images it was trained on.
     """
     state = user_path(folder) / STATE
     if not state.exists():
         return None
-    return load_torch_file(state, {"identity"})["identity"]["images"]
+    identity = load_torch_file(state, {"identity"})["identity"]
+    if not isinstance(identity, dict) or not isinstance(identity.get("images"), str):
+        raise ValueError(
+            f"{state} does not say which images the adapter was trained on. Train the adapter again, or remove this "
+            "file: the adapter then counts as trained on unknown images."
+        )
+    return identity["images"]
 
 
 def _train(X, class_name, folder, recipe, seed, device):
@@ -159,7 +174,9 @@ def _train(X, class_name, folder, recipe, seed, device):
     identity = asdict(recipe) | {"class": class_name, "seed": seed, "images": fingerprint(X)}
     checkpoint = Checkpoint(folder / STATE, identity)
     state = _load_state(checkpoint, folder / WEIGHTS)
-    if state is not None and state["step"] == recipe.steps and (folder / WEIGHTS).exists():
+    if state is not None and state["step"] == recipe.steps:
+        if not (folder / WEIGHTS).exists():  # the checkpoint alone was copied, or the adapter was removed
+            _save_weights(folder, state["adapter"])
         return state["history"]
     if state is not None:  # not part of the identity, because a finished adapter may be used on any device
         now = {"precision": Precision.precision_name(device)}
@@ -352,8 +369,6 @@ def _backward(unet, batch, text, portion, backward):
 
 def _save(folder, checkpoint, unet, steps, history, finished):
     """Write the checkpoint, and the adapter if the training is finished. An adapter with NaN is refused."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     adapter = get_peft_model_state_dict(unet)
@@ -364,12 +379,7 @@ def _save(folder, checkpoint, unet, steps, history, finished):
             "the learning rate."
         )
     if finished:
-        with atomic_path(folder / WEIGHTS) as temporary:
-            StableDiffusionPipeline.save_lora_weights(
-                temporary.parent,
-                unet_lora_layers=convert_state_dict_to_diffusers(adapter),
-                weight_name=temporary.name,
-            )
+        _save_weights(folder, adapter)
     checkpoint.save(
         step=len(history), history=history, adapter=adapter, optimizer=steps.optimizers[0].state_dict(),
         scale=steps.state_dict(), precision=Precision.precision_name(unet.device),
@@ -377,6 +387,19 @@ def _save(folder, checkpoint, unet, steps, history, finished):
     if finished and steps.skipped:
         tqdm.write(
             f"{steps.skipped} of {len(history)} steps were skipped, because a float16 gradient overflowed."
+        )
+
+
+def _save_weights(folder, adapter):
+    """Write the file that diffusers reads."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    with atomic_path(folder / WEIGHTS) as temporary:
+        StableDiffusionPipeline.save_lora_weights(
+            temporary.parent,
+            unet_lora_layers=convert_state_dict_to_diffusers(adapter),
+            weight_name=temporary.name,
         )
 
 

@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from imblearn.base import BaseSampler
@@ -248,6 +249,7 @@ class Method:
 
 def _choosing_checkpoint(checkpoint):
     """The checkpoint of the network that chooses images, beside that of the training."""
+    checkpoint = Path(checkpoint)
     return checkpoint.with_stem(checkpoint.stem + "-choosing")
 
 

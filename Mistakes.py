@@ -34,6 +34,8 @@ def found_and_missed_figure(first, second, data, columns=10):
     minority = [data.class_names.index(c) for c in first["minority_classes"]]
     found = [predicted == data.y_test for predicted in predictions]
     titles = [ARMS[run["arm"]].title for run in (first, second)]
+    if titles[0] == titles[1]:
+        titles = [f"{title}, seed {run['seed']}" for title, run in zip(titles, (first, second), strict=True)]
     groups = {  # who finds them -> the images, and whose answer is shown
         f"only by {titles[1]};\n{titles[0]} says": (found[1] & ~found[0], predictions[0]),
         f"only by {titles[0]};\n{titles[1]} says": (found[0] & ~found[1], predictions[1]),

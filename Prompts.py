@@ -246,7 +246,7 @@ def with_article(class_name):
     """
     if not isinstance(class_name, str) or not class_name.strip():
         raise ValueError(f"A class needs a name for the prompt, such as 'cat': got {class_name!r}.")
-    return f"{'an' if class_name[0] in 'aeiou' else 'a'} {class_name}"
+    return f"{'an' if class_name[0].lower() in 'aeiou' else 'a'} {class_name}"
 
 
 def fingerprint_of_prompts(class_name, grammar="varied"):

@@ -16,6 +16,7 @@ from ClassifierNetwork import (
 from ClassifierTraining import train_classifier
 from GenerationQuality import (
     INCEPTION_NAME,
+    NEIGHBOURS,
     FeaturesUnavailableError,
     ImageFeatures,
     InceptionFeatures,
@@ -125,8 +126,13 @@ def judge_generated_images(study, data, generated, device=None):
     c = split.minority_classes[0]
     X, y = split.cut(data.X_train, data.y_train)
     kept, unseen = X[y == c], data.X_test[data.y_test == c]
-    features = _best_features(study, data, device)
     count = min(len(unseen), *(len(images) for images in generated.values()))
+    if len(kept) < 2 or count <= NEIGHBOURS:  # noticed before a network is trained for the features
+        raise ValueError(
+            f"Judging needs 2 kept images of class {data.class_names[c]} and {NEIGHBOURS + 1} images of each method and of the "
+            f"test set, but there are {len(kept)} and {count}."
+        )
+    features = _best_features(study, data, device)
     rng = np.random.default_rng(0)
     judged = {
         "class": data.class_names[c],

@@ -471,8 +471,8 @@ def arms_report(results):
         paired_table(comparisons),
         "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
         "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and, with three seeds or more, a 95 % interval "
-        "over seeds without zero. Else the answer is *undecided*. With one or two seeds an answer holds for these seeds only, because "
-        "two seeds of the same arm can differ as much:",
+        "over seeds without zero. Else the answer is *undecided*. With one or two seeds an answer holds for these seeds only. "
+        "A small difference may be one between seeds:",
         findings(comparisons),
     )
     return "\n\n".join(parts)

@@ -133,10 +133,14 @@ def run_notebook(name, profile_name, data_name, kernel):
             ) from error
         # papermill notes the temporary path, which means nothing to others.
         notebook.metadata.papermill["output_path"] = str(output)
+        for cell in notebook.cells:  # the copy lies two folders deeper
+            if cell.cell_type == "markdown":
+                cell.source = cell.source.replace("](docs/", "](../../docs/")
         nbformat.write(notebook, temporary)
         if temporary.stat().st_size > MOST_BYTES:
             temporary.replace(failed)
             raise RuntimeError(f"{output} would have more than {MOST_BYTES:,} bytes. It is kept as {failed}.")
+    failed.unlink(missing_ok=True)  # of an earlier run
     return output
 
 

@@ -10,10 +10,12 @@ Nothing here knows about CIFAR-10, a generator or a classifier, and nothing here
 import contextlib
 import datetime
 import errno
+import http.client
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -574,6 +576,19 @@ def is_reachable(url, seconds=20):
     threading.Thread(target=request, daemon=True).start()
     finished.wait(seconds)
     return bool(answers)
+
+
+@contextlib.contextmanager
+def downloading():
+    """Context in which a download raises OSError if the server stalls or breaks off. It affects all threads."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds; PyTorch and torchvision would wait forever
+    try:
+        yield
+    except http.client.HTTPException as error:
+        raise OSError(f"the server broke off its answer ({error!r})") from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def require_free_space(folder, gigabytes):

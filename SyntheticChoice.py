@@ -15,8 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ClassifierNetwork import evaluate_classifier
-from Precision import mixed_precision
+from ClassifierNetwork import evaluate_classifier, extract_features
 
 
 def nearest_to_prototypes(model, X, y, real_rows, fraction=0.5):
@@ -45,7 +44,7 @@ def nearest_to_prototypes(model, X, y, real_rows, fraction=0.5):
     ValueError
         If ``fraction`` is out of range, or a class has synthetic images but no real one.
     """
-    features = _features(model, X)
+    features = F.normalize(extract_features(model, X), dim=1)
     scores = np.empty(len(y) - real_rows, dtype=np.float32)
     for c in np.unique(y[real_rows:]):
         real = features[:real_rows][y[:real_rows] == c]
@@ -80,13 +79,3 @@ def _best_of_each_class(scores, y, real_rows, fraction):
         count = math.ceil(fraction * len(rows))
         chosen.append(real_rows + rows[np.argsort(-scores[rows], kind="stable")[:count]])
     return np.sort(np.concatenate(chosen))
-
-
-def _features(model, X, batch_size=128):
-    """Features of length 1, on the CPU: float32 (n, 8 x width)."""
-    device = next(model.parameters()).device
-    images = torch.from_numpy(X).permute(0, 3, 1, 2)
-    model.eval()
-    with torch.inference_mode(), mixed_precision(device):
-        parts = [model.features(part.to(device)).float().cpu() for part in images.split(batch_size)]
-    return F.normalize(torch.cat(parts), dim=1)

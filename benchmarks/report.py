@@ -12,10 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import classifier
+import estimate
 import gan
 import operators
 import profile_training
-import reckon
 import side_by_side
 import stable_diffusion
 import time_to_accuracy
@@ -55,9 +55,9 @@ def generated_parts():
     }
 
 
-def reckoned_parts():
+def estimated_parts():
     """The same for the document about GPUs."""
-    return {"reckoned": _tables([reckon.RESULT], reckon.table)}
+    return {"estimated": _tables([estimate.RESULT], estimate.table)}
 
 
 def main(arguments=None):
@@ -65,7 +65,7 @@ def main(arguments=None):
     run_report(
         parser,
         parser.parse_args(arguments).check,
-        lambda: {README: generated_parts(), reckon.DOCUMENT: reckoned_parts()},
+        lambda: {README: generated_parts(), estimate.DOCUMENT: estimated_parts()},
     )
 
 

@@ -22,6 +22,13 @@ def test_the_calibration_error_is_the_distance_of_confidence_and_accuracy():
     assert scores["expected_calibration_error"] == pytest.approx(1 / 6, abs=1e-6)
 
 
+def test_a_confidence_of_exactly_1_is_in_the_last_bin():
+    """Two images at 1, of which one is right, and two right ones at 0.95: one bin of confidence 0.975 and accuracy 0.75."""
+    logits = np.concatenate([np.array([[100.0, 0.0]] * 2), logits_of([[0.95, 0.05]] * 2)])
+    scores = probability_metrics(logits, np.array([0, 1, 0, 0]), [1])
+    assert scores["expected_calibration_error"] == pytest.approx(0.225, abs=1e-6)
+
+
 def test_the_ranking_does_not_depend_on_where_the_decision_falls():
     logits = logits_of([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.95, 0.05]])
     y = np.array(

@@ -64,6 +64,31 @@ def without_seconds(history):
     return [{k: v for k, v in epoch.items() if not k.startswith("seconds")} for epoch in history]
 
 
+# --- Sharpness-aware steps ----------------------------------------------------------------------
+
+
+def test_a_sharpness_aware_step_takes_the_gradient_at_the_highest_loss_nearby():
+    """At (3, 4) the gradient of x * x / 2 is (3, 4), of length 5: the highest loss within 0.5 is near (3.3, 4.4)."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[3.0, 4.0]])
+    (layer.weight**2 / 2).sum().backward()
+    with ClassifierTraining._moved_uphill(layer, 0.5):
+        assert torch.allclose(layer.weight.data, torch.tensor([[3.3, 4.4]]))
+        layer.zero_grad()
+        (layer.weight**2 / 2).sum().backward()
+    assert torch.equal(layer.weight.data, torch.tensor([[3.0, 4.0]]))
+    assert torch.allclose(layer.weight.grad, torch.tensor([[3.3, 4.4]]))
+
+
+def test_sharpness_aware_training_gives_other_weights():
+    weights = []
+    for radius in (0.0, 0.05):
+        model = small_model()
+        train(model, dataclasses.replace(SHORT, sam_radius=radius))
+        weights.append(model.head.weight.detach())
+    assert not torch.allclose(*weights, rtol=1e-3)
+
+
 # --- Augmentation -------------------------------------------------------------------------------
 
 

@@ -1,18 +1,20 @@
 """The strength of the cue by which added images can be told from real ones."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from imblearn.over_sampling import RandomOverSampler
 
 import CueStrength
+from ClassifierNetwork import Evaluation
 from ClassifierTraining import Recipe
 from CueStrength import SAMPLERS, cue_strength
 from DevelopmentReport import cue_table
 from DevelopmentSplits import DevelopmentData
-from ImageOverSampler import ImageOverSampler
-from Methods import METHODS
+from ImageOverSampler import ImageOverSampler, source_balanced_strategy
+from Methods import METHODS, sampling_seed
 from MethodTraining import Budget
 from NonSyntheticGeneration import PixelOverSampler
 
@@ -30,7 +32,9 @@ class MarkedCopies(ImageOverSampler):
 
 def strength(development, sampler, **options):
     unseen = development.X_val[development.y_val == development.minority]
-    return cue_strength(development.X, development.y, unseen, sampler, **SHORT | options)
+    return cue_strength(
+        development.X, development.y, unseen, development.minority, sampler, **SHORT | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,41 @@ def test_training_images_have_as_many_real_as_added_ones_of_each_class(developme
     monkeypatch.setattr(CueStrength, "train_classifier", train)
     strength(development, MarkedCopies())
     assert np.bincount(seen["labels"]).tolist() == [30 + 30 + 10] * 2
+
+
+class NewNoise(ImageOverSampler):
+    """Images of which no two are alike."""
+
+    def _make_images(self, X, c, count, seed):
+        return np.random.default_rng(seed).integers(0, 256, (count, *X.shape[1:]), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("rare", [1, 2])
+def test_no_image_that_is_tested_on_is_trained_on_and_the_difference_of_logits_ranks(
+    rare, development, monkeypatch
+):
+    """Also if the class in question is not the rarest one."""
+    seen = {}
+
+    def train(model, X, y, recipe, seed):
+        seen["trained"] = {image.tobytes() for image in X}
+
+    def evaluate(model, X, y):
+        seen["tested"] = [image.tobytes() for image in X]
+        # An added image has the larger difference, and the smaller second logit.
+        return Evaluation(0.0, None, np.stack([-2.0 * y, -1.0 * y], axis=1))
+
+    monkeypatch.setattr(CueStrength, "train_classifier", train)
+    monkeypatch.setattr(CueStrength, "evaluate_classifier", evaluate)
+    unseen = development.X_val[development.y_val == 2]
+    options = SHORT | {"tested": 15}
+    assert cue_strength(development.X, development.y, unseen, rare, NewNoise(), **options) == 1
+    assert len(seen["tested"]) == 30 and not seen["trained"] & set(seen["tested"])
+    X_res, y_res = NewNoise(
+        sampling_strategy=partial(source_balanced_strategy, share=0.25), random_state=sampling_seed(0)
+    ).fit_resample(development.X, development.y)
+    of_class = {image.tobytes() for image in X_res[len(development.y) :][y_res[len(development.y) :] == rare]}
+    assert set(seen["tested"][:15]) <= of_class
 
 
 def test_too_few_images_to_test_on_are_refused(development):

@@ -1,5 +1,6 @@
 """The comparison of methods on development splits: what it may see, what it writes, and its command line."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -11,12 +12,12 @@ import torch
 import Development
 import DevelopmentSplits
 import MethodTraining
-from Arms import PROFILES
+from Arms import PROFILES, ArmUnavailableError
 from ClassifierTraining import AugmentedBatches
 from DevelopmentReport import generated_parts, methods_table
 from DevelopmentReport import main as report
 from DevelopmentSplits import SPLITS, development_data, held_out_set, validation_scores
-from ImageCache import save_generated_images
+from ImageCache import fingerprint, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
 from Methods import IMAGE_FREE, METHODS, Method, find_method
 from MethodTraining import Budget, run_method
@@ -48,6 +49,21 @@ def cache():
 
 
 # --- Data ---------------------------------------------------------------------------------------
+
+
+def test_images_made_from_images_that_validate_are_refused(few):
+    """dog-10 of the whole training set keeps other dogs than dog-10 of what is not held out."""
+    rest, dog = held_out_set(few, 40), CIFAR10_CLASSES.index("dog")
+    labels = np.repeat(np.arange(10), 120)
+    images = np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8)
+    for data, is_refused in ((rest, False), (few, True)):
+        X, y = split_from_name("dog-10", data.y_train).cut(data.X_train, data.y_train)
+        rows = [{"label": c, "real_images": fingerprint(X[y == dog]) if c == dog else ""} for c in labels]
+        save_generated_images(images, labels, metadata=rows)
+        with (
+            pytest.raises(ArmUnavailableError, match="class dog") if is_refused else contextlib.nullcontext()
+        ):
+            DevelopmentSplits.prepare_images(rest, ["dog-10"])
 
 
 @pytest.mark.parametrize("name", SPLITS)

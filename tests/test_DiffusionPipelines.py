@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -228,6 +229,23 @@ def test_one_image_that_does_not_fit_is_tried_in_slices_and_then_given_up(models
         painter.draw(["a cat"], [0])
     said = capsys.readouterr().out
     assert "attention in slices" in said and "decoding in tiles" in said
+
+
+def test_networks_are_moved_to_the_gpu_that_is_used_and_not_to_the_first_one():
+    offloaded = []
+
+    def offload(gpu_id=None, device=None):
+        offloaded.append((gpu_id, device))
+
+    device = torch.device("cuda:1")
+    pipeline = SimpleNamespace(
+        device=device, name_or_path="model", vae=None, enable_attention_slicing=lambda: None,
+        enable_model_cpu_offload=offload,
+    )  # fmt: skip
+    painter = Painter(pipeline, "turbo", batch_size=1)
+    for _ in range(2):
+        painter._save_memory("CUDA out of memory.")
+    assert offloaded == [(None, device)]
 
 
 @pytest.mark.parametrize("preset", ["turbo"], indirect=True)

@@ -94,6 +94,25 @@ def test_generation_is_asked_for_what_the_most_demanding_split_needs(tiny_data, 
     assert asked == [expected]
 
 
+def test_the_sources_of_several_splits_are_prepared_together(tiny_data, monkeypatch):
+    """With one call for each split, the images would be generated for the first split alone."""
+    asked = []
+    monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
+    monkeypatch.setattr(Experiment, "prepare_images", lambda counts, no_more: asked.append(counts) or "there")
+    monkeypatch.setattr(Experiment, "load_metadata", lambda path: [])
+    monkeypatch.setattr(Experiment, "_run", lambda *run: "not run here")
+    Experiment.main(["--arm", "stable", "--profile", "smoke", "--split", "cat-5", "dog-3"])
+    assert [(counts["cat"], counts["dog"]) for counts in asked] == [(25, 27)]
+
+
+def test_too_many_synthetic_images_are_noticed_before_the_first_run(tiny_data, monkeypatch):
+    monkeypatch.setattr(Experiment, "_run", lambda *run: "run")
+    studies = [smoke_study(tiny_data, name) for name in ("cat-5", "cat-10")]
+    assert len(run_arms(studies, tiny_data, ["imbalanced", "smote@20"])) == 4
+    with pytest.raises(ValueError, match="smote@25 cannot run on cat-10: 25 new .* makes 1 to 20"):
+        run_arms(studies, tiny_data, ["imbalanced", "smote@25"])
+
+
 def test_images_made_from_real_ones_serve_only_splits_that_keep_these(tiny_data):
     """Images drawn from all dogs, which cat-5 keeps, would show dog-3 the dogs that it removed."""
     X, y = split_from_name("cat-5", tiny_data.y_train).cut(tiny_data.X_train, tiny_data.y_train)
@@ -106,6 +125,11 @@ def test_images_made_from_real_ones_serve_only_splits_that_keep_these(tiny_data)
     for name in ("cat-5", "ship-3"):  # both keep all dogs
         split = split_from_name(name, tiny_data.y_train)
         assert "the cache" in Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    unknown = [row | {"lora": "models/lora-cat"} if row["label"] == 3 else row for row in rows]
+    save_generated_images(tiny_data.X_train[:300], labels, CACHE, unknown)
+    with pytest.raises(ArmUnavailableError, match="class cat in .* adapter of unknown origin"):
+        Experiment.prepare_stable_diffusion_images(tiny_data, split)
+    save_generated_images(tiny_data.X_train[:300], labels, CACHE, rows)
     for name in ("dog-3", "long-tailed-10"):
         other = split_from_name(name, tiny_data.y_train)
         with pytest.raises(

@@ -378,6 +378,17 @@ def test_images_of_a_further_method_are_judged_too(tiny_data, tiny_cache):
     assert study.read_judgement() == judged
 
 
+def test_too_few_images_to_judge_are_noticed_before_a_network_is_trained(tiny_data, monkeypatch):
+    monkeypatch.setattr(QualityExperiment, "train_classifier", None)
+    images = tiny_data.X_train[:9]
+    for split, few, message in (
+        ("cat-1", images, "there are 1 and 9"),
+        ("cat-5", images[:3], "there are 5 and 3"),
+    ):
+        with pytest.raises(ValueError, match=f"Judging needs 2 kept images of class cat and 4 .*{message}"):
+            judge_generated_images(smoke_study(tiny_data, split), tiny_data, {"gan": few})
+
+
 @pytest.mark.parametrize("content", [None, "{}", '{"methods": []}'])
 def test_a_judgement_by_other_features_or_a_damaged_one_is_refused(content, tiny_data):
     study = smoke_study(tiny_data)

@@ -16,7 +16,15 @@ from GANGeneration import (
     GANOverSampler,
     train_gan,
 )
-from GANNetworks import Generator, sample_images, save_generator, settle_statistics, update_average
+from GANNetworks import (
+    Generator,
+    counting,
+    diff_augment,
+    sample_images,
+    save_generator,
+    settle_statistics,
+    update_average,
+)
 from GANTrainingStep import Adversaries, BalancedBatches, GANSettings, count_flops
 from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImageOverSampler import TooFewImagesError
@@ -572,6 +580,12 @@ def test_the_sampler_trains_itself_once_for_the_same_images(toy, monkeypatch):
     assert trained == [44, 43], "other images need another GAN"
     sampler.set_params(settings=dataclasses.replace(TINY, steps=TINY.steps + 1)).fit(X[:43], y[:43])
     assert trained == [44, 43, 43], "other settings need another GAN"
+    sampler.set_params(random_state=1).fit(X[:43], y[:43])
+    assert trained == [44, 43, 43, 43], "another seed gives another GAN"
+    given = tiny_generator()
+    assert sampler.set_params(generator=given).fit(X, y).generator_ is given
+    assert sampler.set_params(generator=None).fit(X[:43], y[:43]).generator_ is not given
+    assert len(trained) == 5
     again, _ = GANOverSampler(settings=TINY, random_state=0).fit_resample(X, y)
     assert np.array_equal(first, again)
 
@@ -587,6 +601,23 @@ def test_the_sampler_trains_with_the_default_settings_and_its_integer_seed(toy, 
     GANOverSampler(random_state=3).fit(*toy)
     GANOverSampler().fit(*toy)
     assert asked == [(GANSettings(), 3), (GANSettings(), 0)]
+
+
+def test_no_gan_is_trained_if_no_class_needs_images(toy, monkeypatch):
+    X, y = toy
+    monkeypatch.setattr(GANGeneration, "train_gan", None)
+    X_res, y_res = GANOverSampler(settings=TINY).fit_resample(X[:40], y[:40])
+    assert np.array_equal(X_res, X[:40]) and np.array_equal(y_res, y[:40])
+
+
+def test_training_works_after_sampling_of_equally_many_images():
+    """What is made once and kept must not be of inference mode, or no gradient could pass."""
+    counting.cache_clear()
+    with torch.inference_mode():
+        diff_augment(torch.rand(3, 3, 32, 32), torch.Generator().manual_seed(0))
+    images = torch.rand(3, 3, 32, 32, requires_grad=True)
+    diff_augment(images, torch.Generator().manual_seed(0)).sum().backward()
+    assert images.grad is not None
 
 
 def test_the_sampler_refuses_what_does_not_fit(toy):

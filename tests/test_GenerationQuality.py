@@ -1,7 +1,11 @@
 """Distances, precision, recall and memorisation have the values that their definitions give."""
 
+import http.client
 import os
 import pickle
+import shutil
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +108,41 @@ def test_a_download_that_is_not_inception_leaves_nothing_behind(hub, monkeypatch
     with pytest.raises(FeaturesUnavailableError, match="could not be downloaded from"):
         InceptionFeatures("cpu")
     assert not list(hub.parent.iterdir())
+
+
+@pytest.fixture
+def hanging_download(hub, monkeypatch, hanging_url):
+    """A server that answers once and then stalls, and little patience with it."""
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
+    monkeypatch.setattr(GenerationQuality, "is_reachable", lambda url: True)
+    monkeypatch.setattr(GenerationQuality, "INCEPTION_URL", f"{hanging_url}/{hub.name}")
+    return hub
+
+
+def test_a_download_of_inception_that_stalls_is_given_up(hanging_download):
+    start = time.monotonic()
+    with pytest.raises(FeaturesUnavailableError, match="could not be downloaded .*timed out"):
+        InceptionFeatures("cpu")
+    assert time.monotonic() - start < 30  # imports, and 0.3 seconds
+    assert socket.getdefaulttimeout() is None and not list(hanging_download.parent.iterdir())
+
+
+def test_a_download_of_inception_that_breaks_off_is_a_clear_error(hanging_download, monkeypatch):
+    def break_off(*arguments):
+        raise http.client.IncompleteRead(b"half", 4)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", break_off)
+    with pytest.raises(FeaturesUnavailableError, match="could not be downloaded .*broke off its answer"):
+        InceptionFeatures("cpu")
+    assert not list(hanging_download.parent.iterdir())
+
+
+def test_inception_is_not_downloaded_to_a_full_disk(hanging_download, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *rest: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
+    with pytest.raises(FeaturesUnavailableError, match=r"0\.00 GB free, but 0\.20 GB are needed"):
+        InceptionFeatures("cpu")
 
 
 # --- Numbers that are not finite ----------------------------------------------------------------
@@ -250,6 +289,8 @@ def test_mirror_images_are_copies_and_an_image_is_not_its_own_neighbour():
     assert memory.distances[0] == pytest.approx(0, abs=1e-3)
     assert memory.share_of_copies == 1
     assert (memory.distances_among_real > 1).all()
+    with_mirror = np.concatenate([real, real[[3]][:, :, ::-1]])
+    assert memorisation(with_mirror, real, FEATURES).distances_among_real[3] == pytest.approx(0, abs=1e-3)
     twice = np.concatenate([real, real])
     assert memorisation(twice, real, FEATURES).share_of_copies == 1, "copies of an image that is there twice"
     with pytest.raises(ValueError, match="at least 2"):

@@ -67,12 +67,19 @@ def test_saving_again_replaces_the_cache(images, labels):
         lambda X, y: (X[:, :16, :16], y),
         lambda X, y: (X, y[:1]),
         lambda X, y: (X, y + 0.5),
+        lambda X, y: (X, y - 1),
     ],
-    ids=["floats", "int16", "one channel", "16x16", "one label", "float labels"],
+    ids=["floats", "int16", "one channel", "16x16", "one label", "float labels", "negative labels"],
 )
 def test_only_images_with_a_label_each_are_saved(images, labels, change):
     with pytest.raises((TypeError, ValueError)):
         save_generated_images(*change(images, labels))
+    assert not CACHE.exists()
+
+
+def test_a_negative_label_is_named(images):
+    with pytest.raises(ValueError, match="labels must be class numbers, 0 or more: got -2"):
+        replace_class(-2, images[:2], rows_of(2, label=-2))
     assert not CACHE.exists()
 
 
@@ -343,6 +350,51 @@ def test_a_cache_that_is_a_symbolic_link_stays_one(images, labels, exists):
     assert Path("link.npy").is_symlink()
     assert len(load_generated_images("large/target.npy")[0]) == 4 + exists
     assert not [f for f in Path().rglob(".*")]
+
+
+def test_a_cache_has_the_same_table_through_every_link_to_it(images):
+    Path("large").mkdir()
+    Path("link.npy").symlink_to("large/target.npy")
+    save_generated_images(images[:3], np.full(3, 3), "large/target.npy", rows_of(3))
+    replace_class(5, images[3:5], rows_of(2, "dog", 5), "link.npy")
+    for path in ("large/target.npy", "link.npy"):
+        assert [row["class"] for row in load_metadata(path)] == ["cat"] * 3 + ["dog"] * 2
+    save_generated_images(images[:3], np.full(3, 3), "link.npy")
+    assert not Path("large/target.csv").exists()
+    assert describe_cache("large/target.npy") == describe_cache("link.npy") == "3 images imported"
+
+
+def test_a_table_that_an_earlier_version_wrote_beside_a_link_is_found_until_there_is_another(images):
+    Path("large").mkdir()
+    save_generated_images(images[:3], np.full(3, 3), "large/target.npy", rows_of(3))
+    Path("large/target.csv").rename("link.csv")
+    Path("link.npy").symlink_to("large/target.npy")
+    assert describe_cache("link.npy") == "3 images by the preset fast of m"
+    with pytest.raises(ValueError, match=r"link\.npy would share the table link\.csv"):
+        save_generated_images(images[:2], np.full(2, 5), "link.dat")
+    replace_class(5, images[3:5], rows_of(2, "dog", 5), "link.npy")
+    assert [row["class"] for row in load_metadata("link.npy")] == ["cat"] * 3 + ["dog"] * 2
+    assert load_metadata("large/target.npy") == load_metadata("link.npy")
+    Path("large/target.csv").unlink()
+    Path("link.csv").write_text("epoch,loss\n1,0.5\n")  # a file of the user's own, which is none of ours
+    assert describe_cache("link.npy") == "5 images imported"
+
+
+def test_what_a_link_points_to_is_checked_like_a_name(images, labels):
+    Path("large").mkdir()
+    Path("large/results.csv").write_text("epoch,loss\n1,0.5\n")
+    for name, target, message in (
+        ("a.npy", "x.csv", r"x\.csv is the name of the cache's own table"),
+        ("b.npy", "results.npy", r"would replace .*results\.csv, which is no table of a cache"),
+    ):
+        Path(name).symlink_to(Path("large", target))
+        with pytest.raises(ValueError, match=message):
+            save_generated_images(images, labels, name, rows_of(40))
+    save_generated_images(images[:3], np.full(3, 3), "large/y.npy", rows_of(3))
+    Path("c.npy").symlink_to("large/y.dat")
+    with pytest.raises(ValueError, match=r"c\.npy and .*y\.npy would share the table .*y\.csv"):
+        check_cache_path("c.npy")
+    assert {f.name for f in Path("large").iterdir()} == {"results.csv", "y.npy", "y.csv"}
 
 
 # --- Several writers ----------------------------------------------------------------------------

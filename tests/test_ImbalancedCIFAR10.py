@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import socket
 import tarfile
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
+import ImbalancedCIFAR10
 from ImbalancedCIFAR10 import (
     CIFAR10_CLASSES,
     DataUnavailableError,
@@ -211,6 +213,18 @@ def test_an_unknown_class_is_refused_with_the_valid_names(unknown):
     with pytest.raises(ValueError) as caught:
         class_number(unknown, CIFAR10_CLASSES)
     assert all(name in str(caught.value) for name in CIFAR10_CLASSES)
+
+
+@pytest.mark.parametrize("keep", [0.0002, 0.00002, np.float32(0.01), 1.0, 50])
+def test_a_split_is_found_by_its_own_name(keep):
+    split = minority_split(Y, keep=keep)
+    assert split_from_name(split.name, Y) == split and "e-" not in split.name
+
+
+@pytest.mark.parametrize("keep", [True, np.True_])
+def test_true_is_no_number_of_images(keep):
+    with pytest.raises(ValueError, match="Cannot keep True of class cat"):
+        minority_split(Y, keep=keep)
 
 
 @pytest.mark.parametrize("keep", [np.float32(0.01), np.float64(0.01), np.int32(50), np.uint8(50)])
@@ -432,6 +446,18 @@ def test_a_server_that_does_not_answer_is_noticed_within_seconds(tmp_path, close
     with pytest.raises(DataUnavailableError, match="CIFAR10_ROOT"):
         load_cifar10(tmp_path)
     assert time.monotonic() - start < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_that_stalls_is_given_up(tmp_path, hanging_url, monkeypatch):
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
+    monkeypatch.setattr(ImbalancedCIFAR10, "is_reachable", lambda url: True)
+    monkeypatch.setattr(CIFAR10, "url", hanging_url)
+    start = time.monotonic()
+    with pytest.raises(DataUnavailableError, match="download of CIFAR-10 .* failed: .*timed out"):
+        load_cifar10(tmp_path)
+    assert time.monotonic() - start < 5 and socket.getdefaulttimeout() is None
     assert not list(tmp_path.iterdir())
 
 

@@ -187,6 +187,16 @@ def test_a_folder_keeps_the_adapter_it_has(X, recipe):
     assert Path("adapter", WEIGHTS).read_bytes() == before
 
 
+def test_the_adapter_of_a_finished_training_is_written_again_if_it_is_missing(X, recipe, monkeypatch):
+    history = train(X, recipe)
+    before = Path("adapter", WEIGHTS).read_bytes()
+    Path("adapter", WEIGHTS).unlink()
+    monkeypatch.setattr(LoRATraining, "_load_base_model", lambda *rest: pytest.fail("it was trained again"))
+    monkeypatch.setattr("Precision.precision_name", lambda device: "other")
+    assert train(X, recipe) == history
+    assert Path("adapter", WEIGHTS).read_bytes() == before
+
+
 def test_a_damaged_state_is_named(X, recipe):
     train(X, recipe)
     Path("adapter", STATE).write_bytes(b"half")
@@ -216,6 +226,14 @@ def test_what_cannot_be_trained_is_refused(X, recipe, change, error, message):
     with pytest.raises(error, match=message):
         train(X, replace(recipe, **change))
     assert not Path("adapter", WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("name", ["rank", "steps", "batch_size", "size"])
+def test_a_number_that_must_be_whole_and_is_not_is_refused(name):
+    for value in (2.5, 8.0, float("nan"), "8", None):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number: got {value!r}"):
+            LoRARecipe(**{name: value}).check()
+    LoRARecipe(**{name: np.int64(8)}).check()
 
 
 @pytest.mark.parametrize("class_name", ["", "   ", None])

@@ -33,7 +33,8 @@ def test_images_that_one_arm_finds_are_shown_with_what_the_other_takes_them_for(
     shown = figure.axes[0].images[0].get_array()
     assert (shown == tiny_data.X_test[cats[3]]).all()
     assert figure.get_suptitle() == "Test images of class cat\ncat-3, profile smoke, 1 seed (0)"
-    Mistakes.found_and_missed_figure(runs[0], runs[0], tiny_data)  # two rows have no image
+    figure = Mistakes.found_and_missed_figure(runs[0], runs[0] | {"seed": 1}, tiny_data)
+    assert len(figure.axes) == 3 * 7, "three rows also for two seeds of one arm, of which two have no image"
 
 
 @pytest.fixture

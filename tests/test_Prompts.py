@@ -93,6 +93,7 @@ def test_a_class_without_a_name_has_no_article(class_name):
     with pytest.raises(ValueError, match="A class needs a name for the prompt, such as 'cat'"):
         with_article(class_name)
     assert with_article("otter") == "an otter"
+    assert with_article("Airplane") == "an Airplane"
 
 
 def test_a_negative_number_of_prompts_is_refused():

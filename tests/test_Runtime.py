@@ -1,6 +1,7 @@
 """Seeds, checked arrays, devices, the code's version, safe files, checkpoints and downloads."""
 
 import dataclasses
+import http.client
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from Runtime import (
     describe_differences,
     describe_hardware,
     deterministic_convolutions,
+    downloading,
     hardware_text,
     is_reachable,
     load_torch_file,
@@ -730,6 +732,21 @@ def test_a_name_lookup_that_hangs_is_given_up_after_the_given_seconds(monkeypatc
     start = time.monotonic()
     assert not is_reachable("http://somewhere.invalid/", seconds=0.3)
     assert time.monotonic() - start < 2
+
+
+def test_a_download_waits_a_minute_at_most_and_leaves_the_callers_timeout():
+    for before in (None, 7.0):
+        socket.setdefaulttimeout(before)
+        try:
+            with downloading():
+                assert socket.getdefaulttimeout() == 60
+            with pytest.raises(TimeoutError), downloading():
+                raise TimeoutError
+            with pytest.raises(OSError, match="broke off its answer .IncompleteRead"), downloading():
+                raise http.client.IncompleteRead(b"half", 4)
+            assert socket.getdefaulttimeout() == before
+        finally:
+            socket.setdefaulttimeout(None)
 
 
 def test_the_error_for_too_little_free_space_gives_the_needed_space(tmp_path):

@@ -30,6 +30,7 @@ from CandidateImages import (
     CandidateMaker,
     GenerationSettings,
     describe_job,
+    find_job,
     find_missing,
     name_job,
     read_shards,
@@ -49,6 +50,7 @@ from ImageOverSampler import source_balanced_strategy
 from ImageSelection import Selection, SelectionError
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
+from LoRATraining import STATE, WEIGHTS, LoRARecipe, train_lora
 from Runtime import derive_seed, one_process_at_a_time
 from StableDiffusionGeneration import StableDiffusionOverSampler, generate_images, main
 
@@ -292,6 +294,50 @@ def test_no_removed_image_has_any_influence(models, tiny_data, monkeypatch, argu
         shutil.rmtree("datasets")
     assert np.array_equal(results["clean"], results["poisoned"])
     assert not np.array_equal(results["clean"], results["kept"])  # the kept ones do have influence
+
+
+def test_the_table_says_which_real_images_an_adapter_has_seen_or_that_nobody_knows(models, loaded):
+    recipe = LoRARecipe(models["turbo"], rank=2, steps=1, size=64)
+    train_lora(real(), "cat", "trained", recipe, device="cpu")
+    Path("copied").mkdir()
+    shutil.copy(Path("trained", WEIGHTS), "copied")
+    seen = {}
+    for folder in ("trained", "copied"):
+        maker = CandidateMaker(
+            replace(loaded.settings, lora=folder, clip_model="none"), device="cpu", batch_size=4
+        )
+        generate(maker, 2, path=f"{folder}.npy")
+        seen[folder] = {row["real_images"] for row in load_metadata(f"{folder}.npy")}
+    assert seen == {"trained": {fingerprint(real())}, "copied": {"unknown"}}
+    maker = make_maker(loaded, lora="copied", clip_model="none")
+    generate(maker, 2, path="both.npy", real_images=real(), match=True)
+    assert {row["real_images"] for row in load_metadata("both.npy")} == {f"{fingerprint(real())}+unknown"}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (b"half", r"training_state\.pt is damaged"),
+        ({"step": 1}, r"training_state\.pt .*lacks identity"),
+        ({"identity": {"seed": 0}}, r"training_state\.pt does not say which images.*Train the adapter again"),
+        ({"identity": "cat"}, r"training_state\.pt does not say which images"),
+    ],
+    ids=["damaged", "without identity", "without images", "another identity"],
+)
+def test_an_adapter_with_a_damaged_checkpoint_is_refused_before_anything_is_drawn(
+    loaded, monkeypatch, state, message
+):
+    Path("adapter").mkdir()
+    Path("adapter", WEIGHTS).write_bytes(b"weights")
+    if isinstance(state, bytes):
+        Path("adapter", STATE).write_bytes(state)
+    else:
+        torch.save(state, Path("adapter", STATE))
+    maker = make_maker(loaded, lora="adapter")
+    drawn = count_draws(maker, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        generate(maker, 3)
+    assert not drawn and not SHARDS.exists()
 
 
 # --- Shards and continuing ------------------------------------------------------------------------
@@ -740,17 +786,39 @@ def test_candidates_that_clip_should_have_judged_and_did_not_are_not_let_in(load
     assert CACHE.read_bytes() == before
 
 
-def test_another_dtype_is_another_job_and_the_default_keeps_the_jobs_of_old(settings):
-    jobs = {
-        dtype: describe_job(CandidateMaker(settings, device="cpu", dtype=dtype).settings, "cat", 3)
-        for dtype in (None, torch.float16, torch.bfloat16, torch.float32)
-    }
-    assert len({name_job(job) for job in jobs.values()}) == 4
-    assert "dtype" not in jobs[None] and jobs[torch.float16]["dtype"] == "float16"
-    job = {name: value for name, value in jobs[torch.float32].items() if name != "dtype"}
-    assert name_job(job) == name_job(jobs[None])
+@pytest.fixture
+def job_on(settings, monkeypatch):
+    """Function that finds the job of a device whose default is float16 or float32, with or without a wish."""
+
+    def find(default, dtype=None):
+        monkeypatch.setattr(CandidateImages, "choose_dtype", lambda device: default)
+        return find_job(CandidateMaker(settings, device="cpu", dtype=dtype), "cat", 3)
+
+    return find
+
+
+def test_a_job_names_its_dtype_also_if_the_device_decides_it(settings, job_on):
+    jobs = {dtype: job_on(torch.float32, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+    assert len({name_job(job) for job in jobs.values()}) == 3
+    for default in jobs:
+        assert job_on(default) == jobs[default]
+    assert jobs[torch.float16]["dtype"] == "float16"
     with pytest.raises(ValueError, match="Unknown dtype 'float64'. Choose one of float16, bfloat16, float32"):
         CandidateMaker(settings, dtype=torch.float64)
+
+
+def test_candidates_of_an_earlier_version_that_named_no_dtype_are_continued(loaded, monkeypatch, capsys):
+    maker = CandidateMaker(replace(loaded.settings, dtype=None), device="cpu", batch_size=4)
+    old = describe_job(maker.settings, "cat", 3)
+    assert "dtype" not in old
+    (SHARDS / name_job(old)).mkdir(parents=True)  # an empty folder has nothing to keep
+    assert find_job(maker, "cat", 3)["dtype"] == str(maker.dtype).removeprefix("torch.")
+    write_shard(SHARDS / name_job(old), maker.make("cat", 3, range(2)))
+    drawn = count_draws(maker, monkeypatch)
+    generate(maker, 3)
+    assert drawn == Prompts.make_prompts("cat", 3)[2:]
+    assert {row["job"] for row in load_metadata()} == {name_job(old)}
+    assert f"An earlier version began {SHARDS / name_job(old)}" in capsys.readouterr().out
 
 
 def test_numbers_of_numpy_name_the_same_job_as_plain_ones(settings):

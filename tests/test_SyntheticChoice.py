@@ -17,7 +17,7 @@ Y = np.array([0, 0, 1, 1] + [0, 0, 0, 1, 1, 1])  # four real rows
 def test_the_nearest_to_the_mean_of_the_real_images_are_kept(monkeypatch):
     angles = np.radians([0, 20, 90, 110] + [50, 12, 30, 180, 95, 120])
     vectors = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], axis=1)).float()
-    monkeypatch.setattr(SyntheticChoice, "_features", lambda model, X: vectors)
+    monkeypatch.setattr(SyntheticChoice, "extract_features", lambda model, X: 3 * vectors)
     # The means point to 10 and 100 degrees.
     assert nearest_to_prototypes(None, None, Y, 4, fraction=1 / 3).tolist() == [0, 1, 2, 3, 5, 8]
     assert nearest_to_prototypes(None, None, Y, 4, fraction=0.5).tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
@@ -35,10 +35,12 @@ def test_the_uncertain_are_kept_but_not_those_of_another_class(monkeypatch):
     assert 8 in most_uncertain(None, X, Y, 4, fraction=2 / 3)
 
 
-def test_features_have_length_one_and_leave_the_network_as_it_is():
-    model = small_model()
-    features = SyntheticChoice._features(model, noise(5))
-    assert features.shape == (5, 32) and torch.allclose(features.norm(dim=1), torch.ones(5), atol=1e-4)
+def test_choosing_leaves_the_network_in_its_mode_and_takes_mirrored_views():
+    model = small_model(num_classes=2).train()
+    straight = nearest_to_prototypes(model, noise(10), Y, 4)
+    assert model.training
+    mirrored = nearest_to_prototypes(model, noise(10)[:, :, ::-1].copy()[:, :, ::-1], Y, 4)
+    assert np.array_equal(straight, mirrored)
 
 
 def test_impossible_choices_are_refused():
@@ -71,6 +73,11 @@ def test_a_choosing_method_trains_on_the_chosen_rows_and_is_resumable(tmp_path):
         again, X, y, 10, recipe, seed=0, checkpoint=tmp_path / "run.pt"
     )
     assert torch.equal(again.head.weight, model.head.weight)
+    named = small_model()
+    Method(loss=adjusted, choose=choose).train(
+        named, X, y, 10, recipe, seed=0, checkpoint=str(tmp_path / "run.pt")
+    )
+    assert torch.equal(named.head.weight, model.head.weight)
 
 
 def test_the_steps_of_the_choosing_network_are_counted():

@@ -1,8 +1,10 @@
 """Filling the cache with CIFAKE."""
 
 import hashlib
+import http.client
 import io
 import shutil
+import socket
 import struct
 import tempfile
 import time
@@ -11,6 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import CIFAKE
@@ -354,6 +357,15 @@ def test_a_small_cache_of_the_users_own_is_not_replaced(cifake_at_hand, count):
     assert not load_generated_images()[0].any()
 
 
+@pytest.mark.parametrize("label", [10**12, -1])
+def test_a_cache_with_any_class_number_is_looked_at_without_counting_up_to_it(cifake_at_hand, label):
+    save_generated_images(np.zeros((10, 32, 32, 3), dtype=np.uint8), np.arange(10))
+    records = np.load(CACHE)
+    records["label"][0] = label
+    np.save(CACHE, records)
+    assert prepare_images({"cat": 3}) == f"the cache {CACHE}: 10 images imported"
+
+
 @pytest.fixture
 def nothing_here(tmp_path, monkeypatch):
     """No archive on this machine, and a folder of the test's own for temporary files."""
@@ -434,6 +446,27 @@ def test_servers_that_are_down_are_noticed_quickly(nothing_here, sites):
     assert time.monotonic() - start < 5
     assert not CACHE.exists()
     assert not list(nothing_here.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["stalls", "breaks off"])
+def test_a_server_that_stalls_or_breaks_off_is_given_up(nothing_here, hanging_url, monkeypatch, fault):
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
+    monkeypatch.setattr(CIFAKE, "is_reachable", lambda url: True)
+    for name in ("CIFAKE_URL", "MIRROR_URL"):
+        monkeypatch.setattr(CIFAKE, name, hanging_url)
+    if fault == "breaks off":
+        monkeypatch.setattr(torch.hub, "download_url_to_file", break_off)
+    start = time.monotonic()
+    reason = "timed out" if fault == "stalls" else r"broke off its answer .IncompleteRead"
+    with pytest.raises(DataUnavailableError, match=f"failed: .*{reason}.*failed: .*{reason}"):
+        import_cifake()
+    assert time.monotonic() - start < 5 and socket.getdefaulttimeout() is None
+    assert not list(nothing_here.iterdir())
+
+
+def break_off(*arguments, **options):
+    raise http.client.IncompleteRead(b"half", 4)
 
 
 # --- The real CIFAKE ----------------------------------------------------------------------------

@@ -70,7 +70,9 @@ def test_source_aware_training_on_ones_own_images():
         "X_new": rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8),
         "y_new": np.repeat([0, 1, 2], [4, 4, 16]),
     }
+    names |= {"X_test": names["X"], "y_test": names["y"]}
     exec(block.replace("steps=2000, batch_size=256", "steps=2, batch_size=16, micro_batch_size=8"), names)
     model, new = names["model"], create_classifier(3, 16, channel_statistics(names["X_all"]), seed=0)
     assert len(names["X_all"]) == 84
+    assert names["predictions"].shape == (60,)
     assert any((a != b).any() for a, b in zip(model.parameters(), new.parameters(), strict=True))

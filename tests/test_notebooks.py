@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from RunNotebooks import NOTEBOOKS, Kernel, run_notebook, run_notebooks
 
 PLOTS = {
     "class_counts", "samples", "comparison", "cm_nsd", "test_nsd", "gan_training_loss", "gan_samples",
-    "gan_progress", "gan_memorisation", "fid", "cm_gan", "test_gan",
+    "gan_progress", "gan_memorisation", "fid", "cm_gan", "test_gan", "gan_comparison",
 }  # fmt: skip
 STEPS = {
     "Main.ipynb": (
@@ -89,6 +90,7 @@ def small_notebook(code, **metadata):
     notebook.cells = [
         nbformat.v4.new_code_cell("profile = 1", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(code),
+        nbformat.v4.new_markdown_cell("Read on [here](docs/results.md)."),
     ]
     nbformat.write(notebook, "small.ipynb")
 
@@ -109,8 +111,13 @@ def kernel():
 )
 def test_a_notebook_runs_whatever_kernel_it_was_saved_with(metadata, kernel, capfd):
     small_notebook("print(profile)", **metadata)
+    failed = Path("results/smoke/failed-small.ipynb")
+    failed.parent.mkdir(parents=True)
+    failed.touch()
     output = run_notebook("small.ipynb", "smoke", "cifar10", kernel)
     assert output == Path("results/smoke/small.ipynb") and output.exists()
+    assert not failed.exists(), "it was of an earlier run"
+    assert "[here](../../docs/results.md)" in output.read_text()
     captured = capfd.readouterr()
     assert "smoke" in captured.out and "WARNING" not in captured.err
 
@@ -181,6 +188,14 @@ def test_the_notebooks_in_the_repository_have_no_output_and_one_parameter_cell(n
     assert all(not cell.get("outputs") for cell in notebook["cells"])
     tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
     assert tags.count(["parameters"]) == 1
+
+
+def test_links_in_executed_copies_lead_somewhere():
+    for path in (REPOSITORY / "results").glob("*/*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                for link in re.findall(r"\]\(([^)#]+)", "".join(cell["source"])):
+                    assert link.startswith("https://") or (path.parent / link).exists(), (path, link)
 
 
 def test_executed_copies_say_nothing_of_the_machine():

@@ -1,4 +1,4 @@
-"""Operators of a training step, and what is reckoned from them."""
+"""Operators of a training step, and what is estimated from them."""
 
 import importlib
 import json
@@ -25,8 +25,8 @@ def operators():
 
 
 @pytest.fixture
-def reckon():
-    return importlib.import_module("reckon")
+def estimate():
+    return importlib.import_module("estimate")
 
 
 def test_what_computes_counts_once_and_views_do_not(operators):
@@ -60,29 +60,29 @@ def test_a_step_of_the_gan_has_half_of_the_operators(operators, profile):
     assert 100 < now <= operators.BEFORE[f"gan, {profile}"] / 2
 
 
-def test_full_is_reckoned_to_fit_the_cards(reckon):
-    result = json.loads((REPOSITORY / reckon.RESULT).read_text())
-    assert result["gan_steps"] == PROFILES["full"].gan.steps, "run benchmarks/reckon.py again"
+def test_full_is_estimated_to_fit_the_cards(estimate):
+    result = json.loads((REPOSITORY / estimate.RESULT).read_text())
+    assert result["gan_steps"] == PROFILES["full"].gan.steps, "run benchmarks/estimate.py again"
     for card, minutes in (("H100", 15), ("T4", 60)):
         for kind in ("CUDA graphs", "not compiled"):
-            assert reckon.total(result["seconds"][card], kind) < 60 * minutes, card
+            assert estimate.total(result["seconds"][card], kind) < 60 * minutes, card
     assert max(result["gibibytes"].values()) < 14.5, "of the 16 GB of a T4"
-    table = reckon.table(result)
-    assert "*reckoned*, not measured" in table and "A card of 16 GB is enough." in table
-    assert table.count("\n| ") >= len(reckon.arms_of_make_main())
+    table = estimate.table(result)
+    assert "*estimated*, not measured" in table and "A card of 16 GB is enough." in table
+    assert table.count("\n| ") >= len(estimate.arms_of_make_main())
 
 
-def test_seconds_follow_launches_where_arithmetic_is_short_and_arithmetic_where_it_is_long(reckon):
+def test_seconds_follow_launches_where_arithmetic_is_short_and_arithmetic_where_it_is_long(estimate):
     counts, profile = {"gan, full": 1000}, PROFILES["full"]
-    launches = profile.gan.steps * 1000 * reckon.LAUNCH + profile.gan.records * reckon.JUDGING
-    assert reckon.gan_seconds(profile, counts, rate=1e30) == pytest.approx(launches)
-    assert reckon.gan_seconds(profile, counts, rate=1e10) > 10 * launches
+    launches = profile.gan.steps * 1000 * estimate.LAUNCH + profile.gan.records * estimate.JUDGING
+    assert estimate.gan_seconds(profile, counts, rate=1e30) == pytest.approx(launches)
+    assert estimate.gan_seconds(profile, counts, rate=1e10) > 10 * launches
 
 
-def test_what_a_backward_pass_needs_is_counted_once(reckon):
+def test_what_a_backward_pass_needs_is_counted_once(estimate):
     x = torch.ones(1000, requires_grad=True)
-    assert reckon.kept_bytes(lambda: x.exp().sum()) == 4000, "the result of exp"
-    assert reckon.kept_bytes(lambda: (x * x).sum()) == 4000, "both factors are one tensor"
+    assert estimate.kept_bytes(lambda: x.exp().sum()) == 4000, "the result of exp"
+    assert estimate.kept_bytes(lambda: (x * x).sum()) == 4000, "both factors are one tensor"
 
 
 def test_the_table_of_operators_has_their_ratios(operators, tmp_path):

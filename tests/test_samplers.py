@@ -1,5 +1,6 @@
 """The samplers that need no training: augmentation and cached Stable Diffusion images."""
 
+import contextlib
 import doctest
 import random
 import time
@@ -224,6 +225,22 @@ def test_as_many_images_as_memory_holds_are_made(make_sampler, X, y, monkeypatch
     make_sampler(sampling_strategy={2: 12}).fit_resample(X, y)
     with pytest.raises(TooManyImagesError):
         make_sampler(sampling_strategy={2: 700}).fit_resample(X, y)
+
+
+def test_matching_needs_more_memory(X, y, monkeypatch):
+    """600 images of 32x32 pixels are 1.8 MB, as two copies 3.7 MB, as floats up to 29 MB."""
+    monkeypatch.setattr(
+        ImageOverSampler.psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * 10**6)
+    )
+    for match, is_refused in ((None, False), ("spectrum", True), ("statistics", True)):
+        sampler = AugmentationOverSampler(sampling_strategy={2: 600 - len(y) + np.sum(y == 2)}, match=match)
+        with pytest.raises(TooManyImagesError) if is_refused else contextlib.nullcontext():
+            sampler.fit_resample(X, y)
+
+
+def test_labels_may_be_negative(X, y):
+    X_res, y_res = AugmentationOverSampler(random_state=0).fit_resample(X, np.where(y == 2, -1, 1))
+    assert np.sum(y_res == -1) == np.sum(y_res == 1) == np.sum(y != 2)
 
 
 @pytest.mark.parametrize("count", [float("nan"), 9.5, 9.0, float("inf")])

@@ -1,7 +1,7 @@
-"""What the profile `full` takes on a GPU: reckoned from counts, not measured.
+"""What the profile `full` takes on a GPU: estimated from counts, not measured.
 
     python benchmarks/operators.py          # counts the operators of a step
-    python benchmarks/reckon.py             # writes results/benchmarks/reckoned-full.json, prints the tables
+    python benchmarks/estimate.py             # writes results/benchmarks/estimated-full.json, prints the tables
 
 A step takes the longer one of two times. One is the launches of its operators. The other is its arithmetic, at a
 share of the card's peak that small networks reach. Memory is that of what a step keeps for its backward pass, counted
@@ -32,7 +32,7 @@ from Losses import CrossEntropy
 from Runtime import code_version, save_json
 from Utils import markdown_table
 
-RESULT = Path("results", "benchmarks", "reckoned-full.json")
+RESULT = Path("results", "benchmarks", "estimated-full.json")
 DOCUMENT = Path("docs", "gpu-and-clusters.md")
 CARDS = {  # name -> (peak in half precision without sparsity, share of it that is reached: an assumption)
     "H100": (989e12, 0.15),  # bfloat16
@@ -123,7 +123,7 @@ def gan_gibibytes(profile):
     return (ON_THE_WAY * kept * settings.batch_size / few + 24 * weights + images) / 2**30 + OVERHEAD
 
 
-def reckon():
+def estimate():
     """The content of the result file."""
     profile = PROFILES["full"]
     operators = json.loads(OPERATORS.read_text(encoding="utf-8"))["after"]
@@ -175,10 +175,10 @@ def table(result):
     rows.append(
         ["the same without CUDA graphs", *(minutes(total(seconds, "not compiled")) for seconds in of_cards)]
     )
-    head = ["*reckoned*, not measured: minutes", *CARDS]
+    head = ["*estimated*, not measured: minutes", *CARDS]
     classifier, gan = (result["gibibytes"][name] for name in ("classifier", "gan"))
     return markdown_table(head, rows) + (
-        f"\n\nMemory, reckoned alike: {classifier:.1f} GiB for the classifier and {gan:.1f} GiB for the GAN. "
+        f"\n\nMemory, estimated in the same way: {classifier:.1f} GiB for the classifier and {gan:.1f} GiB for the GAN. "
         f"A card of 16 GB {'is enough' if max(classifier, gan) < 14.5 else 'is too small'}."
     )
 
@@ -186,7 +186,7 @@ def table(result):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Reckon what the profile full takes on a GPU.")
     parser.parse_args(arguments)
-    result = reckon()
+    result = estimate()
     save_json(RESULT, result)
     print(table(result))
 
