@@ -120,7 +120,7 @@ def _make_records(images, labels):
     images, labels = check_images(images, labels)
     if images.shape[1:] != RECORD["image"].shape:
         raise ValueError(f"The cache holds images of 32x32 pixels, but these have the shape {images.shape}.")
-    if labels.min() < 0:
+    if (labels < 0).any():
         raise ValueError(f"The labels must be class numbers, 0 or more: got {labels.min()}.")
     records = np.empty(len(images), dtype=RECORD)
     records["image"], records["label"] = images, labels
