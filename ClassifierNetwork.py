@@ -329,7 +329,8 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     """
     X, y = check_images(X, y)
     model.to(memory_format=torch.channels_last)
-    logits = _outputs(model, model, X, batch_size)
+    images = torch.from_numpy(np.ascontiguousarray(X)).to(next(model.parameters()).device)
+    logits = _outputs(model, model, images, batch_size)
     cure = "Its weights may be damaged: train or load it again."
     require_finite(logits, "Logits of the classifier", cure)  # argmax takes NaN for class 0
     loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
@@ -351,17 +352,17 @@ def extract_features(model, X, *, batch_size=128):
     tensor of float32, shape (n, d)
         On the CPU. d is 8 x width, of a network with mirrored filters 4 x width.
     """
-    return _outputs(model, model.features, X, batch_size)
+    return _outputs(model, model.features, torch.from_numpy(np.ascontiguousarray(X)), batch_size)
 
 
-def _outputs(model, function, X, batch_size):
-    """Outputs of the model or of a part of it, in evaluation mode: float32, on the CPU."""
+def _outputs(model, function, images, batch_size):
+    """Outputs of the model or of a part of it for images (n, height, width, 3), in evaluation mode: float32, on the CPU."""
     device = next(model.parameters()).device
-    images = torch.from_numpy(np.ascontiguousarray(X)).to(device).permute(0, 3, 1, 2)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), mixed_precision(device):
-        parts = [function(batch).float() for batch in images.split(batch_size)]
+        batches = images.permute(0, 3, 1, 2).split(batch_size)
+        parts = [function(batch.to(device)).float() for batch in batches]
     model.train(was_training)
     return torch.cat(parts).cpu()
 

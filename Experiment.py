@@ -82,10 +82,14 @@ def _refuse_images_made_from_removed_ones(data, splits):
             continue
         rows = split.kept_rows(data.y_train)
         if fingerprints != {fingerprint(data.X_train[rows[data.y_train[rows] == c]])}:
+            remedy = (
+                f"Make them again with --split {split.name} --replace and an adapter trained here, or move"
+            )
+            if data.name != "cifar10":  # generation cuts the whole training set
+                remedy = "Here only images made from text can serve: move"
             raise ArmUnavailableError(
                 f"the images of class {data.class_names[c]} in {CACHE} were made from other real images than those that "
-                f"{split.name} keeps, or with an adapter of unknown origin, and could show removed ones. Make them again with "
-                f"--split {split.name} --replace and an adapter trained here, or move the cache away"
+                f"{split.name} keeps, or with an adapter of unknown origin, and could show removed ones. {remedy} the cache away"
             )
 
 

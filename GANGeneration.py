@@ -324,7 +324,8 @@ class GANOverSampler(ImageOverSampler):
     generator : Generator or path, optional
         A trained one, or the file that :func:`GANNetworks.save_generator` wrote. It must have been trained on
         exactly the classes of ``y``. Default: ``fit`` or ``fit_resample`` trains one on the given images and
-        keeps it as ``generator_``. It is trained again only for other images, other ``settings`` or another seed.
+        keeps it as ``generator_``, unless no class needs images. It is trained again only for other images, other
+        ``settings`` or another seed.
     settings : GANSettings, optional
         For the training. Default: ``GANSettings()``, about 50 minutes on two CPU cores.
     truncation : float, optional
@@ -383,6 +384,8 @@ class GANOverSampler(ImageOverSampler):
         check_settings(settings)
         check_sampling(sum(self.sampling_strategy_.values()), settings.latent_size, self.truncation)
         if self.generator is None:
+            if not any(self.sampling_strategy_.values()):
+                return  # a training would be for nothing
             seed = self.random_state if isinstance(self.random_state, (int, np.integer)) else 0
             training = checksum(y, X), settings, int(seed)
             if getattr(self, "_training", None) != training:
@@ -399,8 +402,7 @@ class GANOverSampler(ImageOverSampler):
             )
 
     def _fit_resample(self, X, y):
-        if any(self.sampling_strategy_.values()):  # else a training would be for nothing
-            self._prepare(X, y)
+        self._prepare(X, y)
         return super()._fit_resample(X, y)
 
     def _make_images(self, X, c, count, seed):

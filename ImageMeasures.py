@@ -64,24 +64,34 @@ def _measure_cues(study, X, y, unseen, minority, arms, device):
     path = study.record_path("cues.json")
     tested = min(TESTED, len(unseen))
     settings = RECIPE.as_json() | {"width": WIDTH, "tested": tested}
-    # Cues of another generator's images, or of another cache's, say nothing about these.
-    settings["generator"] = study.generator_checksum() if any(ARMS[name].needs_gan for name in arms) else None
-    needs_cache = any(ARMS[name].needs_stable_diffusion for name in arms)
-    settings["stable_diffusion_images"] = cache_record()["checksum"] if needs_cache else None
-    cues = {"configuration": settings, "auc": {}}
+    sources = {name: source for name in arms if (source := _source_of_images(study, name)) is not None}
+    cues = {"configuration": settings, "auc": {}, "sources": {}}
     if path.exists():
         cues = read_json(path, CUES)
-        older = {"stable_diffusion_images": settings["stable_diffusion_images"]}  # those that do not name it
-        require_same_settings(path, older | with_defaults(cues["configuration"]), settings)
+        require_same_settings(path, with_defaults(cues["configuration"]), settings)
+        # Older records name the generator, but no cache.
+        generator = cues["configuration"].get("generator")
+        cues = {"sources": {name: generator for name in cues["auc"] if ARMS[name].needs_gan}} | cues
+        # Cues of another generator's images, or of another cache's, say nothing about these.
+        known = {name: source for name, source in cues["sources"].items() if name in sources}
+        require_same_settings(path, known, {name: sources[name] for name in known})
     for name in arms:
         if name not in cues["auc"]:
             sampler = clone(ARMS[name].method.sampler)
             if ARMS[name].needs_gan:
                 sampler.set_params(generator=load_generator(study.model_path("generator.pt"), device))
             cues["auc"][name] = cue_strength(X, y, unseen, minority, sampler, tested=tested, device=device)
+            cues["sources"] |= {name: sources[name]} if name in sources else {}
             cues |= {"hardware": describe_hardware(device), "commit": code_version()}
             print(f"{name}: AUC of the cue {cues['auc'][name]:.3f}", flush=True)
             save_json(path, cues)
+
+
+def _source_of_images(study, arm_name):
+    """Checksum of what an arm takes its images from, the generator or the cache; None if it makes them itself."""
+    if ARMS[arm_name].needs_gan:
+        return study.generator_checksum()
+    return cache_record()["checksum"] if ARMS[arm_name].needs_stable_diffusion else None
 
 
 def main(arguments=None):

@@ -419,7 +419,10 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
     classes = [class_number(name, class_names) for name in names]
     if not classes or len(set(classes)) != len(classes):
         raise ValueError(f"Name at least one minority class, and each only once. Got {names}.")
-    counts, is_fraction = {}, isinstance(keep, (float, np.floating))
+    counts, kept, is_fraction = {}, keep, isinstance(keep, (float, np.floating))
+    if is_fraction:  # not 2e-05, which split_from_name does not read, and what is printed is what is kept
+        kept = np.format_float_positional(keep, trim="0")
+        keep = float(kept)
     for c in classes:
         available = int(np.sum(y == c))
         if isinstance(keep, (bool, np.bool_)) or (is_fraction and not 0 < keep <= 1):  # also refuses NaN
@@ -432,8 +435,6 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
                 f"count from 1 to {available}, or a fraction above 0.0 and up to 1.0."
             )
         counts[c] = count
-    # Not 2e-05, which split_from_name does not read.
-    kept = np.format_float_positional(keep, trim="0") if is_fraction else keep
     name = "+".join(class_names[c] for c in classes) + f"-{kept}" + _draw_suffix(draw)
     return Split(name, counts, tuple(classes), draw)
 

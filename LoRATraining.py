@@ -82,8 +82,9 @@ class LoRARecipe:
     def check(self):
         """Raise ValueError if a number is out of range or not whole. No model is needed to know this."""
         for name in ("rank", "steps", "batch_size", "size"):
-            if not isinstance(getattr(self, name), numbers.Integral):
-                raise ValueError(f"{name} must be a whole number: got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name} must be a whole number: got {value!r}.")
         if self.steps < 1 or self.batch_size < 1 or self.rank < 1:
             raise ValueError(f"Steps, batch size and rank must be at least 1: got {self}.")
         if self.size < 8 or self.size % 8:

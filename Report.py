@@ -256,10 +256,6 @@ def conditions(results):
     uneven = "" if len(runs) == len(seeds) * len(results) else " (not every arm has all of them)"
     most = configuration.get("most_images_a_class")  # older results do not have it: they are of all images
     part = "" if most is None else f"At most {most:,} images of each class were used, also of the test set. "
-    # Older results do not have it.
-    caches = {run["stable_diffusion_images"]["checksum"]: run["stable_diffusion_images"]["source"]
-              for run in runs if "stable_diffusion_images" in run}  # fmt: skip
-    images = f"Stable Diffusion images: {', or '.join(caches.values())}. " if caches else ""
     minutes = np.median([run["seconds"]["training"] for run in runs]) / 60
     time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
     support = sum(first["metrics"]["per_class"][c]["support"] for c in first["minority_classes"])
@@ -269,8 +265,8 @@ def conditions(results):
         f"(minority: {', '.join(first['minority_classes'])}), profile `{first['profile']}`. {part}"
         f"Every arm trains a {network_name(configuration)} "
         f"({configuration['parameters']:,} parameters) for {configuration['steps']:,} steps of "
-        f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). {images}"
-        "Its last weights are evaluated, with one view of each test image unless the column says otherwise. "
+        f"{configuration['batch_size']} images ({first['training_pflops']:.2g} PFLOPs). "
+        f"Its last weights are evaluated, with one view of each test image unless the column says otherwise. {_caches_text(runs)}"
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{uneven}. "
         f"PyTorch {torch_versions} on {hardware}, convolutions in {precision}; the median training took {time}, possibly "
         "beside other work on the machine. All scores are percentages. "
@@ -278,6 +274,16 @@ def conditions(results):
         f"{100 * (recall.high - recall.low) / 2:.0f} points (95 %) from the choice of test images alone. "
         "The choice of the seed adds to that."
     )
+
+
+def _caches_text(runs):
+    """Where Stable Diffusion images come from, a sentence; empty if no run says it, as older ones do not."""
+    caches = [run["stable_diffusion_images"] for run in runs if "stable_diffusion_images" in run]
+    if not caches:
+        return ""
+    count = len({cache["checksum"] for cache in caches})
+    several = f" (of {count} different caches)" if count > 1 else ""
+    return f"Stable Diffusion images: {', or '.join(dict.fromkeys(cache['source'] for cache in caches))}{several}. "
 
 
 # --- Figures of arms ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What the profile `full` takes on a GPU: estimated from counts, not measured.
 
     python benchmarks/operators.py          # counts the operators of a step
-    python benchmarks/estimate.py             # writes results/benchmarks/estimated-full.json, prints the tables
+    python benchmarks/estimate.py           # writes results/benchmarks/estimated-full.json, prints the tables
 
 A step takes the longer one of two times. One is the launches of its operators. The other is its arithmetic, at a
 share of the card's peak that small networks reach. Memory is that of what a step keeps for its backward pass, counted
@@ -184,7 +184,7 @@ def table(result):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Reckon what the profile full takes on a GPU.")
+    parser = argparse.ArgumentParser(description="Estimate what the profile full takes on a GPU.")
     parser.parse_args(arguments)
     result = estimate()
     save_json(RESULT, result)

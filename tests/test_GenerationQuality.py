@@ -112,7 +112,7 @@ def test_a_download_that_is_not_inception_leaves_nothing_behind(hub, monkeypatch
 
 @pytest.fixture
 def hanging_download(hub, monkeypatch, hanging_url):
-    """A server that answers once and then stalls, and little patience with it."""
+    """A server that accepts connections and never answers, and little patience with it."""
     set_timeout = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
     monkeypatch.setattr(GenerationQuality, "is_reachable", lambda url: True)

@@ -215,7 +215,7 @@ def test_an_unknown_class_is_refused_with_the_valid_names(unknown):
     assert all(name in str(caught.value) for name in CIFAR10_CLASSES)
 
 
-@pytest.mark.parametrize("keep", [0.0002, 0.00002, np.float32(0.01), 1.0, 50])
+@pytest.mark.parametrize("keep", [0.0002, 0.00002, np.float32(0.01), np.float16(0.01), 1.0, 50])
 def test_a_split_is_found_by_its_own_name(keep):
     split = minority_split(Y, keep=keep)
     assert split_from_name(split.name, Y) == split and "e-" not in split.name

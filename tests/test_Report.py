@@ -170,7 +170,12 @@ def test_the_conditions_say_where_stable_diffusion_images_come_from(results):
     second["stable_diffusion_images"] = {"source": "9 images imported", "checksum": 1}
     assert "Stable Diffusion images: 9 images imported. " in Report.conditions(results)
     third["stable_diffusion_images"] = {"source": "8 images imported", "checksum": 2}
-    assert "Stable Diffusion images: 9 images imported, or 8 images imported. " in Report.conditions(results)
+    two = " (of 2 different caches). "
+    assert f"Stable Diffusion images: 9 images imported, or 8 images imported{two}" in Report.conditions(
+        results
+    )
+    third["stable_diffusion_images"]["source"] = "9 images imported"
+    assert f"Stable Diffusion images: 9 images imported{two}" in Report.conditions(results)
 
 
 def test_results_from_before_a_metric_show_an_empty_cell(results):

@@ -14,6 +14,7 @@ import Usefulness
 from Arms import ArmUnavailableError
 from ClassifierTraining import Recipe
 from Experiment import run_arms
+from ImageCache import load_generated_images, save_generated_images
 from ImageMeasures import measure_images
 from ImbalancedCIFAR10 import split_from_name
 
@@ -105,9 +106,27 @@ def test_cues_of_other_settings_are_refused(study, tiny_data):
 
 def test_cues_of_another_generator_are_refused(study, tiny_data, monkeypatch):
     measure_images(study, tiny_data, ["gan"])
-    monkeypatch.setattr(type(study), "generator_checksum", lambda self: 1)
-    with pytest.raises(ValueError, match="generator: .* there, 1 now"):
+    path = study.record_path("cues.json")
+    content = json.loads(path.read_text())
+    older = {key: value for key, value in content.items() if key != "sources"}
+    older["configuration"] |= {"generator": content["sources"]["gan"]}  # as it was kept once
+    for kept in (content, older):
+        path.write_text(json.dumps(kept))
         measure_images(study, tiny_data, ["gan"])
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="gan: .* there, 1 now"):
+            patch.setattr(type(study), "generator_checksum", lambda self: 1)
+            measure_images(study, tiny_data, ["gan"])
+
+
+def test_cues_of_another_cache_are_refused_and_those_of_other_arms_stay(study, tiny_data, tiny_cache):
+    measure_images(study, tiny_data, ["smote"])
+    study.record_path("generated-images.json").unlink()  # it would ask for all methods at once
+    measure_images(study, tiny_data, ["smote", "stable"])
+    images, labels = load_generated_images()
+    save_generated_images(255 - images, labels)
+    measure_images(study, tiny_data, ["smote"])
+    with pytest.raises(ValueError, match="stable: .* there, .* now"):
+        measure_images(study, tiny_data, ["smote", "stable"])
 
 
 def test_no_removed_image_takes_part(study, tiny_data):
