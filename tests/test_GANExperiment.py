@@ -190,7 +190,7 @@ def test_a_quality_of_nan_ends_the_command_in_one_line_and_a_second_run_trains_n
     monkeypatch.setattr(Experiment, "load_data", lambda: tiny_data)
     command = ["--train-gan", "--profile", "smoke", "--split", "cat-5"]
     with monkeypatch.context() as patch:
-        patch.setattr(GANExperiment, "quality_measure", lambda *a: lambda images, labels: float("nan"))
+        patch.setattr(GANExperiment, "frechet_distance_to", lambda *a: lambda images: float("nan"))
         with pytest.raises(SystemExit) as stopped:
             Experiment.main(command)
     assert stopped.value.code == 1

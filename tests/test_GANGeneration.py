@@ -259,6 +259,19 @@ def test_a_checkpoint_of_another_training_is_refused(toy, monkeypatch):
         train_gan(255 - X, y, TINY, seed=0, checkpoint="gan.pt")
 
 
+def test_a_training_does_not_go_on_with_another_measure(toy):
+    def quality(images, labels):
+        return float(images.mean())
+
+    quality.description = "brightness"
+    run = train_gan(*toy, TINY, seed=0, quality=quality, checkpoint="gan.pt")
+    again = train_gan(*toy, TINY, seed=0, quality=quality, checkpoint="gan.pt")
+    assert again.best_step == run.best_step
+    quality.description = "darkness"
+    with pytest.raises(ValueError, match="measure: brightness there, darkness now"):
+        train_gan(*toy, TINY, seed=0, quality=quality, checkpoint="gan.pt")
+
+
 def test_a_damaged_checkpoint_is_named(toy):
     Path("gan.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(ValueError, match=r"gan\.pt is damaged"):
