@@ -327,9 +327,9 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     TypeError, ValueError
         If ``X`` and ``y`` are not images with labels (see :func:`Runtime.check_images`), or a logit is not finite.
     """
-    X, y = check_images(X, y)
+    X, y = map(np.ascontiguousarray, check_images(X, y))
     model.to(memory_format=torch.channels_last)
-    images = torch.from_numpy(np.ascontiguousarray(X)).to(next(model.parameters()).device)
+    images = torch.from_numpy(X).to(next(model.parameters()).device)
     logits = _outputs(model, model, images, batch_size)
     cure = "Its weights may be damaged: train or load it again."
     require_finite(logits, "Logits of the classifier", cure)  # argmax takes NaN for class 0

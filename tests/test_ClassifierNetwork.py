@@ -307,6 +307,14 @@ def test_evaluation_does_not_depend_on_the_batch_size(float32, batch_size):
     assert whole.loss == pytest.approx(parts.loss, rel=1e-4)
 
 
+@pytest.mark.parametrize("step", [2, -1])
+def test_every_other_or_reversed_rows_can_be_evaluated(step):
+    model = small_model()
+    views = evaluate_classifier(model, X[::step], y[::step])
+    copies = evaluate_classifier(model, X[::step].copy(), y[::step].copy())
+    assert views.loss == copies.loss and np.array_equal(views.logits, copies.logits)
+
+
 def test_a_network_can_be_trained_after_its_evaluation():
     """Its weights must not have become inference tensors, which have no gradient."""
     model = small_model()
