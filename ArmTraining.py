@@ -25,7 +25,7 @@ from ClassifierNetwork import (
     save_classifier,
 )
 from ClassifierTraining import count_training_flops
-from ImageCache import CACHE, cache_record
+from ImageCache import CACHE, cache_checksum, describe_cache
 from ImbalancedCIFAR10 import split_from_name
 from Precision import precision_name
 from Report import save_arm_plots
@@ -161,8 +161,9 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     kept = np.arange(len(data.y_train)) if arm.whole_training_set else split.kept_rows(data.y_train)
     _check_real_rows(X, y, data, kept, arm_name)
     study.require_writable(arm_name, seed)
-    # Read now: the cache may be another one after the training.
-    images = cache_record() if arm.needs_stable_diffusion and CACHE.exists() else None
+    images = None
+    if arm.needs_stable_diffusion and CACHE.exists():  # now: the cache may be another one after the training
+        images = {"source": describe_cache(), "checksum": cache_checksum()}
     real_rows = len(kept)
     rank, world_size = (processes.process_index, processes.num_processes) if processes else (0, 1)
     network = study.settings.network(data.mirrored_images_keep_their_class)

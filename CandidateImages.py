@@ -33,6 +33,7 @@ from DiffusionPipelines import (
 from Downsampling import METHODS, downsample
 from ImageCache import fingerprint
 from ImageSelection import CLIP_MODEL, ClipFilter
+from Precision import dtype_name
 from Prompts import fingerprint_of_prompts, make_prompts
 from Runtime import (
     atomic_path,
@@ -245,7 +246,7 @@ class CandidateMaker:
     def __init__(self, settings=None, *, device=None, dtype=None, batch_size=None, shards=SHARDS):
         settings = settings or GenerationSettings()
         if dtype is not None:
-            settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
+            settings = replace(settings, dtype=dtype_name(dtype))
         self.settings = settings.completed()
         check_drawing(self.settings.steps, self.settings.size, batch_size)
         self.shards = user_path(shards)
@@ -365,7 +366,7 @@ def find_job(maker, class_name, label, sources=None):
     """
     job = describe_job(maker.settings, class_name, label, sources)
     if "dtype" not in job and not any((maker.shards / name_job(job)).glob("[0-9]*.npz")):
-        job["dtype"] = str(maker.dtype).removeprefix("torch.")
+        job["dtype"] = dtype_name(maker.dtype)
     return job
 
 

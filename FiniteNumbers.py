@@ -12,6 +12,7 @@ import contextlib
 
 import torch
 
+from Precision import dtype_name
 from Runtime import require_finite
 
 
@@ -30,7 +31,7 @@ def check_weights(networks, model):
             continue
         for name, weight in network.state_dict().items():
             if not weight.is_meta:
-                what = f"The model {model} has a weight that is not finite, {part}.{name} in {_name(weight)}"
+                what = f"The model {model} has a weight that is not finite, {part}.{name} in {dtype_name(weight.dtype)}"
                 require_finite(
                     weight, what, _cure(weight, "Get the model again, because its files are damaged.")
                 )
@@ -47,17 +48,13 @@ def check_finite(values, what, networks, model):
     networks, model
         Where to look for the cause, see :func:`check_weights`.
     """
-    what = f"{what} by the model {model} in {_name(values)} has numbers that are not finite"
+    what = f"{what} by the model {model} in {dtype_name(values.dtype)} has numbers that are not finite"
     cure = _cure(values, "Get the model again, or choose another one.")
     try:
         require_finite(values, what, f"Nothing of it was kept. {cure}")
     except FloatingPointError:
         check_weights(networks, model)  # a weight is the cause if it is not finite itself
         raise
-
-
-def _name(tensor):
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _cure(tensor, otherwise):

@@ -231,19 +231,9 @@ def describe_cache(path=CACHE):
     return ", ".join(f"{count:,} images {origin}" for origin, count in origins.items())
 
 
-def cache_record(path=CACHE):
-    """What a result keeps of the cache that its images came from.
-
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    dict
-        ``source``, see :func:`describe_cache`, and ``checksum``, a CRC-32 of all images and classes.
-    """
-    return {"source": describe_cache(path), "checksum": checksum(_open_cache(path))}
+def cache_checksum(path=CACHE):
+    """CRC-32 (int) of all images and classes of a cache."""
+    return checksum(_open_cache(path))
 
 
 def count_foreign_images(label, job, path=CACHE):

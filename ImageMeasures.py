@@ -14,7 +14,7 @@ from BusyMachine import start_again_if_busy
 from CueStrength import RECIPE, TESTED, WIDTH, cue_strength
 from Experiment import make_training_set
 from GANNetworks import load_generator
-from ImageCache import cache_record
+from ImageCache import cache_checksum
 from ImageOverSampler import added_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from QualityExperiment import judge_generated_images
@@ -64,7 +64,7 @@ def _measure_cues(study, X, y, unseen, minority, arms, device):
     path = study.record_path("cues.json")
     tested = min(TESTED, len(unseen))
     settings = RECIPE.as_json() | {"width": WIDTH, "tested": tested}
-    sources = {name: source for name in arms if (source := _source_of_images(study, name)) is not None}
+    sources = {name: _source_of_images(study, name) for name in arms}
     cues = {"configuration": settings, "auc": {}, "sources": {}}
     if path.exists():
         cues = read_json(path, CUES)
@@ -81,7 +81,7 @@ def _measure_cues(study, X, y, unseen, minority, arms, device):
             if ARMS[name].needs_gan:
                 sampler.set_params(generator=load_generator(study.model_path("generator.pt"), device))
             cues["auc"][name] = cue_strength(X, y, unseen, minority, sampler, tested=tested, device=device)
-            cues["sources"] |= {name: sources[name]} if name in sources else {}
+            cues["sources"][name] = sources[name]
             cues |= {"hardware": describe_hardware(device), "commit": code_version()}
             print(f"{name}: AUC of the cue {cues['auc'][name]:.3f}", flush=True)
             save_json(path, cues)
@@ -91,7 +91,7 @@ def _source_of_images(study, arm_name):
     """Checksum of what an arm takes its images from, the generator or the cache; None if it makes them itself."""
     if ARMS[arm_name].needs_gan:
         return study.generator_checksum()
-    return cache_record()["checksum"] if ARMS[arm_name].needs_stable_diffusion else None
+    return cache_checksum() if ARMS[arm_name].needs_stable_diffusion else None
 
 
 def main(arguments=None):

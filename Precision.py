@@ -48,7 +48,12 @@ def half_precision(device):
 
 def precision_name(device):
     """Name of the type in which convolutions run: ``bfloat16``, ``float16`` or ``float32``."""
-    return str(half_precision(device) or torch.float32).removeprefix("torch.")
+    return dtype_name(half_precision(device) or torch.float32)
+
+
+def dtype_name(dtype):
+    """Name of a :class:`torch.dtype`, such as ``float16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def mixed_precision(device):

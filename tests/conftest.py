@@ -311,6 +311,13 @@ def closed_url(without_proxy):
 
 
 @pytest.fixture
+def little_patience(monkeypatch):
+    """Whoever sets a timeout for sockets waits 0.3 seconds."""
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
+
+
+@pytest.fixture
 def hanging_url(without_proxy):
     """A URL whose server accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

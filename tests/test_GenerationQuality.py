@@ -111,10 +111,8 @@ def test_a_download_that_is_not_inception_leaves_nothing_behind(hub, monkeypatch
 
 
 @pytest.fixture
-def hanging_download(hub, monkeypatch, hanging_url):
-    """A server that accepts connections and never answers, and little patience with it."""
-    set_timeout = socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
+def hanging_download(hub, monkeypatch, hanging_url, little_patience):
+    """Inception is fetched from a server that never answers."""
     monkeypatch.setattr(GenerationQuality, "is_reachable", lambda url: True)
     monkeypatch.setattr(GenerationQuality, "INCEPTION_URL", f"{hanging_url}/{hub.name}")
     return hub

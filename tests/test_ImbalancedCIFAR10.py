@@ -449,9 +449,7 @@ def test_a_server_that_does_not_answer_is_noticed_within_seconds(tmp_path, close
     assert not list(tmp_path.iterdir())
 
 
-def test_a_download_that_stalls_is_given_up(tmp_path, hanging_url, monkeypatch):
-    set_timeout = socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and 0.3))
+def test_a_download_that_stalls_is_given_up(tmp_path, hanging_url, little_patience, monkeypatch):
     monkeypatch.setattr(ImbalancedCIFAR10, "is_reachable", lambda url: True)
     monkeypatch.setattr(CIFAR10, "url", hanging_url)
     start = time.monotonic()
