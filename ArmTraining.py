@@ -236,7 +236,7 @@ def _recipe_and_network(recipe, settings, data):
 @cache
 def _training_flops(num_classes, recipe, image_size, **network):
     """The same for all arms, and counting it takes longer than the training of ``smoke``."""
-    model = create_classifier(num_classes, mean_std=((0.0,) * 3, (1.0,) * 3), seed=0, **network)
+    model = create_classifier(num_classes, mean_std=((0.0,) * 3, (1.0,) * 3), seed=0, device="cpu", **network)
     return count_training_flops(model, recipe, image_size)
 
 

@@ -169,16 +169,19 @@ PROFILES = {
 }  # fmt: skip
 
 
-def resolve_profile(name="auto"):
-    """Return ``(name, Profile)``; ``auto`` is ``full`` if there is a CUDA GPU, else ``quick``.
+def resolve_profile(name="auto", device=None):
+    """Return ``(name, Profile)``; ``auto`` is ``full`` on a CUDA GPU, else ``quick``.
+
+    ``device`` (str or torch.device) is where the study will run; default: the fastest there is.
 
     Raises
     ------
     ValueError
-        If the profile is unknown; the message lists the valid ones.
+        If the profile is unknown; the message lists the valid ones. Or if this machine does not have the device.
     """
+    device = choose_device(device)
     if name == "auto":
-        name = "full" if choose_device().type == "cuda" else "quick"
+        name = "full" if device.type == "cuda" else "quick"
     if name not in PROFILES:
         raise ValueError(f"Unknown profile {name!r}. Choose one of auto, {', '.join(PROFILES)}.")
     return name, PROFILES[name]

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from DeviceFaults import device_faults
 from DiffusionPipelines import (
     SIZE,
     ModelUnavailableError,
@@ -515,7 +516,8 @@ def draw_candidates(maker, job, sources, wanted, processes):
     groups = find_missing(folder, wanted)
     processes.wait_for_everyone()
     if groups:
-        with processes.local_main_process_first():  # one download per machine; the others read its cache
+        # One download per machine; the others read its cache.
+        with processes.local_main_process_first(), device_faults("Loading the models"):
             _ = maker.painter, maker.clip_filter
     groups = groups[processes.process_index :: processes.num_processes]
     with tqdm(

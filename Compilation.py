@@ -89,7 +89,7 @@ class CompiledNetwork:
         except Exception as error:  # every backend has its own kinds
             reason = (str(error).strip() or "no details").splitlines()[0]
             print(
-                f"The network is not compiled with {self.backend}, which makes training slower, not different: "
+                f"The network is not compiled with {self.backend}, which makes training slower, and equal up to rounding: "
                 f"{type(error).__name__}: {reason}",
                 flush=True,
             )

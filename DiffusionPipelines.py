@@ -531,6 +531,7 @@ class Painter:
         flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
         return result.images, list(flagged)
 
+    @torch.no_grad()  # encode_prompt would keep the text encoder's activations
     def _limited_guidance(self, pipeline, prompts, steps, strength):
         """Options of the pipeline that apply guidance only within the preset's interval of sigma.
 
@@ -575,7 +576,6 @@ class Painter:
     def _memory_savings(self):
         """Measures for a single image that does not fit: name and function. Each makes drawing slower."""
         pipeline = self._text_to_image
-        yield "attention in slices", pipeline.enable_attention_slicing
         if hasattr(pipeline.vae, "enable_tiling"):
             yield "decoding in tiles", pipeline.vae.enable_tiling
         if self._device.type == "cuda":

@@ -25,7 +25,7 @@ from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, load_data, split_from_name
 from Results import Study
-from Runtime import choose_device, start_processes
+from Runtime import start_processes
 
 # --- Training sets ------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ def _parse(arguments):
     add(
         "--profile",
         default="auto",
-        help=f"{', '.join(PROFILES)}, or auto (default): full with CUDA, else quick",
+        help=f"{', '.join(PROFILES)}, or auto (default): full on CUDA, else quick",
     )
     add(
         "--prepare-data",
@@ -281,8 +281,7 @@ def main(arguments=None):
     parser, options = _parse(arguments)
     try:
         # What was typed is checked before any data is loaded or downloaded.
-        profile, settings = resolve_profile(options.profile)
-        choose_device(options.device)
+        profile, settings = resolve_profile(options.profile, options.device)
         options.arms = expand_arms(options.arm, profile)
         processes = start_processes(options.device)
         if options.data_parallel and not processes.use_distributed:

@@ -109,7 +109,8 @@ class GeneratorBlock(nn.Module):
         gain1, bias1, gain2, bias2 = gains_and_biases
         out = self.conv1(F.relu(self.norm1(x, gain1, bias1)))
         out = self.conv2(F.relu(self.norm2(out, gain2, bias2)))
-        return out + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
+        # CUDA's autocast interpolates in float32, and the sum would then stay in it.
+        return out + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest").to(out.dtype)
 
 
 class Generator(nn.Module):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from DeviceFaults import device_faults
 from DiffusionPipelines import load_pretrained
 from FiniteNumbers import check_finite, check_weights
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
@@ -54,6 +55,7 @@ class ClipFilter:
         self._model = str(model)
         self._network = network.to(self._device).eval()
 
+    @device_faults("The judgement of images by CLIP")
     @torch.no_grad()
     def margins(self, images, class_name):
         """Compute by how much a class wins over the best other class.

@@ -3,6 +3,9 @@
 print(prepare_images({"cat": 4950}))
 """
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 
 from CandidateImages import CandidateMaker, GenerationSettings
@@ -21,6 +24,13 @@ from ImbalancedCIFAR10 import CIFAR10_CLASSES
 from Runtime import choose_device, one_process_at_a_time
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
+
+# This process alone, with the interface of accelerate.PartialState. Whoever fills the cache holds its lock, for which
+# the others wait: if it waited for them too, none would ever go on.
+ALONE = SimpleNamespace(
+    process_index=0, num_processes=1, is_main_process=True,
+    wait_for_everyone=lambda: None, local_main_process_first=contextlib.nullcontext,
+)  # fmt: skip
 
 
 class ImagesUnavailableError(RuntimeError):
@@ -51,6 +61,10 @@ def prepare_images(counts, *, no_more=False):
     ------
     ImagesUnavailableError
         If every source fails.
+
+    Notes
+    -----
+    Under ``accelerate launch`` each process calls this. The first one fills the cache alone, and the others wait.
     """
     if CACHE.exists() and not _is_too_small_a_part(counts):
         return f"the cache {CACHE}: {describe_cache()}"
@@ -98,7 +112,7 @@ def _fill_cache(counts, images_per_class):
     try:
         for class_name, count in counts.items():
             # Into another file, so that the cache appears only when it is complete.
-            generate_images(class_name, count, maker, path=UNFINISHED_CACHE, replace=True)
+            generate_images(class_name, count, maker, path=UNFINISHED_CACHE, replace=True, processes=ALONE)
         # Saved, not renamed, because the cache may be a symbolic link to a file that does not exist yet.
         save_generated_images(
             *load_generated_images(UNFINISHED_CACHE), CACHE, load_metadata(UNFINISHED_CACHE)

@@ -186,18 +186,18 @@ def _train(X, class_name, folder, recipe, seed, device):
 
     from diffusers import DDPMScheduler  # imported here because it takes seconds
 
-    pipeline = _load_base_model(recipe.model, device)
-    means, deviations, text = _encode(pipeline, X, class_name, recipe.size)
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    unet = _add_adapter(pipeline, recipe.rank, seed)
-    steps = _optimiser_steps(unet, recipe.learning_rate)
-    history = _restore(state, unet, steps)
-    portion = recipe.batch_size
-    bar = tqdm(
-        range(len(history), recipe.steps), initial=len(history), total=recipe.steps,
-        desc=f"adapter, {class_name}", unit="step", mininterval=2,
-    )  # fmt: skip
     with checkpoint.device_faults("The training of the adapter"):
+        pipeline = _load_base_model(recipe.model, device)
+        means, deviations, text = _encode(pipeline, X, class_name, recipe.size)
+        schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        unet = _add_adapter(pipeline, recipe.rank, seed)
+        steps = _optimiser_steps(unet, recipe.learning_rate)
+        history = _restore(state, unet, steps)
+        portion = recipe.batch_size
+        bar = tqdm(
+            range(len(history), recipe.steps), initial=len(history), total=recipe.steps,
+            desc=f"adapter, {class_name}", unit="step", mininterval=2,
+        )  # fmt: skip
         for step in bar:
             # A generator for each step, so that the checkpoint needs no state of random numbers.
             random = torch.Generator().manual_seed(derive_seed(seed, 1, step))
@@ -329,7 +329,7 @@ def _draw_batch(means, deviations, schedule, batch_size, random):
 
 
 def _backward_within_memory(unet, steps, batch, text, portion, size):
-    """Compute the gradients of a batch, in smaller portions if memory runs out.
+    """Compute the gradients of a batch. If memory runs out: in smaller portions, then with activations computed twice.
 
     Returns the loss, and the portion (number of images) that fitted.
     """
@@ -342,15 +342,20 @@ def _backward_within_memory(unet, steps, batch, text, portion, size):
 
             if not should_reduce_batch_size(error):
                 raise
-            if portion == 1:
+            if portion == 1 and unet.is_gradient_checkpointing:
                 raise MemoryError(
                     f"There is too little memory on {unet.device} to train with a single image of "
                     f"{size}x{size} pixels. Free some, or choose a smaller --size."
                 ) from error
         # Outside the except block, which would keep the failed portion's tensors alive.
         clear_device_cache(garbage_collection=True)
-        portion //= 2
-        tqdm.write(f"Out of memory on {unet.device}: continuing with portions of {portion} images.")
+        if portion > 1:
+            portion //= 2
+            measure = f"portions of {portion} images"
+        else:
+            unet.enable_gradient_checkpointing()
+            measure = "activations computed twice"
+        tqdm.write(f"Out of memory on {unet.device}: continuing with {measure}.")
 
 
 def _backward(unet, batch, text, portion, backward):

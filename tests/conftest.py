@@ -90,6 +90,12 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
+def not_compiled(monkeypatch):
+    """On CUDA, each size of the images would be compiled for seconds. ``test_Compilation.py`` compiles."""
+    monkeypatch.setenv("COMPILE_BACKEND", "none")
+
+
+@pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Run the test in its own empty folder, and close the figures that it leaves open."""
     if os.environ.get("CIFAR10_ROOT"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SPLIT, files, smoke, smoke_study, with_other_removed_images
 
 import ArmTraining
@@ -403,7 +404,7 @@ def test_an_arm_of_the_headline_trains_the_mirrored_network(arm_name, headline, 
         "norm_shift_rate": 16.0,
     }
     assert wanted.items() <= configuration.items()
-    network = load_classifier(headline.weights_path(arm_name), "cpu")
+    network = load_classifier(headline.weights_path(arm_name))
     assert network.mirrored and configuration["parameters"] == sum(p.numel() for p in network.parameters())
     plain = evaluate_classifier(network, tiny_data.X_test, tiny_data.y_test)
     assert np.array_equal(plain.predictions, predictions_of(result))
@@ -419,6 +420,12 @@ def test_the_operations_of_a_mirrored_network_are_counted_as_they_are():
         for answer in (False, True)
     )
     assert 0.49 < mirrored / usual < 0.53
+
+
+def test_counting_operations_needs_no_gpu(monkeypatch):
+    """The first GPU may be full, which is why another one was named."""
+    monkeypatch.setattr("ClassifierNetwork.choose_device", lambda name=None: torch.device(name or "cuda:99"))
+    assert ArmTraining._training_flops(10, Recipe(steps=1, batch_size=1), (32, 32), width=4) > 0
 
 
 def test_an_arm_that_a_profile_does_not_run_is_refused(headline, tiny_data):

@@ -45,6 +45,9 @@ STABLE_DIFFUSION_ARMS = [name for name, arm in ARMS.items() if arm.needs_stable_
 def test_auto_is_full_with_cuda_and_quick_without(monkeypatch, cuda, expected):
     monkeypatch.setattr("Runtime.cuda_works", lambda: cuda)
     assert resolve_profile("auto") == (expected, PROFILES[expected])
+    assert resolve_profile("auto", "cpu") == ("quick", PROFILES["quick"]), (
+        "a full study would take days there"
+    )
 
 
 @pytest.mark.parametrize(("profile", "steps"), [("quick", MOST_PASSES * 5), ("smoke", 6)])

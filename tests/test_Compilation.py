@@ -32,6 +32,21 @@ def train(model, **options):
     return train_classifier(model, X, y, RECIPE, seed=0, **options)
 
 
+def killed_and_resumed(device):
+    class Killed(Exception):
+        pass
+
+    def kill(model, record):
+        if record["epoch"] == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(small_model(device=device), after_epoch=kill, checkpoint="run.pt")
+    resumed = small_model(seed=9, device=device)
+    train(resumed, checkpoint="run.pt")
+    return resumed
+
+
 def test_networks_are_compiled_on_cuda_and_where_the_environment_says_so(monkeypatch):
     monkeypatch.delenv("COMPILE_BACKEND", raising=False)
     assert backend_for(torch.device("cuda")) == "cudagraphs"
@@ -47,18 +62,7 @@ def test_a_compiled_training_is_an_uncompiled_one_and_can_be_killed_and_resumed(
     history = train(whole)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
 
-    class Killed(Exception):
-        pass
-
-    def kill(model, record):
-        if record["epoch"] == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(small_model(device="cpu"), after_epoch=kill, checkpoint="run.pt")
-    resumed = small_model(seed=9, device="cpu")
-    train(resumed, checkpoint="run.pt")
-    assert equal_weights(resumed, whole)
+    assert equal_weights(killed_and_resumed("cpu"), whole)
 
     monkeypatch.setenv("COMPILE_BACKEND", "none")
     plain = small_model(device="cpu")
@@ -67,6 +71,14 @@ def test_a_compiled_training_is_an_uncompiled_one_and_can_be_killed_and_resumed(
         assert [e[key] for e in history] == pytest.approx([e[key] for e in plain_history], rel=1e-2), key
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=2e-2, atol=2e-3, msg=name)
+
+
+def test_a_training_compiled_as_on_this_device_can_be_killed_and_resumed(device, monkeypatch, capsys):
+    monkeypatch.delenv("COMPILE_BACKEND")
+    whole = small_model(device=device)
+    train(whole)
+    assert "not compiled" not in capsys.readouterr().out
+    assert equal_weights(killed_and_resumed(device), whole)
 
 
 def test_each_size_of_the_images_is_one_graph(compiled):

@@ -39,8 +39,8 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def random(seed=0):
-    return torch.Generator(choose_device()).manual_seed(seed)
+def random(seed=0, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -165,20 +165,20 @@ def test_each_conditional_norm_gets_the_gains_and_biases_of_its_labels(device):
 
 
 def test_diff_augment_leaves_images_unchanged_at_strength_0(device):
-    images = torch.rand((6, 3, 32, 32), generator=random(), device=device) * 2 - 1
-    assert torch.equal(diff_augment(images, random(1), strength=0.0), images)
+    images = torch.rand((6, 3, 32, 32), generator=random(0, device), device=device) * 2 - 1
+    assert torch.equal(diff_augment(images, random(1, device), strength=0.0), images)
 
 
 def test_diff_augment_is_differentiable_and_random(device):
-    images = (torch.rand((8, 3, 32, 32), generator=random(), device=device) * 2 - 1).requires_grad_()
-    augmented = diff_augment(images, random(1))
+    images = (torch.rand((8, 3, 32, 32), generator=random(0, device), device=device) * 2 - 1).requires_grad_()
+    augmented = diff_augment(images, random(1, device))
     assert augmented.shape == images.shape
     augmented.square().sum().backward()
     assert images.grad.isfinite().all()
     assert ((images.grad != 0).float().mean(dim=(1, 2, 3)) > 0.3).all()
-    assert torch.equal(diff_augment(images, random(1)), augmented)
-    assert not torch.equal(diff_augment(images, random(2)), augmented)
-    same_image_four_times = diff_augment(images[:1].repeat(4, 1, 1, 1), random())
+    assert torch.equal(diff_augment(images, random(1, device)), augmented)
+    assert not torch.equal(diff_augment(images, random(2, device)), augmented)
+    same_image_four_times = diff_augment(images[:1].repeat(4, 1, 1, 1), random(0, device))
     assert len({tuple(image.flatten().tolist()) for image in same_image_four_times}) == 4
 
 
@@ -227,7 +227,7 @@ def test_diff_augment_cuts_a_square_of_half_the_size_and_moves_by_an_eighth():
 
 def test_diff_augment_changes_brightness_by_the_papers_range(device):
     flat = torch.zeros((500, 3, 32, 32), device=device)
-    values = diff_augment(flat, random()).flatten(1)
+    values = diff_augment(flat, random(0, device)).flatten(1)
     shift = torch.where(values.max(dim=1).values > 0, values.max(dim=1).values, values.min(dim=1).values)
     assert shift.min().item() == pytest.approx(-0.5, abs=0.02)
     assert shift.max().item() == pytest.approx(0.5, abs=0.02)
@@ -242,7 +242,7 @@ def test_the_average_equals_its_definition():
     for step in range(40):
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(torch.randn(p.shape, generator=random(step), device=p.device))
+                p.add_(torch.randn(p.shape, generator=random(step, p.device), device=p.device))
         update_average(average, model, step, decay=0.6)
         d = min(0.6, (1 + step) / (10 + step))
         expected = [d * e + (1 - d) * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]

@@ -206,6 +206,21 @@ def test_the_frechet_distance_has_the_value_of_its_formula():
     assert distance(generated) == pytest.approx(expected, rel=1e-3), "the real statistics are kept"
 
 
+def test_inceptions_convolutions_are_not_rounded_to_tensorfloat():
+    """Published FIDs are of float32."""
+    allowed = []
+
+    def network(batch):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return batch.flatten(1)
+
+    features = object.__new__(InceptionFeatures)  # without the weights
+    features.network = network
+    before = torch.backends.cudnn.allow_tf32
+    features._features(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    assert allowed == [False] and torch.backends.cudnn.allow_tf32 == before
+
+
 def test_distances_are_named_by_the_kind_of_features():
     real, generated = noise(40, 0), noise(40, 1)
     ours = generation_quality(real, generated, FEATURES)

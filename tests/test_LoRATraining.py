@@ -136,7 +136,18 @@ def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
     monkeypatch.setattr(LoRATraining, "_backward", limited)
     assert train(X, recipe) == pytest.approx(expected, rel=1e-3)
     said = capsys.readouterr().out
-    assert "portions of 2 images" in said and "portions of 1 images" in said
+    assert "portions of 2 images" in said and "portions of 1 images" in said and "twice" not in said
+
+    def limited_further(unet, *rest):
+        if not unet.is_gradient_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return backward(unet, *rest)
+
+    monkeypatch.setattr(LoRATraining, "_backward", limited_further)
+    assert train(X, recipe, "second") == pytest.approx(expected, rel=1e-3)
+    assert (
+        "portions of 1 images" in (said := capsys.readouterr().out) and "activations computed twice" in said
+    )
 
     def never(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")

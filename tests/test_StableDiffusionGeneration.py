@@ -21,6 +21,7 @@ import torch
 from conftest import REPOSITORY
 
 import CandidateImages
+import ImageGeneration
 import ImageSources
 import Prompts
 import StableDiffusionGeneration
@@ -522,6 +523,14 @@ def test_numbers_that_are_not_finite_are_a_reason_and_no_traceback(tiny_turbo, l
     finally:
         hook.remove()
     assert not CACHE.exists()
+
+
+def test_of_several_processes_the_first_makes_the_images_alone(tiny_turbo, monkeypatch):
+    """The others wait for the lock that it holds, so it would wait for them forever."""
+    monkeypatch.setattr(
+        ImageGeneration, "start_processes", lambda device: pytest.fail("it waits for the others")
+    )
+    assert prepare_images({"cat": 3}) == f"the preset turbo, 3 images generated into {CACHE}"
 
 
 def test_a_second_study_waits_for_the_images_of_the_first(no_cifake, monkeypatch):
