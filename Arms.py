@@ -382,6 +382,7 @@ QUESTIONS = {
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",
     ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
     ("logit-adjusted", "stable-source-aware-placebo"): "Do Stable Diffusion images with shuffled labels add to the adjusted loss in source-aware training?",
+    ("stable-source-aware-placebo", "stable-source-aware"): "Do true labels of Stable Diffusion images raise the recall of source-aware training over shuffled ones?",
     ("stable-source-aware-unmatched", "stable-source-aware"): "Does the matched spectrum raise the recall of source-aware training?",
     ("stable-source-aware-shared-statistics", "stable-source-aware"):
         "Do batch-norm statistics per source raise the recall of source-aware training?",

@@ -7,6 +7,7 @@
 Two arms are compared on the seeds that both have, image by image. ``Significance.py`` has the statistics.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,7 +50,8 @@ class ArmComparison:
     over_seeds : dict
         Score -> half the width of the 95 % interval of the difference over seeds; None with fewer than three.
     p_value : float
-        Of McNemar's exact test on the minority's test images, all seeds together.
+        Of an exact sign-flip test on the minority's test images, all seeds together (McNemar's test if there is one seed).
+        It takes the trained networks as given.
     corrected_p_value : float
         Corrected for the number of questions (Holm 1979).
     average_precision : tuple of float
@@ -81,12 +83,14 @@ class ArmComparison:
     def answer(self):
         """``"Yes"`` or ``"No"``: the second arm finds more or fewer of the minority's images. Else ``"Undecided"``.
 
-        A difference must be too large for the choice of test images (a corrected p-value below 0.05) and, with three seeds or
-        more, for the choice of seeds. With fewer seeds nothing covers the latter, so the answer holds for these seeds only.
+        A difference must be too large for the choice of test images (a corrected p-value below 0.05) and for the choice of
+        seeds. With one or two seeds nothing covers the latter. Then it is ``"Higher"`` or ``"Lower"``, of these trained
+        networks and not of the arms.
         """
         if self.corrected_p_value >= 0.05 or self.varies_with_the_seed():
             return "Undecided"
-        return "Yes" if self.difference("recall") > 0 else "No"
+        more, fewer = ("Higher", "Lower") if self.over_seeds["recall"] is None else ("Yes", "No")
+        return more if self.difference("recall") > 0 else fewer
 
 
 def compare_arms(results, questions=QUESTIONS):
@@ -171,6 +175,29 @@ def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_val
     )
 
 
+def differences_between_seeds(results):
+    """How often the test finds a difference between two seeds of the same arm, where the method has none.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results of one study.
+
+    Returns
+    -------
+    found, pairs : int
+        Pairs of seeds with a p-value below 0.05, without any correction, and all pairs.
+    """
+    p_values = []
+    for runs in results.values():
+        for first, second in itertools.combinations(runs, 2):
+            y_true = Study(first["profile"], first["data"], first["split"]).load_test_labels()
+            rare = np.isin(y_true, [first["class_names"].index(c) for c in first["minority_classes"]])
+            pair = (predictions_of(run)[rare] for run in (first, second))
+            p_values.append(mcnemar_over_seeds(y_true[rare], *pair))
+    return sum(p < 0.05 for p in p_values), len(p_values)
+
+
 def _points(value):
     return f"{round(100 * value, 1) + 0.0:+.1f}"  # adding 0 makes -0.0 positive
 
@@ -228,7 +255,7 @@ def paired_table(comparisons):
     str
         Differences in percentage points with their 95 % bootstrap intervals over test images; with three seeds or more also
         half the width of the 95 % interval over seeds. The average precision, which no threshold enters, has the latter only; it
-        is left out if no result has it. The p-values are of McNemar's exact test on the minority's test images.
+        is left out if no result has it. The p-values are those of :class:`ArmComparison`.
     """
     columns = {
         "compared arms": [" → ".join(comparison.titles) for comparison in comparisons],

@@ -13,6 +13,8 @@ import os
 
 import torch
 
+from DeviceFaults import first_line
+
 TRIALS = 3  # a CUDA graph is recorded in the second pass and replayed in the third
 
 
@@ -87,10 +89,9 @@ class CompiledNetwork:
         try:
             return function(*arguments, **options)
         except Exception as error:  # every backend has its own kinds
-            reason = (str(error).strip() or "no details").splitlines()[0]
             print(
                 f"The network is not compiled with {self.backend}, which makes training slower, and equal up to rounding: "
-                f"{type(error).__name__}: {reason}",
+                f"{type(error).__name__}: {first_line(error)}.",
                 flush=True,
             )
             return None

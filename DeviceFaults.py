@@ -20,6 +20,11 @@ class DeviceFaultError(RuntimeError, OSError):
     """
 
 
+def first_line(error):
+    """The first line of an error's message without the full stop, or the error's kind if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def describe_fault(error):
     """One line about the device if it is the cause of an error, else None.
 
@@ -31,12 +36,12 @@ def describe_fault(error):
     -------
     str or None
     """
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    if isinstance(error, torch.OutOfMemoryError) or (_is_fault(error) and "out of memory" in first_line):
-        return f"The device has too little free memory ({first_line}). End other programs that use it."
+    reason = first_line(error)
+    if isinstance(error, torch.OutOfMemoryError) or (_is_fault(error) and "out of memory" in reason):
+        return f"The device has too little free memory ({reason}). End other programs that use it."
     if _is_fault(error):
         return (
-            f"The device failed ({first_line}). If it fails again, look with nvidia-smi whether it is still there "
+            f"The device failed ({reason}). If it fails again, look with nvidia-smi whether it is still there "
             "and what else uses it, or choose another device."
         )
     return None

@@ -161,7 +161,9 @@ def _cause_and_mend(driver):
         torch.cuda.init()
         reason = "the reason is unknown"
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        from DeviceFaults import first_line  # imported here, because it needs PyTorch
+
+        reason = first_line(error)
     return reason, "See what this prints: nvidia-smi"
 
 

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from Arms import ARMS, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
-from Comparison import compare_arms, findings, paired_table
+from Comparison import compare_arms, differences_between_seeds, findings, paired_table
 from Documents import NOT_RUN, report_parser, run_report
 from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
 from Results import (
@@ -152,17 +152,19 @@ COLUMNS = {
     "minority recall": lambda runs: f"**{_metric('metrics', 'minority', 'recall')(runs)}**",
     "minority precision": lambda runs: percent(minority_precisions(runs)),
     "minority F1": _metric("metrics", "minority", "f1"),
+    "average precision": _metric("probabilities", "minority", "average_precision"),
     "balanced accuracy": _metric("metrics", "balanced_accuracy"),
     "accuracy": _metric("metrics", "accuracy"),
     "seeds": lambda runs: str(len(runs)),
 }
+# In CIFAR-10's test set all classes are equally frequent, so accuracy is balanced accuracy.
+SUMMARY_COLUMNS = {head: cell for head, cell in COLUMNS.items() if head != "balanced accuracy"}
 MORE_COLUMNS = {
     "recall of the other classes": _metric("metrics", "majority_recall"),
     "macro F1": _metric("metrics", "macro_f1"),
     "G-mean": _metric("metrics", "g_mean"),
     "accuracy, averaged flips": _metric("metrics_with_averaged_flips", "accuracy"),
     "accuracy, best evaluation in training": _metric("best_look_at_test", "test_accuracy"),
-    "average precision of the minority": _metric("probabilities", "minority", "average_precision"),
     "expected calibration error": _metric("probabilities", "expected_calibration_error"),
     "standard deviation of the recall": _metric("metrics", "minority", "recall", show=_standard_deviation),
 }
@@ -472,16 +474,24 @@ def arms_report(results):
         "The second arm's score minus the first's, in percentage points. In brackets: the 95 % bootstrap interval over test "
         "images. The number after ± is half the width of the 95 % interval over seeds (three seeds or more). The average "
         "precision does not depend on a threshold, so it tells whether the minority is ranked better. The p-value is "
-        "of McNemar's exact test on the minority's images, all seeds together, then corrected for the number of questions "
-        "(Holm 1979):",
+        "of an exact sign-flip test on the minority's images, all seeds together (McNemar's test if there is one seed), "
+        "then corrected for the number of questions (Holm 1979). It takes the trained networks as given"
+        f"{_between_seeds(results)}:",
         paired_table(comparisons),
         "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
-        "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and, with three seeds or more, a 95 % interval "
-        "over seeds without zero. Else the answer is *undecided*. With one or two seeds an answer holds for these seeds only. "
-        "A small difference may be one between seeds:",
+        "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and a 95 % interval over seeds without zero. "
+        "Else the answer is *undecided*. The interval is not corrected for the number of questions. With one or two seeds "
+        "the answer is only *higher* or *lower*: these networks differ, which may be the seed's doing:",
         findings(comparisons),
     )
     return "\n\n".join(parts)
+
+
+def _between_seeds(results):
+    found, pairs = differences_between_seeds(results)
+    if not pairs:
+        return ""
+    return f": between two seeds of the same arm it is below 0.05, before correction, in {found} of {pairs} pairs"
 
 
 def _headline_summary(results):
@@ -536,7 +546,7 @@ def generated_parts():
         gan.append(generation_table(COMMITTED.read_judgement()))
     summary = NOT_RUN
     if results:
-        summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(_few(results))}"
+        summary = f"Profile `{COMMITTED.profile}`, all scores in percent:\n\n{results_table(_few(results), SUMMARY_COLUMNS)}"
     headline = HEADLINE.load_results()
     return {
         Path("README.md"): {"summary": summary, "headline": _headline_summary(headline)},

@@ -246,8 +246,8 @@ def read_json(path, shape=None):
     path : path
     shape : dict, optional
         What the content must have, at every level: name -> type, or the shape of a dict of its own. ``{str: shape}``
-        is a dict of any names with values of one shape,
-        in which others may be required too, ``[shape]`` a list of such values. More is allowed.
+        is a dict of any names with values of this shape; it may name others beside ``str``. ``[shape]`` is a list of such
+        values. More is allowed.
 
     Returns
     -------
@@ -304,10 +304,10 @@ def read_result(path):
         "minority_classes": set(result["minority_classes"]) <= set(names) & metrics["per_class"].keys(),
         "metrics.confusion_matrix": [len(row) for row in metrics["confusion_matrix"]]
         == len(names) * [len(names)],
-        # Older results do not have it.
+        # None for data whose mirror images are of other classes.
         "metrics_with_averaged_flips": isinstance(result.get("metrics_with_averaged_flips"), dict | None),
         "probabilities": not _wrong_probabilities(result.get("probabilities")),
-        # Neither do results of arms without Stable Diffusion.
+        # Arms without Stable Diffusion do not have it.
         "stable_diffusion_images": "stable_diffusion_images" not in result
         or not wrong_parts(result["stable_diffusion_images"], CACHE_OF_IMAGES),
         "test_predictions": all(number.isdecimal() for number in result["test_predictions"].split()),

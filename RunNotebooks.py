@@ -18,6 +18,7 @@ from jupyter_core.utils import run_sync
 
 from Arms import PROFILES, resolve_profile
 from BusyMachine import passive_waiting
+from DeviceFaults import first_line
 from ImbalancedCIFAR10 import load_data
 from Runtime import atomic_path
 
@@ -111,7 +112,7 @@ def run_notebook(name, profile_name, data_name, kernel):
     try:
         nbformat.validate(nbformat.read(name, as_version=4))
     except Exception as error:  # nbformat raises many kinds for what is no notebook
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{name} is no notebook: {reason[:100]}. Get it again.") from error
     prefix = "" if data_name == "cifar10" else f"{data_name}_"
     output = Path("results", profile_name, prefix + Path(name).name)

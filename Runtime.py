@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import torch
 
-from DeviceFaults import describe_fault, device_faults
+from DeviceFaults import describe_fault, device_faults, first_line
 from Hardware import cuda_works
 
 # --- Randomness ---------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def choose_device(name=None):
             device = torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"This machine has no device {str(name)!r} for PyTorch: {reason}") from error
         return device
     if cuda_works():
@@ -454,7 +454,7 @@ def save_torch_file(path, content):
         except RuntimeError as error:  # what PyTorch makes of a full disk
             if describe_fault(error):
                 raise
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(first_line(error)) from error
 
 
 def load_torch_file(path, keys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from Arms import ARMS, PROFILES
-from Comparison import compare_arms, findings, paired_table
+from Comparison import compare_arms, differences_between_seeds, findings, paired_table
 from Significance import mcnemar_over_seeds
 
 QUESTION = {("imbalanced", "logit-adjusted"): "Does it help?", ("imbalanced", "stable"): "Not run"}
@@ -125,7 +125,7 @@ def test_the_table_shows_how_much_better_the_minority_is_ranked(results, tiny_da
 
 
 @pytest.mark.parametrize(
-    ("found", "answer"), [((0, 9), "Yes"), ((9, 0), "No"), ((5, 6), "Undecided"), ((0, 0), "Undecided")]
+    ("found", "answer"), [((0, 9), "Higher"), ((9, 0), "Lower"), ((5, 6), "Undecided"), ((0, 0), "Undecided")]
 )
 def test_questions_are_answered_by_the_minoritys_images(found, answer, results, tiny_data):
     """Ten cats, of which each arm finds the first so many."""
@@ -139,6 +139,12 @@ def test_questions_are_answered_by_the_minoritys_images(found, answer, results, 
         for n in found
     )
     assert f"finds {second}, *Imbalanced* {first}; p = 0." in line or "p = 1.0" in line
+
+
+def test_the_test_also_finds_differences_between_seeds_of_one_arm(results, tiny_data):
+    three_seeds(results, tiny_data, [(0, 0, 9), (5, 5, 6)])
+    assert differences_between_seeds(results) == (2, 6)
+    assert differences_between_seeds({name: runs[:1] for name, runs in results.items()}) == (0, 0)
 
 
 def test_an_arm_that_never_predicts_the_minority_has_no_precision(results, tiny_data):
@@ -160,7 +166,7 @@ def test_without_results_there_is_no_answer():
 def test_an_answer_needs_a_p_value_that_survives_the_number_of_questions(results, tiny_data):
     for name, count in (("imbalanced", 0), ("logit-adjusted", 6)):
         find(results[name][0], tiny_data.y_test, count)  # p = 2 / 2^6
-    assert "Yes" in findings(compare_arms(results, QUESTION))
+    assert "Higher" in findings(compare_arms(results, QUESTION))
     questions = QUESTION | {("logit-adjusted", "imbalanced"): "And back?"}
     assert findings(compare_arms(results, questions)).count("Undecided") == 2
 
@@ -172,7 +178,7 @@ def test_evidence_is_answered_without_a_warning(results, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("second", "answer"), [((7, 8, 9), "Yes"), ((1, 9, 9), "Undecided"), ((1, 9), "Yes")]
+    ("second", "answer"), [((7, 8, 9), "Yes"), ((1, 9, 9), "Undecided"), ((1, 9), "Higher")]
 )
 def test_an_answer_needs_seeds_that_agree(second, answer, results, tiny_data):
     """Six to nine more of ten cats are significant for the images; with three seeds the seeds have a say."""

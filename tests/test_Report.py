@@ -67,7 +67,7 @@ def test_every_stored_score_has_a_column(results):
         ("G-mean", run["metrics"]["g_mean"]),
         ("accuracy, averaged flips", run["metrics_with_averaged_flips"]["accuracy"]),
         ("accuracy, best evaluation in training", run["best_look_at_test"]["test_accuracy"]),
-        ("average precision of the minority", run["probabilities"]["minority"]["average_precision"]),
+        ("average precision", run["probabilities"]["minority"]["average_precision"]),
         ("expected calibration error", run["probabilities"]["expected_calibration_error"]),
     ]:
         assert row[column] == f"{100 * value:.1f}"
