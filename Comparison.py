@@ -206,7 +206,15 @@ def _plus_minus(half_width):
     return "" if half_width is None else f" ± {100 * half_width:.1f}"
 
 
-def _difference_in_words(comparison, key):
+def difference_in_words(comparison, key):
+    """A cell: second minus first in percentage points, ± over seeds, and in brackets the interval over test images.
+
+    Parameters
+    ----------
+    comparison : ArmComparison
+    key : str
+        Of :data:`SCORES`.
+    """
     if np.isnan(comparison.difference(key)):
         return "–"
     low, high = comparison.bootstrap[key]
@@ -214,7 +222,13 @@ def _difference_in_words(comparison, key):
     return f"{_points(comparison.difference(key))}{seeds} ({_points(low)} to {_points(high)})"
 
 
-def _ranking_in_words(comparison):
+def ranking_in_words(comparison):
+    """A cell: the difference in average precision in percentage points, ± over seeds; empty if no result has it.
+
+    Parameters
+    ----------
+    comparison : ArmComparison
+    """
     differences = comparison.average_precision
     if not differences:
         return ""
@@ -261,10 +275,10 @@ def paired_table(comparisons):
         "compared arms": [" → ".join(comparison.titles) for comparison in comparisons],
         "seeds": [str(len(comparison.seeds)) for comparison in comparisons],
         **{
-            title: [_difference_in_words(comparison, key) for comparison in comparisons]
+            title: [difference_in_words(comparison, key) for comparison in comparisons]
             for key, title in SCORES.items()
         },
-        "average precision": [_ranking_in_words(comparison) for comparison in comparisons],
+        "average precision": [ranking_in_words(comparison) for comparison in comparisons],
         "p, recall": [_p_value(comparison.p_value) for comparison in comparisons],
         "p, corrected": [_p_value(comparison.corrected_p_value) for comparison in comparisons],
     }

@@ -16,6 +16,8 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
+from Comparison import SCORES as COMPARED_SCORES
+from Comparison import compare_arms, difference_in_words, ranking_in_words
 from Documents import NOT_RUN, report_parser, run_report
 from Report import COLUMNS, minority_precisions, percent
 from Results import COMMITTED, Study
@@ -154,16 +156,44 @@ def splits_table(study):
     """
     of_counts = {f"{study.split.rpartition('-')[0]}-{count}" for count in REAL_COUNTS}
     rows = []
-    for folder in sorted(study.record_path("").parent.glob("*/")):
-        if folder.name == study.split or not list(folder.glob("*-seed*.json")):
-            continue
-        for name, runs in Study(study.profile, study.data, folder.name).load_results().items():
-            is_in_the_other_table = folder.name in of_counts and name in ARM_COLOURS
-            if is_in_the_other_table or runs[0]["data"] != study.data:
+    for split, results in _other_splits(study):
+        for name, runs in results.items():
+            if split in of_counts and name in ARM_COLOURS:  # it is in the other table
                 continue
             minority = ", ".join(runs[0]["minority_classes"])
-            rows.append((folder.name, minority, ARMS[name].title, *(cell(runs) for cell in COLUMNS.values())))
+            rows.append((split, minority, ARMS[name].title, *(cell(runs) for cell in COLUMNS.values())))
     return markdown_table(("split", "minority", "arm", *COLUMNS), rows) if rows else ""
+
+
+def gains_table(study):
+    """Markdown table of what the best arm with images has more than the best without, on each split with both.
+
+    Parameters
+    ----------
+    study : Results.Study
+        Its own split is the first row.
+
+    Returns
+    -------
+    str
+        Differences on the seeds that both arms have; an empty string without another split.
+    """
+    pair = (BEST_WITHOUT_IMAGES, BEST_WITH_STABLE_DIFFUSION)
+    rows = []
+    for split, results in [(study.split, study.load_results()), *_other_splits(study)]:
+        for comparison in compare_arms(results, {pair: ""}):
+            differences = (difference_in_words(comparison, key) for key in COMPARED_SCORES)
+            rows.append((split, str(len(comparison.seeds)), *differences, ranking_in_words(comparison)))
+    head = ("split", "seeds", *COMPARED_SCORES.values(), "average precision")
+    return markdown_table(head, rows) if len(rows) > 1 else ""
+
+
+def _other_splits(study):
+    """Name and results of each other split of the same data that has some."""
+    for folder in sorted(study.record_path("").parent.glob("*/")):
+        results = Study(study.profile, study.data, folder.name).load_results()
+        if folder.name != study.split and results and next(iter(results.values()))[0]["data"] == study.data:
+            yield folder.name, results
 
 
 def _curves():
@@ -181,7 +211,14 @@ def generated_parts():
     counts = NOT_RUN
     if curves := _curves():
         counts = f"{counts_table(*curves)}\n\n![Scores against numbers of images](../images/{PICTURE})"
-    return {DOCUMENT: {"counts": counts, "splits": splits_table(COMMITTED) or NOT_RUN}}
+    splits = splits_table(COMMITTED) or NOT_RUN
+    if gains := gains_table(COMMITTED):
+        first, second = (ARMS[name].title for name in (BEST_WITHOUT_IMAGES, BEST_WITH_STABLE_DIFFUSION))
+        splits += (
+            f"\n\n*{second}* minus *{first}*, in percentage points. The number after ± covers the choice of seed (three "
+            f"seeds or more), the bootstrap interval in brackets that of test images:\n\n{gains}"
+        )
+    return {DOCUMENT: {"counts": counts, "splits": splits}}
 
 
 def draw_plots():

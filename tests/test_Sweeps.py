@@ -92,3 +92,24 @@ def test_other_splits_have_a_row_for_each_arm_and_other_counts_of_the_same_class
     ]  # fmt: skip
     assert [row[2] for row in cells] == ["Imbalanced", *["Logit-adjusted loss, no added image"] * 3]
     assert {row[-1] for row in cells} == {"1"}
+
+
+def test_each_split_with_both_best_arms_shows_what_images_add(tiny_data, tiny_cache, document):
+    other = Study("smoke", "cifar10", "dog-5")
+    run_arms([STUDY, other], tiny_data, ["logit-adjusted", "stable-source-aware"])
+    run_arms([Study("smoke", "cifar10", "step-10")], tiny_data, ["logit-adjusted"])
+    Sweeps.main([])
+    rows = [line for line in document.read_text().splitlines() if re.match(r"\| \S+-5 \| 1 \|", line)]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["cat-5", "dog-5"]
+    for row, study in zip(cells, (STUDY, other), strict=True):
+        first, second = (
+            study.load_runs(name)[0]["metrics"]["accuracy"]
+            for name in ("logit-adjusted", "stable-source-aware")
+        )
+        assert row[5].split()[0] == f"{100 * (second - first) + 0.0:+.1f}"
+
+
+def test_without_another_split_there_are_no_gains(tiny_data, tiny_cache):
+    run_arms([STUDY], tiny_data, ["logit-adjusted", "stable-source-aware"])
+    assert Sweeps.gains_table(STUDY) == ""
