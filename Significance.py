@@ -127,8 +127,8 @@ def mcnemar_over_seeds(y_true, first, second):
     An image counts by how many more seeds get it right with the second model than with the first. Under the null hypothesis
     the two models are exchangeable on each image, so that every count is as likely with the opposite sign (a sign-flip test,
     Fisher 1935). Images are independent of each other and the seeds of one image are not, which is why the image is the unit.
-    With one seed this is McNemar's test. It covers the choice of test images. The interval of :func:`mean_interval`
-    covers the choice of seed.
+    With one seed this is McNemar's test. It covers the choice of test images and takes the trained models as given: between two
+    seeds of one method it may find a difference, too. The interval of :func:`mean_interval` covers the choice of seed.
 
     Parameters
     ----------
@@ -168,7 +168,10 @@ def mcnemar_over_seeds(y_true, first, second):
 
 
 def holm(p_values):
-    """P-values corrected for their number (Holm 1979): below 0.05 for any false finding with probability 0.05 at most.
+    """P-values corrected for their number (Holm 1979).
+
+    If no difference is real, the chance that any corrected value is below 0.05 is at most 5 %, provided that the p-values
+    themselves are valid.
 
     Parameters
     ----------
