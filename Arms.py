@@ -177,11 +177,10 @@ def resolve_profile(name="auto", device=None):
     Raises
     ------
     ValueError
-        If the profile is unknown; the message lists the valid ones. Or if this machine does not have the device.
+        If the profile is unknown; the message lists the valid ones. Or if ``auto`` needs a device that this machine lacks.
     """
-    device = choose_device(device)
     if name == "auto":
-        name = "full" if device.type == "cuda" else "quick"
+        name = "full" if choose_device(device).type == "cuda" else "quick"
     if name not in PROFILES:
         raise ValueError(f"Unknown profile {name!r}. Choose one of auto, {', '.join(PROFILES)}.")
     return name, PROFILES[name]

@@ -93,6 +93,15 @@ class ArmComparison:
         return more if self.difference("recall") > 0 else fewer
 
 
+def _study_of(run):
+    return Study(run["profile"], run["data"], run["split"])
+
+
+def _minority_of(run):
+    """The class numbers of the minority."""
+    return [run["class_names"].index(c) for c in run["minority_classes"]]
+
+
 def compare_arms(results, questions=QUESTIONS):
     """Compare the arms of each question that has results.
 
@@ -115,10 +124,10 @@ def compare_arms(results, questions=QUESTIONS):
             continue
         run = by_seed[0][seeds[0]]
         if y_true is None:
-            y_true = Study(run["profile"], run["data"], run["split"]).load_test_labels()
+            y_true = _study_of(run).load_test_labels()
             # The first row is the test set as it is.
             weights = np.concatenate([np.ones((1, len(y_true)), np.float32), bootstrap_weights(y_true)])
-        minority = [run["class_names"].index(c) for c in run["minority_classes"]]
+        minority = _minority_of(run)
         for name, runs in zip(pair, by_seed, strict=True):
             for seed in seeds:
                 if (name, seed) not in scores:
@@ -188,13 +197,15 @@ def differences_between_seeds(results):
     found, pairs : int
         Pairs of seeds with a p-value below 0.05, without any correction, and all pairs.
     """
-    p_values = []
-    for runs in results.values():
-        for first, second in itertools.combinations(runs, 2):
-            y_true = Study(first["profile"], first["data"], first["split"]).load_test_labels()
-            rare = np.isin(y_true, [first["class_names"].index(c) for c in first["minority_classes"]])
-            pair = (predictions_of(run)[rare] for run in (first, second))
-            p_values.append(mcnemar_over_seeds(y_true[rare], *pair))
+    pairs = [pair for runs in results.values() for pair in itertools.combinations(runs, 2)]
+    if not pairs:
+        return 0, 0
+    run = pairs[0][0]
+    y_true = _study_of(run).load_test_labels()
+    rare = np.isin(y_true, _minority_of(run))
+    p_values = [
+        mcnemar_over_seeds(y_true[rare], *(predictions_of(each)[rare] for each in pair)) for pair in pairs
+    ]
     return sum(p < 0.05 for p in p_values), len(p_values)
 
 

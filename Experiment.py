@@ -25,7 +25,7 @@ from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, load_data, split_from_name
 from Results import Study
-from Runtime import start_processes
+from Runtime import choose_device, start_processes
 
 # --- Training sets ------------------------------------------------------------------------------
 
@@ -281,6 +281,7 @@ def main(arguments=None):
     parser, options = _parse(arguments)
     try:
         # What was typed is checked before any data is loaded or downloaded.
+        choose_device(options.device)
         profile, settings = resolve_profile(options.profile, options.device)
         options.arms = expand_arms(options.arm, profile)
         processes = start_processes(options.device)

@@ -191,8 +191,10 @@ def gains_table(study):
 def _other_splits(study):
     """Name and results of each other split of the same data that has some."""
     for folder in sorted(study.record_path("").parent.glob("*/")):
+        if folder.name == study.split:
+            continue
         results = Study(study.profile, study.data, folder.name).load_results()
-        if folder.name != study.split and results and next(iter(results.values()))[0]["data"] == study.data:
+        if results and next(iter(results.values()))[0]["data"] == study.data:
             yield folder.name, results
 
 

@@ -145,9 +145,8 @@ def test_out_of_memory_continues_with_smaller_portions_to_nearly_the_same_loss(
 
     monkeypatch.setattr(LoRATraining, "_backward", limited_further)
     assert train(X, recipe, "second") == pytest.approx(expected, rel=1e-3)
-    assert (
-        "portions of 1 images" in (said := capsys.readouterr().out) and "activations computed twice" in said
-    )
+    said = capsys.readouterr().out
+    assert "portions of 1 images" in said and "activations computed twice" in said
 
     def never(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
