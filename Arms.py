@@ -19,7 +19,7 @@ from ImageOverSampler import UnsuitableImagesError, fewer_images_strategy, sourc
 from Methods import METHODS, Method, adjusted
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import choose_device
-from StableDiffusionGeneration import StableDiffusionOverSampler
+from StableDiffusionSampler import StableDiffusionOverSampler
 
 REFERENCE_SPLIT = "cat-50"
 DIGITS_SPLIT = "8-0.01"

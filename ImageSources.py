@@ -18,10 +18,10 @@ from ImageCache import (
     load_metadata,
     save_generated_images,
 )
-from ImageGeneration import generate_images
 from ImageSelection import CLIP_MODEL, SelectionError
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
 from Runtime import choose_device, one_process_at_a_time
+from StableDiffusionGeneration import generate_images
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")
 

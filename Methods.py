@@ -38,7 +38,7 @@ from LastLayer import retrain_last_layer
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import derive_seed
-from StableDiffusionGeneration import StableDiffusionOverSampler
+from StableDiffusionSampler import StableDiffusionOverSampler
 from SyntheticChoice import most_uncertain, nearest_to_prototypes
 
 CHOOSING_STEPS = 0.25  # of a training: what the network that chooses images is trained for

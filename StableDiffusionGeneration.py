@@ -1,91 +1,252 @@
-"""Generate images of a class with Stable Diffusion, cache them, and append them to a training set.
+"""Generate images of a class with Stable Diffusion, and put them into the cache.
 
     python StableDiffusionGeneration.py --class cat --count 4950 --preset fast
     accelerate launch StableDiffusionGeneration.py --class all --count 2000 --preset turbo
 
-    X_res, y_res = StableDiffusionOverSampler(random_state=0).fit_resample(X, y)
+    report = generate_images("cat", 4950, CandidateMaker(GenerationSettings("turbo")))
 
-The first command needs a GPU and the model's weights. The second uses every GPU of the machine. Both can be
-stopped at any moment. Started again, they draw the images that are missing, and the result is the same.
-``CIFAKE.py`` imports ready images instead. ``ImageCache.py`` describes the file that holds the images.
+The first command needs a GPU and the model's weights. The second uses every GPU of the machine. Candidates are drawn
+in rounds until enough pass the selection. A run can be stopped at any moment. Started again, it draws the images that
+are missing, and the result is the same. ``StableDiffusionSampler.py`` appends the images to a training set.
+``CIFAKE.py`` imports ready images instead.
 
 Reference: Rombach et al. (2022), High-resolution image synthesis with latent diffusion models.
 """
 
 import argparse
+import contextlib
+import math
 import os
+from pathlib import Path
 
 import numpy as np
 
-from CandidateImages import SHARDS, STRENGTHS, CandidateMaker, GenerationSettings
+from CandidateImages import (
+    SHARDS,
+    STRENGTHS,
+    CandidateMaker,
+    GenerationSettings,
+    draw_candidates,
+    find_job,
+    name_job,
+    open_shards,
+)
 from DiffusionPipelines import PRESETS, SIZE
-from ImageCache import CACHE, load_generated_images
-from ImageGeneration import check_class, generate_images
-from ImageOverSampler import ImageOverSampler, TooFewImagesError
-from ImageSelection import Selection, SelectionError
+from Downsampling import image_statistics, match_statistics
+from ImageCache import CACHE, check_cache_path, fingerprint, refuse_foreign_images, replace_class
+from ImageSelection import Selection, SelectionError, select_candidates
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
-from Prompts import GRAMMARS
-from Runtime import start_processes
+from LoRATraining import images_of_adapter
+from Prompts import GRAMMARS, find_grammar
+from Runtime import check_images, require_free_space, save_json, start_processes
 
-# --- The sampler --------------------------------------------------------------------------------
 
+def generate_images(
+    class_name,
+    count,
+    maker=None,
+    *,
+    selection=None,
+    real_images=None,
+    label=None,
+    path=CACHE,
+    replace=False,
+    processes=None,
+):
+    """Generate the images of one class and put them into the cache.
 
-class StableDiffusionOverSampler(ImageOverSampler):
-    """Append cached Stable Diffusion images of the smaller classes.
-
-    The images are drawn from the cache without replacement. They were made from text
-    alone, unless they were generated with real images or an adapter.
+    Under ``accelerate launch`` all processes share the work. They must see the same disk. A second run of the same
+    job waits for the first. For candidates that the selection rejects, further ones are drawn, up to four times
+    ``count`` in all.
 
     Parameters
     ----------
-    path : path, default ``datasets/stable_diffusion_dataset.npy``
-        The cache, see :func:`ImageCache.save_generated_images`. Its labels are the class numbers in ``y``.
-    sampling_strategy : str, dict or callable, default 'auto'
-        As in imbalanced-learn. ``'auto'`` makes the reference study's data set: synthetic images for
-        the minority class only. :func:`ImageOverSampler.source_balanced_strategy` gives every class some.
-    random_state : int, RandomState instance or None, default None
-        Which images are drawn.
-    match : {None, 'spectrum', 'statistics'}, default None
-        See :class:`ImageOverSampler.ImageOverSampler`. CIFAKE's images have 1.3 to 4 times the power of real ones at
-        high frequencies.
+    class_name : str
+        A class with prompts, see ``Prompts.py``.
+    count : int
+        Number of images that the cache shall have of the class, at least 1.
+    maker : CandidateImages.CandidateMaker, optional
+        Draws the candidates: it has the settings, the device and the folder of the candidates. Pass the same
+        maker for several classes, so that its models are loaded once. Default: the preset ``'fast'``.
+    selection : ImageSelection.Selection, optional
+        Which candidates are used. Default: ``Selection()``.
+    real_images : ndarray of uint8, shape (n, 32, 32, 3), optional
+        The class's real images that the split kept. Never pass others. They are required, and used, only if
+        the maker's settings have strengths or the selection matches statistics.
+    label : int, optional
+        Class number in the cache, not negative. Default: that of CIFAR-10.
+    path : path
+        The cache. Images of other classes in it stay.
+    replace : bool
+        Whether images of this class may be replaced if they were imported or generated by another job.
+    processes : accelerate.PartialState, optional
+        The processes that share the work, all of which call this. Default: all that were launched.
+
+    Returns
+    -------
+    dict
+        The report of :func:`ImageSelection.select_candidates`. If statistics were matched, ``statistics`` holds those of the
+        real, the generated and the matched images. It is also written to ``report.json`` beside the shards.
 
     Raises
     ------
-    FileNotFoundError
-        In ``fit_resample``, if there is no cache.
     ValueError
-        In ``fit_resample``, if the images do not have 32x32 pixels or the cache is damaged.
-    TooFewImagesError
-        In ``fit_resample``, if the cache has fewer images of a class than are needed.
+        If the class has no prompts, a shard or the checkpoint beside the adapter is damaged, real images are missing,
+        or the cache cannot be written or has images of this class from elsewhere.
+    SelectionError
+        If too few candidates pass the selection.
+    FloatingPointError
+        If a network computes NaN or infinity. Nothing of it is written.
+    OSError
+        If a model is unavailable or the disk is full. What was drawn before stays.
+    MemoryError
+        If there is too little memory for a single image.
     """
+    maker, selection = maker or CandidateMaker(), selection or Selection()
+    sources = _check_real_images(maker.settings, selection, real_images)
+    label = check_class(class_name, count, label, maker.settings)
+    job = find_job(maker, class_name, label, sources)
+    _check_cache(maker, job, count, path, replace)
+    seen = _real_images_behind(maker.settings, selection, real_images)
+    processes = processes or start_processes(maker.device)
+    folder = maker.shards / name_job(job)
+    with contextlib.ExitStack() as stack:
+        if processes.is_main_process:  # the other processes wait for it in draw_candidates
+            stack.enter_context(open_shards(folder, job))
+        candidates, rows, report = _draw_until_enough(maker, job, sources, selection, count, processes)
+        if processes.is_main_process:
+            images = candidates["image"][rows]
+            if selection.match:
+                images, report["statistics"] = _match(images, real_images)
+            save_json(folder / "report.json", report)
+            metadata = _describe_candidates(candidates, rows, job, seen)
+            replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
+    processes.wait_for_everyone()
+    return report
 
-    def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None, match=None):
-        super().__init__(sampling_strategy=sampling_strategy, random_state=random_state, match=match)
-        self.path = path
 
-    def _check_X_y(self, X, y):
-        X, y, binarize = super()._check_X_y(X, y)
-        if X.shape[1:] != (32, 32, 3):
+def check_class(class_name, count, label, settings):
+    """Return the number in the cache of a class, or raise ValueError if it cannot be generated.
+
+    Parameters
+    ----------
+    class_name : str
+    count : int
+        Number of images wanted, at least 1.
+    label : int or None
+        The number, if CIFAR-10 does not have the class.
+    settings : CandidateImages.GenerationSettings
+        Completed. The class must have prompts in their grammar.
+
+    Returns
+    -------
+    int
+    """
+    find_grammar(class_name, settings.prompts)
+    if count < 1:
+        raise ValueError(f"count must be at least 1: got {count}.")
+    if label is None:
+        if class_name not in CIFAR10_CLASSES:
             raise ValueError(
-                f"The cache {self.path} holds images of 32x32 pixels, but X has the shape {X.shape}. Resize X, or "
-                "choose AugmentationOverSampler, which takes every size."
+                f"CIFAR-10 has no class {class_name!r}. Give it a number in the cache with --label (label=), such as "
+                f"{len(CIFAR10_CLASSES)}."
             )
-        return X, y, binarize
+        return CIFAR10_CLASSES.index(class_name)
+    if not 0 <= label < 2**32:
+        raise ValueError(f"The label must be a class number, 0 or more: got {label}.")
+    return int(label)
 
-    def _fit_resample(self, X, y):
-        self._images, self._labels = load_generated_images(self.path)
-        try:
-            return super()._fit_resample(X, y)
-        finally:
-            del self._images, self._labels  # the sampler itself stays small
 
-    def _make_images(self, X, c, count, seed):
-        rows = np.flatnonzero(self._labels == c)
-        if len(rows) < count:
-            raise TooFewImagesError(
-                f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for"
+def _check_real_images(settings, selection, real_images):
+    """Return the images that drawing starts from, or None if it starts from text alone."""
+    if (settings.strengths or selection.match) and real_images is None:
+        raise ValueError(
+            "Image to image and matched statistics need real_images. "
+            "Pass the class's images that the split kept."
+        )
+    if real_images is None:
+        return None
+    real_images, _ = check_images(real_images, np.zeros(len(real_images), dtype=int))
+    return real_images if settings.strengths else None
+
+
+def _check_cache(maker, job, count, path, replace):
+    """Find out before anything is loaded or drawn whether its result can be kept."""
+    path = os.path.expanduser(path)
+    check_cache_path(path)
+    refuse_foreign_images(job["class"], job["label"], name_job(job), path, replace=replace)
+    for place in (maker.shards, Path(path).absolute().parent):
+        require_free_space(place, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
+
+
+def _draw_until_enough(maker, job, sources, selection, count, processes):
+    """Draw candidates in rounds until ``count`` pass. Returns them with what select_candidates returns."""
+    folder = maker.shards / name_job(job)
+    wanted = count
+    while True:
+        candidates = draw_candidates(maker, job, sources, wanted, processes)
+        _check_margins(candidates, job, folder)
+        rows, report = select_candidates(candidates, count, selection)
+        if len(rows) == count:
+            return candidates, rows, report
+        if wanted >= 4 * count:
+            reasons = ", ".join(f"{name}: {number:,}" for name, number in report["rejected"].items())
+            raise SelectionError(
+                f"Only {len(rows):,} of {wanted:,} candidates of {job['class']} pass the selection, but "
+                f"{count:,} are asked for ({reasons}). The candidates stay in {folder}. Ask for fewer images, "
+                "lower --margin or raise --similarity. None of these draws a candidate again."
             )
-        return self._images[np.random.default_rng(seed).choice(rows, count, replace=False)]
+        # Estimates from the acceptance rate how many more are needed. The next round corrects the estimate.
+        acceptance_rate = max(len(rows) / wanted, 0.1)
+        wanted = min(4 * count, wanted + math.ceil((count - len(rows)) / acceptance_rate))
+
+
+def _check_margins(candidates, job, folder):
+    """Refuse candidates that CLIP should have judged and did not: without a margin each would pass."""
+    unjudged = ~np.isfinite(candidates["margin"])
+    if job["clip_model"] != "none" and unjudged.any():
+        first, last = candidates["index"][unjudged][[0, -1]]
+        raise FloatingPointError(
+            f"CLIP gave no judgement (NaN) of {unjudged.sum():,} candidates in {folder}. Remove the shards with the "
+            f"candidates {first} to {last} and run again."
+        )
+
+
+def _real_images_behind(settings, selection, real_images):
+    """Fingerprints of the real images that the generated ones depend on, joined by ``+``; empty if there are none.
+
+    Of an adapter from elsewhere nothing is known, so its fingerprint is the word ``unknown``.
+    """
+    seen = set()
+    if settings.strengths or selection.match:
+        seen.add(fingerprint(real_images))
+    if settings.lora is not None:
+        seen.add(images_of_adapter(settings.lora) or "unknown")
+    return "+".join(sorted(seen))
+
+
+def _match(images, real_images):
+    matched = match_statistics(images, real_images)
+    return matched, {
+        "real": image_statistics(real_images),
+        "generated": image_statistics(images),
+        "matched": image_statistics(matched),
+    }
+
+
+def _describe_candidates(candidates, rows, job, real_images):
+    """One dict per row, by the names in :data:`ImageCache.METADATA`."""
+    shared = {name: job[name] for name in ("class", "label", "model", "preset", "steps", "guidance_scale")}
+    shared |= {"lora": job.get("lora") or "", "real_images": real_images, "job": name_job(job)}
+    described = []
+    for row in rows:
+        own = {name: candidates[name][row] for name in ("index", "prompt", "seed")}
+        if not np.isnan(candidates["margin"][row]):
+            own["clip_margin"] = f"{candidates['margin'][row]:.4f}"
+        if candidates["source"][row] >= 0:
+            own |= {name: candidates[name][row] for name in ("source", "strength")}
+        described.append(shared | own)
+    return described
 
 
 # --- Command line -------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import torch
 from conftest import REPOSITORY
 
 import CandidateImages
-import ImageGeneration
 import ImageSources
 import Prompts
 import StableDiffusionGeneration
@@ -53,7 +52,8 @@ from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, train_lora
 from Runtime import derive_seed, one_process_at_a_time
-from StableDiffusionGeneration import StableDiffusionOverSampler, generate_images, main
+from StableDiffusionGeneration import generate_images, main
+from StableDiffusionSampler import StableDiffusionOverSampler
 
 
 @pytest.fixture(scope="module")
@@ -528,7 +528,7 @@ def test_numbers_that_are_not_finite_are_a_reason_and_no_traceback(tiny_turbo, l
 def test_of_several_processes_the_first_makes_the_images_alone(tiny_turbo, monkeypatch):
     """The others wait for the lock that it holds, so it would wait for them forever."""
     monkeypatch.setattr(
-        ImageGeneration, "start_processes", lambda device: pytest.fail("it waits for the others")
+        StableDiffusionGeneration, "start_processes", lambda device: pytest.fail("it waits for the others")
     )
     assert prepare_images({"cat": 3}) == f"the preset turbo, 3 images generated into {CACHE}"
 
@@ -637,7 +637,7 @@ def test_the_command_line_answers_with_one_clear_line(
     assert not CACHE.exists()
 
 
-def test_the_sampler_is_imported_without_the_heavy_libraries():
+def test_generation_is_imported_without_the_heavy_libraries():
     code = (
         "import sys, StableDiffusionGeneration; "
         "print([m for m in ('diffusers', 'transformers', 'accelerate', 'peft') if m in sys.modules])"

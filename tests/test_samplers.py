@@ -29,7 +29,7 @@ from ImageOverSampler import (
 )
 from ImbalancedCIFAR10 import minority_split
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
-from StableDiffusionGeneration import StableDiffusionOverSampler
+from StableDiffusionSampler import StableDiffusionOverSampler
 
 SAMPLERS = {
     "mild": partial(AugmentationOverSampler, preset="mild"),
