@@ -145,53 +145,13 @@ class GenerationSettings:
         )
 
 
-def describe_job(settings, class_name, label, sources=None):
-    """List everything that the candidates of a class depend on, except a data type that the device decides.
-
-    Parameters
-    ----------
-    settings : GenerationSettings
-    class_name : str
-    label : int
-        Class number.
-    sources : ndarray of uint8, shape (n, height, width, 3), optional
-        The real images that drawing starts from. Required if the settings have strengths.
-
-    Returns
-    -------
-    dict of plain values
-
-    Raises
-    ------
-    ValueError
-        If the class has no prompts.
-    DiffusionPipelines.ModelUnavailableError
-        If the settings name an adapter and its folder holds none.
-    """
-    settings = settings.completed()
-    preset = find_preset(settings.preset)
-    job = {"class": class_name, "label": int(label)} | asdict(settings)
-    if settings.dtype is None:
-        del job["dtype"]  # find_job names it
-    job |= {
-        name: getattr(preset, name)
-        for name in ("guidance_scale", "guidance_interval", "solver", "tiny_decoder")
-    }
-    job["words"] = fingerprint_of_prompts(class_name, settings.prompts)
-    if settings.lora is not None:
-        job["lora_weights"] = _hash_of_adapter(settings.lora)
-    if settings.strengths:
-        job["sources"] = fingerprint(sources)[:12]
-    return job
-
-
 def name_job(job):
     """Name the folder of a job, such as ``cat-fast-0f3a9c21``. Jobs with other settings get other names.
 
     Parameters
     ----------
     job : dict
-        See :func:`find_job`.
+        See :meth:`CandidateMaker.describe_job`.
 
     Returns
     -------
@@ -279,6 +239,45 @@ class CandidateMaker:
             return None
         return ClipFilter(self.settings.clip_model, self.device)
 
+    def describe_job(self, class_name, label, sources=None):
+        """List everything that the candidates of a class depend on. The shards' ``settings.json`` holds this.
+
+        Parameters
+        ----------
+        class_name : str
+        label : int
+            Class number.
+        sources : ndarray of uint8, shape (n, height, width, 3), optional
+            The real images that drawing starts from. Required if the settings have strengths.
+
+        Returns
+        -------
+        dict of plain values
+
+        Raises
+        ------
+        ValueError
+            If the class has no prompts.
+        DiffusionPipelines.ModelUnavailableError
+            If the settings name an adapter and its folder holds none.
+        """
+        settings = self.settings
+        preset = find_preset(settings.preset)
+        job = {"class": class_name, "label": int(label)} | asdict(settings)
+        job |= {
+            name: getattr(preset, name)
+            for name in ("guidance_scale", "guidance_interval", "solver", "tiny_decoder")
+        }
+        job |= {
+            "dtype": dtype_name(self.dtype),
+            "words": fingerprint_of_prompts(class_name, settings.prompts),
+        }
+        if settings.lora is not None:
+            job["lora_weights"] = _hash_of_adapter(settings.lora)
+        if settings.strengths:
+            job["sources"] = fingerprint(sources)[:12]
+        return job
+
     def make(self, class_name, label, indices, sources=None):
         """Draw the candidates of one shard.
 
@@ -348,29 +347,6 @@ class CandidateMaker:
 # --- Shards -------------------------------------------------------------------------------------
 
 
-def find_job(maker, class_name, label, sources=None):
-    """List everything that the candidates of a class depend on. The shards' ``settings.json`` holds this.
-
-    Earlier versions of this code did not name a data type that the device decided. If such a job has shards, it is
-    continued under its old name, so that no finished candidate is lost, although it may get two data types.
-
-    Parameters
-    ----------
-    maker : CandidateMaker
-    class_name, label, sources
-        See :func:`describe_job`, also for the errors.
-
-    Returns
-    -------
-    dict of plain values
-        Without ``dtype`` if the job is from an earlier version.
-    """
-    job = describe_job(maker.settings, class_name, label, sources)
-    if "dtype" not in job and not any((maker.shards / name_job(job)).glob("[0-9]*.npz")):
-        job["dtype"] = dtype_name(maker.dtype)
-    return job
-
-
 @contextlib.contextmanager
 def open_shards(folder, job):
     """Context in which this run alone may write the shards of a job. A second run of the job waits.
@@ -381,15 +357,10 @@ def open_shards(folder, job):
     ----------
     folder : path
     job : dict
-        See :func:`find_job`.
+        See :meth:`CandidateMaker.describe_job`.
     """
     folder = Path(folder)
     with one_process_at_a_time(folder, "draws these candidates"):
-        if "dtype" not in job:
-            print(
-                f"An earlier version began {folder} and did not note the data type: it is continued in this device's. "
-                "Pass --dtype to draw all candidates again in one type."
-            )
         if not (folder / "settings.json").exists():
             save_json(folder / "settings.json", job)
         for unfinished in folder.glob(".*.npz"):
@@ -498,7 +469,7 @@ def draw_candidates(maker, job, sources, wanted, processes):
     ----------
     maker : CandidateMaker
     job : dict
-        See :func:`find_job`.
+        See :meth:`CandidateMaker.describe_job`.
     sources : ndarray of uint8, shape (n, height, width, 3), or None
         Real images that drawing starts from.
     wanted : int

@@ -213,19 +213,11 @@ def _resume(checkpoint, adversaries):
     progress, unjudged = _Progress(*(content[name] for name in names)), None
     for weights in (adversaries.network_weights(), (progress.best or {}).get("state", {})):
         require_finite(weights, f"Weights in the checkpoint {checkpoint.path}", "Remove it to start again.")
-    if _is_unmeasured(progress.history[-1]["quality"]):
+    quality = progress.history[-1]["quality"]
+    if quality is not None and not math.isfinite(quality):
         unjudged = progress.history.pop()
         progress.snapshots.pop()
-    if progress.best is not None and _is_unmeasured(progress.best["quality"]):
-        # Nothing is better than NaN by a comparison, so an earlier version of this code kept such a generator.
-        progress.best = None
-        if unjudged is None:
-            progress.keep_if_best(adversaries.average)
     return progress, unjudged
-
-
-def _is_unmeasured(quality):
-    return quality is not None and not math.isfinite(quality)
 
 
 def _train_until(end, adversaries, batches, seed, progress, bar):

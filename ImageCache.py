@@ -197,8 +197,8 @@ def load_metadata(path=CACHE):
         See :func:`load_generated_images`. Also if the table is damaged or another program has saved it.
     """
     records = _open_cache(path)
-    table = _find_table(user_path(path))
-    if table is None:
+    table = _table_path(user_path(path))
+    if not table.exists():
         return [dict.fromkeys(METADATA, "") for _ in range(len(records))]
     rows = _read_table(table)
     if rows is None:
@@ -329,14 +329,6 @@ def _target(path):
 
 def _table_path(path):
     return _target(path).with_suffix(".csv")
-
-
-def _find_table(path):
-    """The table of a cache, or None. Earlier versions wrote it beside a symbolic link, where it is found too."""
-    table, beside_link = _table_path(path), path.with_suffix(".csv")
-    if table.exists():
-        return table
-    return beside_link if beside_link.exists() and _read_table(beside_link) is not None else None
 
 
 def _read_table(table):

@@ -18,7 +18,7 @@ from ImageCache import cache_checksum
 from ImageOverSampler import added_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from QualityExperiment import judge_generated_images
-from Results import CUES, Study, read_json, with_defaults
+from Results import CUES, Study, read_json
 from Runtime import choose_device, code_version, describe_hardware, require_same_settings, save_json
 from Usefulness import MEASURED
 
@@ -68,10 +68,7 @@ def _measure_cues(study, X, y, unseen, minority, arms, device):
     cues = {"configuration": settings, "auc": {}, "sources": {}}
     if path.exists():
         cues = read_json(path, CUES)
-        require_same_settings(path, with_defaults(cues["configuration"]), settings)
-        # Older records name the generator, but no cache.
-        generator = cues["configuration"].get("generator")
-        cues = {"sources": {name: generator for name in cues["auc"] if ARMS[name].needs_gan}} | cues
+        require_same_settings(path, cues["configuration"], settings)
         # Cues of another generator's images, or of another cache's, say nothing about these.
         known = {name: source for name, source in cues["sources"].items() if name in sources}
         require_same_settings(path, known, {name: sources[name] for name in known})

@@ -27,7 +27,6 @@ from CandidateImages import (
     CandidateMaker,
     GenerationSettings,
     draw_candidates,
-    find_job,
     name_job,
     open_shards,
 )
@@ -105,7 +104,7 @@ def generate_images(
     maker, selection = maker or CandidateMaker(), selection or Selection()
     sources = _check_real_images(maker.settings, selection, real_images)
     label = check_class(class_name, count, label, maker.settings)
-    job = find_job(maker, class_name, label, sources)
+    job = maker.describe_job(class_name, label, sources)
     _check_cache(maker, job, count, path, replace)
     seen = _real_images_behind(maker.settings, selection, real_images)
     processes = processes or start_processes(maker.device)

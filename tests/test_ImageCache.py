@@ -364,22 +364,6 @@ def test_a_cache_has_the_same_table_through_every_link_to_it(images):
     assert describe_cache("large/target.npy") == describe_cache("link.npy") == "3 images imported"
 
 
-def test_a_table_that_an_earlier_version_wrote_beside_a_link_is_found_until_there_is_another(images):
-    Path("large").mkdir()
-    save_generated_images(images[:3], np.full(3, 3), "large/target.npy", rows_of(3))
-    Path("large/target.csv").rename("link.csv")
-    Path("link.npy").symlink_to("large/target.npy")
-    assert describe_cache("link.npy") == "3 images by the preset fast of m"
-    with pytest.raises(ValueError, match=r"link\.npy would share the table link\.csv"):
-        save_generated_images(images[:2], np.full(2, 5), "link.dat")
-    replace_class(5, images[3:5], rows_of(2, "dog", 5), "link.npy")
-    assert [row["class"] for row in load_metadata("link.npy")] == ["cat"] * 3 + ["dog"] * 2
-    assert load_metadata("large/target.npy") == load_metadata("link.npy")
-    Path("large/target.csv").unlink()
-    Path("link.csv").write_text("epoch,loss\n1,0.5\n")  # a file of the user's own, which is none of ours
-    assert describe_cache("link.npy") == "5 images imported"
-
-
 def test_what_a_link_points_to_is_checked_like_a_name(images, labels):
     Path("large").mkdir()
     Path("large/results.csv").write_text("epoch,loss\n1,0.5\n")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import LoRATraining
-from CandidateImages import GenerationSettings, describe_job, name_job
+from CandidateImages import CandidateMaker, GenerationSettings, name_job
 from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
 from ImageCache import fingerprint
 from ImbalancedCIFAR10 import minority_split
@@ -363,7 +363,7 @@ def test_another_adapter_makes_another_job_of_the_same_settings():
     names = set()
     for content in (b"first", b"second", b"first"):
         Path("adapter", WEIGHTS).write_bytes(content)
-        names.add(name_job(describe_job(settings, "cat", 3)))
+        names.add(name_job(CandidateMaker(settings, device="cpu").describe_job("cat", 3)))
     assert len(names) == 2
 
 

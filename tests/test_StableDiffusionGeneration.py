@@ -29,8 +29,6 @@ from CandidateImages import (
     SHARDS,
     CandidateMaker,
     GenerationSettings,
-    describe_job,
-    find_job,
     find_missing,
     name_job,
     read_shards,
@@ -801,7 +799,7 @@ def job_on(settings, monkeypatch):
 
     def find(default, dtype=None):
         monkeypatch.setattr(CandidateImages, "choose_dtype", lambda device: default)
-        return find_job(CandidateMaker(settings, device="cpu", dtype=dtype), "cat", 3)
+        return CandidateMaker(settings, device="cpu", dtype=dtype).describe_job("cat", 3)
 
     return find
 
@@ -816,20 +814,6 @@ def test_a_job_names_its_dtype_also_if_the_device_decides_it(settings, job_on):
         CandidateMaker(settings, dtype=torch.float64)
 
 
-def test_candidates_of_an_earlier_version_that_named_no_dtype_are_continued(loaded, monkeypatch, capsys):
-    maker = CandidateMaker(replace(loaded.settings, dtype=None), device="cpu", batch_size=4)
-    old = describe_job(maker.settings, "cat", 3)
-    assert "dtype" not in old
-    (SHARDS / name_job(old)).mkdir(parents=True)  # an empty folder has nothing to keep
-    assert find_job(maker, "cat", 3)["dtype"] == str(maker.dtype).removeprefix("torch.")
-    write_shard(SHARDS / name_job(old), maker.make("cat", 3, range(2)))
-    drawn = count_draws(maker, monkeypatch)
-    generate(maker, 3)
-    assert drawn == Prompts.make_prompts("cat", 3)[2:]
-    assert {row["job"] for row in load_metadata()} == {name_job(old)}
-    assert f"An earlier version began {SHARDS / name_job(old)}" in capsys.readouterr().out
-
-
 def test_numbers_of_numpy_name_the_same_job_as_plain_ones(settings):
     plain = replace(settings, seed=1, steps=2, size=64, strengths=(0.25, 0.5))
     numpy = replace(
@@ -840,7 +824,7 @@ def test_numbers_of_numpy_name_the_same_job_as_plain_ones(settings):
         strengths=np.array([0.25, 0.5], np.float32),
     )
     jobs = [
-        describe_job(each.completed(), "cat", label, real())
+        CandidateMaker(each, device="cpu").describe_job("cat", label, real())
         for each, label in ((plain, 3), (numpy, np.int64(3)))
     ]
     assert name_job(jobs[0]) == name_job(jobs[1])
@@ -873,7 +857,7 @@ def test_shards_of_two_runs_that_overlap_give_each_candidate_once(loaded, small_
 
 
 def test_a_second_run_of_a_job_waits_and_leaves_the_files_of_the_first_alone(loaded):
-    folder = SHARDS / name_job(describe_job(loaded.settings, "cat", 3))
+    folder = SHARDS / name_job(loaded.describe_job("cat", 3))
     unfinished = folder / ".000000-000002-abc.npz"
     seen = []
 
