@@ -92,13 +92,14 @@ def by_real_images(study):
     }
 
 
-def counts_figure(synthetic, real, title):
-    """Recall, precision and accuracy against the number of synthetic (above) and of real images (below).
+def counts_figure(sweeps, title):
+    """Recall, precision and accuracy against the number of images of the minority.
 
     Parameters
     ----------
-    synthetic, real : dict
-        As :func:`by_synthetic_images` and :func:`by_real_images` return them.
+    sweeps : dict
+        ``"synthetic"`` or ``"real"``, one row of panels each, -> what :func:`by_synthetic_images` or
+        :func:`by_real_images` returns.
     title : str
 
     Returns
@@ -106,11 +107,11 @@ def counts_figure(synthetic, real, title):
     matplotlib.figure.Figure
         Lines are means over seeds, dots single runs.
     """
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharey="col", layout="constrained")
-    for row, curves, label in (
-        (axes[0], synthetic, "synthetic images of the minority"),
-        (axes[1], real, "real images of the minority"),
-    ):
+    size = (12, 1 + 3 * len(sweeps))
+    figure, axes = plt.subplots(
+        len(sweeps), 3, figsize=size, sharey="col", layout="constrained", squeeze=False
+    )
+    for row, (kind, curves) in zip(axes, sweeps.items(), strict=True):
         for ax, (score, value) in zip(row, SCORES.items(), strict=True):
             for name, points in curves.items():
                 scores = {count: value(runs) for count, runs in points.items()}
@@ -119,22 +120,22 @@ def counts_figure(synthetic, real, title):
                 ax.plot(list(means), list(means.values()), color=colour, label=ARMS[name].title)
                 for count, values in scores.items():
                     ax.plot([count] * len(values), values, ".", color=colour)
-            ax.set_xscale("symlog", linthresh=50 if curves is synthetic else 5)
+            ax.set_xscale("symlog", linthresh=50 if kind == "synthetic" else 5)
             counts = sorted({count for points in curves.values() for count in points})
             ax.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45)
             ax.minorticks_off()
-            ax.set(xlabel=label, ylabel=score)
+            ax.set(xlabel=f"{kind} images of the minority", ylabel=score)
             ax.yaxis.set_major_formatter(PercentFormatter(1.0))
             ax.grid(alpha=0.3)
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     return figure
 
 
-def counts_table(synthetic, real):
+def counts_table(sweeps):
     """Markdown table of the points of :func:`counts_figure`: scores in percent, means over seeds."""
     rows = []
-    for kind, curves in (("synthetic", synthetic), ("real", real)):
+    for kind, curves in sweeps.items():
         for name, points in curves.items():
             for count, runs in points.items():
                 scores = (percent(value(runs)) for value in SCORES.values())
@@ -198,21 +199,23 @@ def _other_splits(study):
             yield folder.name, results
 
 
-def _curves():
-    """What :func:`by_synthetic_images` and :func:`by_real_images` return, or None without a run beyond those of the arms."""
-    synthetic, real = by_synthetic_images(COMMITTED), by_real_images(COMMITTED)
+def _sweeps():
+    """What :func:`counts_figure` shows: the sweeps that have a run beyond those of the arms."""
+    sweeps = {}
+    if any(COMMITTED.record_path("").glob("*@*-seed*.json")):
+        sweeps["synthetic"] = by_synthetic_images(COMMITTED)
+    real = by_real_images(COMMITTED)
     own_count = int(COMMITTED.split.rpartition("-")[2])
-    is_run = any(COMMITTED.record_path("").glob("*@*-seed*.json")) or any(
-        points.keys() - {own_count} for points in real.values()
-    )
-    return (synthetic, real) if is_run else None
+    if any(points.keys() - {own_count} for points in real.values()):
+        sweeps["real"] = real
+    return sweeps
 
 
 def generated_parts():
     """Document -> name of each generated part -> its text."""
     counts = NOT_RUN
-    if curves := _curves():
-        counts = f"{counts_table(*curves)}\n\n![Scores against numbers of images](../images/{PICTURE})"
+    if sweeps := _sweeps():
+        counts = f"{counts_table(sweeps)}\n\n![Scores against numbers of images](../images/{PICTURE})"
     splits = splits_table(COMMITTED) or NOT_RUN
     if gains := gains_table(COMMITTED):
         first, second = (ARMS[name].title for name in (BEST_WITHOUT_IMAGES, BEST_WITH_STABLE_DIFFUSION))
@@ -225,9 +228,9 @@ def generated_parts():
 
 def draw_plots():
     """Draw the picture of the numbers of images, if there are such runs."""
-    if curves := _curves():
+    if sweeps := _sweeps():
         title = f"How many images? {COMMITTED.split.rpartition('-')[0]}, profile {COMMITTED.profile}"
-        plt.close(save_figure(counts_figure(*curves, title), COMMITTED.image_path(PICTURE)))
+        plt.close(save_figure(counts_figure(sweeps, title), COMMITTED.image_path(PICTURE)))
 
 
 def main(arguments=None):

@@ -45,7 +45,7 @@ def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_da
         "stable": [5, 10], "logit-adjusted": [5], "stable-source-aware": [],
     }  # fmt: skip
 
-    figure = Sweeps.counts_figure(synthetic, real, "title")
+    figure = Sweeps.counts_figure({"synthetic": synthetic, "real": real}, "title")
     above, below = (figure.axes[k] for k in (0, 3))
     assert [tick.get_text() for tick in above.get_xticklabels()] == ["0", "7", "12", "25"]
     assert [tick.get_text() for tick in below.get_xticklabels()] == ["5", "10"]
@@ -64,6 +64,14 @@ def test_runs_are_found_by_their_numbers_of_synthetic_and_of_real_images(tiny_da
     document.write_text(DOCUMENT)
     with pytest.raises(SystemExit, match="1"):
         Sweeps.main(["--check"])
+
+
+def test_a_sweep_that_was_not_run_has_no_row(tiny_data, tiny_cache, document):
+    run_arms([STUDY], tiny_data, ["logit-adjusted", "stable-source-aware@7"])
+    assert list(Sweeps._sweeps()) == ["synthetic"]
+    Sweeps.main([])
+    assert "| synthetic | 7 |" in document.read_text()
+    assert "| real |" not in document.read_text()
 
 
 def test_the_arms_alone_make_no_curve(tiny_data, document):
