@@ -319,6 +319,14 @@ ARMS = {
         "Logit-adjusted loss, no added image", "logit_adjusted", "resnet_logit_adjusted",
         Method(loss=adjusted), story=True,
     ),
+    "adjusted-after-training": Arm(
+        "Logits adjusted after training, no added image", "adjusted_after_training", "resnet_adjusted_after_training",
+        METHODS["adjusted-after-training"],
+    ),
+    "stable-adjusted-after-training": Arm(
+        "Stable Diffusion, minority only, logits adjusted after training", "stable_adjusted_after_training",
+        "resnet_stable_diffusion_adjusted_after_training", METHODS["stable-adjusted-after-training"],
+    ),
     "stable-source-balanced-adjusted": Arm(
         "Stable Diffusion, source-balanced, logit-adjusted per source", "stable_source_balanced_adjusted",
         "resnet_stable_diffusion_source_balanced_adjusted",
@@ -376,6 +384,11 @@ QUESTIONS = {
     ("gan", "gan-source-balanced"): "Does it raise the recall to give every class images of the GAN?",
     ("stable", "stable-source-balanced"): "Does it raise the recall to give every class Stable Diffusion images?",
     ("imbalanced", "logit-adjusted"): "Does a loss that needs no image raise the recall?",
+    ("logit-adjusted", "adjusted-after-training"): "Does it raise the recall to adjust the logits after the training instead of the loss?",
+    ("adjusted-after-training", "stable-adjusted-after-training"):
+        "With logits adjusted after training, do Stable Diffusion images of the minority raise the recall?",
+    ("stable-adjusted-after-training", "stable-source-aware"):
+        "Does source-aware training beat Stable Diffusion images of the minority with logits adjusted after training?",
     ("stable", "logit-adjusted"): "Does a loss that needs no image beat Stable Diffusion images of the minority?",
     ("logit-adjusted", "gan-source-balanced-adjusted"): "Do the GAN's images add to the adjusted loss?",
     ("logit-adjusted", "stable-source-balanced-adjusted"): "Do Stable Diffusion images of every class add to the adjusted loss?",

@@ -1,8 +1,12 @@
-"""Retrain the last layer of a classifier on balanced classes, and leave its features as they are.
+"""Change the last layer of a trained classifier for balanced classes, and leave its features as they are.
 
     retrain_last_layer(model, X, y, recipe, seed=0)
+    adjust_logits(model, X, y, recipe, seed=0)
 
-Reference: Kang et al. (2020), Decoupling representation and classifier for long-tailed recognition.
+References
+----------
+Kang et al. (2020), Decoupling representation and classifier for long-tailed recognition. Menon et al. (2021),
+Long-tail learning via logit adjustment.
 """
 
 import dataclasses
@@ -12,6 +16,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ClassifierNetwork import CosineLinear
+from Losses import class_log_priors
 from Precision import mixed_precision
 from Runtime import derive_seed
 
@@ -41,14 +46,7 @@ def retrain_last_layer(model, X, y, recipe, seed):
     ValueError
         If a class of the network has no image, or its head gives cosines.
     """
-    if isinstance(model.head, CosineLinear):
-        raise ValueError(
-            "A cosine head has no bias, so a regression cannot replace it. Train with a linear head."
-        )
-    if not np.array_equal(np.unique(y), np.arange(model.num_classes)):
-        raise ValueError(
-            f"The last layer needs images of all {model.num_classes} classes, but y has {np.unique(y).tolist()}."
-        )
+    _check(model, y)
     device = next(model.parameters()).device
     # One batch, so that no row is left out.
     batches = dataclasses.replace(recipe, batch_size=len(y)).batches(X, derive_seed(seed, 7), device)
@@ -70,3 +68,40 @@ def retrain_last_layer(model, X, y, recipe, seed):
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight))
         model.head.bias.copy_(torch.from_numpy(bias))
+
+
+def adjust_logits(model, X, y, recipe, seed):
+    """Subtract the logarithm of the class frequencies from the bias of the last layer.
+
+    This is the logit adjustment of Menon et al. after the training, with tau = 1. The network is then meant for equal
+    class frequencies. A network that learned with added images, too, is adjusted by the frequencies of the real ones.
+
+    Parameters
+    ----------
+    model : ClassifierNetwork.ResNet18
+        Trained with cross-entropy, with a linear head. Changed in place.
+    y : ndarray of int, shape (n,)
+        Classes of the real images.
+    X, recipe, seed
+        Not used: the interface of :func:`retrain_last_layer`.
+
+    Raises
+    ------
+    ValueError
+        If a class of the network has no image, or its head gives cosines.
+    """
+    _check(model, y)
+    [priors] = class_log_priors(y, model.num_classes, np.zeros(len(y), dtype=int))
+    with torch.no_grad():
+        model.head.bias -= torch.from_numpy(priors).to(model.head.bias.device)
+
+
+def _check(model, y):
+    if isinstance(model.head, CosineLinear):
+        raise ValueError(
+            "A cosine head has no bias, so the last layer cannot be changed. Train with a linear head."
+        )
+    if not np.array_equal(np.unique(y), np.arange(model.num_classes)):
+        raise ValueError(
+            f"The last layer needs images of all {model.num_classes} classes, but y has {np.unique(y).tolist()}."
+        )

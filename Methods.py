@@ -34,7 +34,7 @@ from Batches import MixedBatches, PastedBatches, SourceBatches
 from ClassifierTraining import train_classifier
 from GANGeneration import GANOverSampler
 from ImageOverSampler import source_balanced_strategy
-from LastLayer import retrain_last_layer
+from LastLayer import adjust_logits, retrain_last_layer
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
 from Runtime import derive_seed
@@ -357,6 +357,7 @@ IMAGE_FREE = {
     ),
     "smote": Method(what="SMOTE of the rare class, cross-entropy", sampler=PixelOverSampler(SMOTE())),
     "last-layer": Method(what="cross-entropy, last layer retrained on balanced classes", finish=retrain_last_layer),
+    "adjusted-after-training": Method(what="cross-entropy, logits adjusted after training", finish=adjust_logits),
     "mixup": Method(what="mixup", batches=partial(mixed, kind="mixup")),
     "mixup-last-layer": Method(
         what="mixup, last layer retrained on balanced classes",
@@ -385,6 +386,10 @@ IMAGE_FREE = {
 
 WITH_STABLE_DIFFUSION = {
     "stable": Method(what="minority only, cross-entropy (the reference's way)", sampler=StableDiffusionOverSampler()),
+    "stable-adjusted-after-training": Method(
+        what="minority only, cross-entropy, logits adjusted after training",
+        sampler=StableDiffusionOverSampler(), finish=adjust_logits,
+    ),
     "stable-matched-statistics": Method(
         what="minority only, colours and sharpness matched, cross-entropy",
         sampler=StableDiffusionOverSampler(match="statistics"),
