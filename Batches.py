@@ -195,7 +195,7 @@ class SourceBatches(AugmentedBatches):
     Raises
     ------
     ValueError
-        If the phases are not as above, a source that they need has no row, the weight is negative or not finite, or
+        If the phases are not as above, a source that they need has no row or less than half an image of a batch, the weight is negative or not finite, or
         sources with different weights are to share micro-batches.
     """
 
@@ -220,7 +220,12 @@ class SourceBatches(AugmentedBatches):
         self.synthetic_weight, self.statistics_per_source = synthetic_weight, statistics_per_source
         self.phases = tuple((float(end), float(fraction)) for end, fraction in phases)
         self.pools = [np.flatnonzero(sources == source) for source in (0, 1)]
-        synthetic = np.round(_fractions(self.phases, self.steps) * self.batch_size).astype(int)
+        fractions = _fractions(self.phases, self.steps)
+        synthetic = np.round(fractions * self.batch_size).astype(int)
+        if ((fractions > 0) & (synthetic == 0)).any():
+            raise ValueError(
+                f"Batches of {self.batch_size} images are too small for the synthetic fractions of the phases {self.phases}."
+            )
         self.counts = np.stack([self.batch_size - synthetic, synthetic], axis=1)
         for name, pool, needed in zip(
             ("real", "synthetic"), self.pools, self.counts.sum(axis=0), strict=True

@@ -20,6 +20,7 @@ import torch
 from matplotlib.ticker import PercentFormatter
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from Checks import check_labels
 from Utils import COLOURS
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
@@ -51,7 +52,7 @@ def probability_metrics(logits, y_true, minority_classes):
     Raises
     ------
     ValueError
-        If the two arrays are not of the same images, or there is no such class.
+        If the two arrays are not of the same images, there is no such class, or a logit is not finite.
     """
     from torchmetrics.functional.classification import (  # imported here because it takes seconds
         multiclass_calibration_error,
@@ -62,7 +63,10 @@ def probability_metrics(logits, y_true, minority_classes):
         raise ValueError(
             f"One row of logits an image is needed, but the logits have the shape {logits.shape} and y_true {y_true.shape}."
         )
+    if not np.isfinite(logits).all():
+        raise ValueError("The logits have NaN or infinity.")
     classes = logits.shape[1]
+    y_true = check_labels(y_true, classes, "y_true")
     if unknown := sorted(set(map(int, minority_classes)) - set(range(classes))):
         raise ValueError(f"There are logits of {classes} classes, numbered from 0, so none of {unknown}.")
     # In float64, so that probabilities near 1 do not all become 1 and tie in the ranking.

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from Checks import check_images, check_labels
 from GhostBatchNorm import GhostBatchNorm2d
 from MirroredFilters import HalvedMirroredConv2d, mirrored_filters
 from Precision import mixed_precision
 from Runtime import (
-    check_images,
     choose_device,
     derive_seed,
     load_torch_file,
@@ -194,11 +194,17 @@ def channel_statistics(X):
     ----------
     X : ndarray of uint8, shape (n, height, width, 3)
 
+    Raises
+    ------
+    TypeError, ValueError
+        If ``X`` is no such array.
+
     Returns
     -------
     mean, std : lists of 3 floats
         In pixel values. The deviation is at least 1, so that images of a single colour can be normalised.
     """
+    X, _ = check_images(X, np.zeros(len(X), dtype=int))
     # The histogram of the 256 values gives exact sums without a float copy of the images.
     values = np.arange(256)
     mean, std = [], []
@@ -325,9 +331,10 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     Raises
     ------
     TypeError, ValueError
-        If ``X`` and ``y`` are not images with labels (see :func:`Runtime.check_images`), or a logit is not finite.
+        If ``X`` and ``y`` are not images with labels (see :func:`Checks.check_images`), or a logit is not finite.
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
+    check_labels(y, model.num_classes)
     model.to(memory_format=torch.channels_last)
     images = torch.from_numpy(X).to(next(model.parameters()).device)
     logits = _outputs(model, model, images, batch_size)

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from Checks import check_images, check_labels
 from ClassifierNetwork import CosineLinear
 from Compilation import CompiledNetwork
 from GhostBatchNorm import micro_batches
@@ -42,7 +43,6 @@ from Muon import KernelMuon
 from Precision import ScaledSteps, half_weights, mixed_precision, precision_name
 from Runtime import (
     Checkpoint,
-    check_images,
     checksum,
     deterministic_convolutions,
     plain,
@@ -173,7 +173,7 @@ def train_classifier(
     Parameters
     ----------
     model : ResNet18
-    X : ndarray of uint8, shape (n, height, width, 3)
+    X : ndarray of uint8, shape (n, height, width, 3), sides of 16 pixels or more
     y : ndarray of int, shape (n,)
     recipe : Recipe
     seed : int
@@ -211,6 +211,10 @@ def train_classifier(
         If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
+    if min(X.shape[1:3]) < SMALLEST_SIDE:
+        raise ValueError(
+            f"Images need sides of {SMALLEST_SIDE} pixels or more, but X has the shape {X.shape}. Enlarge them."
+        )
     seed = int(seed)  # a NumPy integer would not come back from the checkpoint
     loss = CrossEntropy(recipe.label_smoothing) if loss is None else loss
     _check_labels_and_loss(y, model, recipe, loss)
@@ -247,10 +251,7 @@ def train_classifier(
 
 
 def _check_labels_and_loss(y, model, recipe, loss):
-    if y.min() < 0 or y.max() >= model.num_classes:
-        raise ValueError(
-            f"Labels run from {y.min()} to {y.max()}, but the network has classes 0 to {model.num_classes - 1}."
-        )
+    check_labels(y, model.num_classes)
     if isinstance(loss, LogitAdjustedLoss):
         if recipe.label_smoothing:
             raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.fft
 from PIL import Image
 
-from Runtime import check_images
+from Checks import check_images
 
 SIZE = 32  # pixels, as in CIFAR-10
 # Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.

@@ -205,7 +205,7 @@ def check_training_data(X, y, num_classes=None):
     Parameters
     ----------
     X, y : ndarrays
-        As :func:`Runtime.check_images` returns them.
+        As :func:`Checks.check_images` returns them.
     num_classes : int, optional
         Default: one more than the largest label.
 

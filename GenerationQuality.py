@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from Checks import check_images
 from Precision import mixed_precision
 from Runtime import (
     atomic_path,
-    check_images,
     choose_device,
     derive_seed,
     downloading,

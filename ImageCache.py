@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from Checks import check_images
 from Runtime import (
     atomic_path,
-    check_images,
     checksum,
     one_process_at_a_time,
     require_writable,
@@ -387,7 +387,7 @@ def _open_cache(path):
         found = getattr(records, "dtype", type(records).__name__)
         raise ValueError(
             f"{path} must hold one record of {RECORD} for each image, but it holds {found}. "
-            "Remove it and make it again."
+            "Choose a file that save_generated_images wrote, or remove it and make it again."
         )
     if records.offset + records.nbytes != path.stat().st_size:
         raise ValueError(

@@ -20,8 +20,9 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.utils import check_sampling_strategy
 from sklearn.utils import check_random_state
 
+from Checks import check_images
 from Downsampling import match_spectrum, match_statistics
-from Runtime import check_images, derive_seed
+from Runtime import derive_seed
 
 MATCHES = {"spectrum": match_spectrum, "statistics": match_statistics}
 # Peak memory that a value of a pixel takes, by match: each class alone and all together, and floats while matching.
@@ -143,7 +144,13 @@ class ImageOverSampler(BaseOverSampler):
         for c, count in sorted(self.sampling_strategy_.items()):
             if count > 0:
                 class_seed = derive_seed(seed, int(c) % 2**32)  # c may be negative
-                images.append(self._make_images(X[y == c], int(c), count, class_seed))
+                made = np.asarray(self._make_images(X[y == c], int(c), count, class_seed))
+                if made.dtype != np.uint8 or made.shape != (count, *X.shape[1:]):
+                    raise TypeError(
+                        f"{type(self).__name__}._make_images must return uint8 of the shape {(count, *X.shape[1:])}, but "
+                        f"returned {made.dtype} of the shape {made.shape}."
+                    )
+                images.append(made)
                 labels.append(np.full(count, c, dtype=np.int64))
         new = np.concatenate(images)
         if self.match is not None and len(new):

@@ -27,6 +27,7 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
+from Checks import check_labels
 from Runtime import derive_seed, downloading, is_reachable, require_free_space, user_path
 
 CIFAR10_CLASSES = (
@@ -320,9 +321,13 @@ class Split:
         Raises
         ------
         ValueError
-            If a class has fewer images than it should keep.
+            If a class has fewer images than it should keep, or none.
         """
-        kept = []
+        y, kept = check_labels(y), []
+        if missing := sorted(self.counts.keys() - set(y.tolist())):
+            raise ValueError(
+                f"Split {self.name} keeps images of the classes {missing}, but y has none of them."
+            )
         for c in np.unique(y):
             rows = np.flatnonzero(y == c)
             count = self.counts.get(int(c), len(rows))
@@ -354,8 +359,11 @@ class Split:
         Raises
         ------
         ValueError
-            If a class has fewer images than it should keep.
+            If a class has fewer images than it should keep, or none, or there are not as many labels as images.
         """
+        X, y = np.asarray(X), check_labels(y)  # a pandas Series would be indexed by its index
+        if len(X) != len(y):
+            raise ValueError(f"Each image needs a label: X has {len(X):,} images, y has {len(y):,}.")
         rows = self.kept_rows(y)
         return X[rows], y[rows]
 
@@ -415,6 +423,7 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
     ValueError
         If a class is unknown or named twice, or if the count is not between 1 and the number of images.
     """
+    y = check_labels(y, len(class_names))
     names = [minority] if isinstance(minority, (str, int, np.integer)) else list(minority)
     classes = [class_number(name, class_names) for name in names]
     if not classes or len(set(classes)) != len(classes):
@@ -467,7 +476,7 @@ def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw
         If the factor is below 1, or so large that a class would keep no image.
     """
     _check_factor(imbalance_factor)
-    sizes = np.bincount(y, minlength=len(class_names))
+    sizes = np.bincount(check_labels(y, len(class_names)), minlength=len(class_names))
     powers = np.arange(len(class_names)) / (len(class_names) - 1)
     wanted = (sizes.max() * (1 / imbalance_factor) ** powers + 1e-9).astype(int)
     counts = {c: int(min(count, sizes[c])) for c, count in enumerate(wanted)}
@@ -500,7 +509,7 @@ def step_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
         If the factor is below 1, or so large that a class would keep no image.
     """
     _check_factor(imbalance_factor)
-    sizes = np.bincount(y, minlength=len(class_names))
+    sizes = np.bincount(check_labels(y, len(class_names)), minlength=len(class_names))
     minority = tuple(range((len(class_names) + 1) // 2, len(class_names)))
     counts = {c: int(min(sizes.max() / imbalance_factor + 1e-9, sizes[c])) for c in minority}
     _check_none_empty(counts, class_names, imbalance_factor)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import Precision
+from Checks import check_images
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
 from ImageCache import fingerprint
@@ -33,7 +34,6 @@ from Prompts import with_article
 from Runtime import (
     Checkpoint,
     atomic_path,
-    check_images,
     choose_device,
     derive_seed,
     load_torch_file,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from Checks import NUMBER_THEM, check_labels
 from Runtime import checksum
 
 
@@ -74,7 +75,8 @@ class LogitAdjustedLoss(nn.Module):
     Raises
     ------
     TypeError, ValueError
-        If ``sources`` are not sources of the rows of ``y``, ``tau`` is negative or not finite, or synthetic rows of a class
+        If ``y`` does not hold class numbers below ``num_classes``, a class has no row, all rows of a source are of one class
+        (each of them would have the loss 0), ``sources`` are not sources of the rows of ``y``, ``tau`` is negative or not finite, or synthetic rows of a class
         that has no real row are to be adjusted by the real rows.
     """
 
@@ -85,9 +87,22 @@ class LogitAdjustedLoss(nn.Module):
         super().__init__()
         if not 0 <= tau < float("inf"):
             raise ValueError(f"tau must be a finite number, 0 or more: got {tau}.")
-        y = np.asarray(y)
+        y = check_labels(y, num_classes)
         sources = _check_sources(sources, y)
-        log_priors = torch.from_numpy(class_log_priors(y, num_classes, sources))
+        log_priors = class_log_priors(y, num_classes, sources)
+        if untrained := np.flatnonzero(np.isneginf(log_priors).all(axis=0)).tolist():
+            raise ValueError(
+                f"No row is of the classes {untrained}. Their logits would never be trained, but compete with the others. "
+                f"{NUMBER_THEM}"
+            )
+        alone = np.sum(np.isfinite(log_priors), axis=1) == 1  # sources that have one class only
+        if not real_prior_for_all and num_classes > 1 and alone.any():
+            source = int(alone.argmax())
+            raise ValueError(
+                f"All rows of source {source} are of class {y[sources == source][0]}, so their loss is always 0 and they teach "
+                "nothing. Give the source images of several classes, or set real_prior_for_all=True."
+            )
+        log_priors = torch.from_numpy(log_priors)
         if tau != 1:  # 0 times -inf would be NaN
             log_priors = torch.where(log_priors.isfinite(), tau * log_priors, log_priors)
         priors = np.zeros_like(sources) if real_prior_for_all else sources
@@ -96,9 +111,22 @@ class LogitAdjustedLoss(nn.Module):
                 f"real_prior_for_all needs a real image of each class, but there is none of {missing}."
             )
         self.register_buffer("log_prior_of_row", log_priors[torch.from_numpy(priors)])
+        self._has_one_prior = bool((priors == priors[0]).all())
 
-    def forward(self, logits, targets, rows):
-        """Mean loss of m images; the parameters are those of :meth:`CrossEntropy.forward`."""
+    def forward(self, logits, targets, rows=None):
+        """Mean loss of m images; the parameters are those of :meth:`CrossEntropy.forward`.
+
+        Without several sources, ``rows`` may be None.
+
+        Raises
+        ------
+        ValueError
+            If the rows are missing and their sources differ.
+        """
+        if rows is None:
+            if not self._has_one_prior:
+                raise ValueError("Pass the rows: each has the class frequencies of its own source.")
+            rows = 0
         return F.cross_entropy(logits + self.log_prior_of_row[rows], targets)
 
     def extra_repr(self):
@@ -137,10 +165,7 @@ def class_log_priors(y, num_classes, sources):
     ValueError
         If a label is no class.
     """
-    if y.min() < 0 or y.max() >= num_classes:
-        raise ValueError(
-            f"Labels run from {y.min()} to {y.max()}, but there are classes 0 to {num_classes - 1}."
-        )
+    y = check_labels(y, num_classes)
     counts = np.zeros((sources.max() + 1, num_classes))
     np.add.at(counts, (sources, y), 1)
     with np.errstate(divide="ignore"):

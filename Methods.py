@@ -1,6 +1,6 @@
 """Ways to train with a rare class, with and without synthetic images.
 
-    method = METHODS["stable-spectrum-quarter"]
+    method = find_method("stable-spectrum-quarter")
     X_res, y_res = method.fit_resample(X, y, seed=0)
     model = create_classifier(10, 16, channel_statistics(X_res), seed=0, cosine_head=method.cosine_head)
     history, settings = method.train(model, X_res, y_res, len(X), recipe, seed=0)
@@ -31,6 +31,7 @@ from imblearn.over_sampling import SMOTE, RandomOverSampler
 from sklearn.base import clone
 
 from Batches import MixedBatches, PastedBatches, SourceBatches
+from Checks import check_images
 from ClassifierTraining import train_classifier
 from GANGeneration import GANOverSampler
 from ImageOverSampler import source_balanced_strategy
@@ -167,23 +168,20 @@ class Method:
         parameters = {"random_state": sampling_seed(seed)} | (
             {"generator": generator} if self.needs_gan else {}
         )
-        X_res, y_res = clone(self.sampler).set_params(**parameters).fit_resample(X, y)
-        if self.shuffled:
-            np.random.default_rng(derive_seed(seed, 4)).shuffle(y_res[len(y) :])
-        return X_res, y_res
+        return clone(self.sampler).set_params(**parameters).fit_resample(X, y)
 
     def train(
         self, model, X, y, real_rows, recipe, *, seed, after_epoch=None, checkpoint=None, rank=0, world_size=1
     ):
-        """Train a network in place, on its device, with this method's loss and batches.
+        """Train a network in place, on its device, with this method's loss, batches and changes of the recipe.
 
-        It has the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method
+        The sampler is not used: see :meth:`fit_resample`. Nor is ``compute``: the recipe has the number of steps. It has the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method
         itself decides (loss and batches), and three more: ten.
 
         Parameters
         ----------
         real_rows : int
-            The first rows up to this one are real, the others synthetic.
+            How many rows are real, 1 or more. They come first. The others are synthetic.
         rank, world_size : int
             Of the processes that train this network together.
 
@@ -196,9 +194,15 @@ class Method:
         Raises
         ------
         ValueError
-            If several processes are to train by a method with batches of its own.
+            If several processes are to train by a method with batches of its own, or there are not as many rows as are real.
         """
-        device = next(model.parameters()).device
+        X, y = check_images(X, y)
+        if not 1 <= real_rows <= len(y):
+            raise ValueError(f"real_rows must be from 1 to the {len(y):,} rows of y: got {real_rows}.")
+        device, recipe = next(model.parameters()).device, dataclasses.replace(recipe, **self.changes)
+        if self.shuffled:
+            y = y.copy()
+            np.random.default_rng(derive_seed(seed, 4)).shuffle(y[real_rows:])
         if self.choose is not None:
             rows = self._chosen_rows(model, X, y, real_rows, recipe, seed, checkpoint)
             X, y = X[rows], y[rows]
@@ -237,7 +241,7 @@ class Method:
 
     def _chosen_rows(self, model, X, y, real_rows, recipe, seed, checkpoint):
         """Train a copy of the network for a part of the steps, and let it choose the rows to train on."""
-        first = dataclasses.replace(self, choose=None, finish=None)
+        first = dataclasses.replace(self, choose=None, finish=None, shuffled=False)
         network = copy.deepcopy(model)
         path = None if checkpoint is None else _choosing_checkpoint(checkpoint)
         steps = max(1, round(CHOOSING_STEPS * recipe.steps))

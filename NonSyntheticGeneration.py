@@ -17,8 +17,9 @@ from PIL import Image
 from sklearn.base import clone
 from torchvision.transforms import InterpolationMode, v2
 
+from Checks import check_images
 from ImageOverSampler import ImageOverSampler, TooFewImagesError, UnsuitableImagesError, check_request
-from Runtime import check_images, seeded
+from Runtime import seeded
 
 # --- Augmentation -------------------------------------------------------------------------------
 
@@ -141,12 +142,14 @@ class PixelOverSampler(BaseOverSampler):
     Parameters
     ----------
     sampler : imbalanced-learn over-sampler
-        It is cloned, so the given object stays as it is.
+        Without a strategy and a random state of its own. It is cloned, so the given object stays as it is.
     sampling_strategy, random_state
         Passed to ``sampler``: see :class:`ImageOverSampler.ImageOverSampler`.
 
     Raises
     ------
+    ValueError
+        In ``fit_resample``, if the sampler has a strategy or a random state of its own, or is no over-sampler.
     TooFewImagesError
         In ``fit_resample``, if the sampler interpolates between neighbours and a class that it resamples has one image.
     UnsuitableImagesError
@@ -175,6 +178,14 @@ class PixelOverSampler(BaseOverSampler):
 
     def _check_X_y(self, X, y):
         X, y = check_images(X, y)
+        own = self.sampler.get_params(deep=False)
+        if not isinstance(self.sampler, BaseOverSampler):
+            raise ValueError(f"{type(self.sampler).__name__} is no over-sampler: it may remove images.")
+        if own["sampling_strategy"] != "auto" or own.get("random_state") is not None:
+            raise ValueError(
+                "Give sampling_strategy and random_state to PixelOverSampler: it sets those of its sampler, "
+                f"{self.sampler}."
+            )
         check_request(self.sampling_strategy, X, y, bytes_per_value=9)  # float32 twice, and uint8
         return X, y, False
 
@@ -189,7 +200,8 @@ class PixelOverSampler(BaseOverSampler):
                 continue  # a NearestNeighbors object has a number of its own
             if min(resampled) < 2:
                 raise TooFewImagesError(
-                    f"{type(sampler).__name__} interpolates between images of a class, but one class has only one"
+                    f"{type(sampler).__name__} interpolates between images of a class, but a class that it shall fill up "
+                    "has only one. RandomOverSampler repeats it"
                 )
             sampler.set_params(**{name: min(neighbours, min(resampled) - 1)})
         # float32, because differences of uint8 wrap around.

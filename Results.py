@@ -235,7 +235,7 @@ JUDGEMENT = {
     },
 }  # fmt: skip
 
-CUES = {"auc": {str: Real}, "configuration": dict, "hardware": HARDWARE}
+CUES = {"auc": {str: Real}, "configuration": dict, "sources": dict, "hardware": HARDWARE}
 
 
 def read_json(path, shape=None):

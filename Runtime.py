@@ -114,38 +114,6 @@ def plain(value):
     return value
 
 
-def check_images(X, y):
-    """Return ``X`` and ``y`` if they are images with labels, else raise an error.
-
-    Parameters
-    ----------
-    X : ndarray of uint8, shape (n, height, width, 3), n at least 1
-    y : ndarray of integers, shape (n,)
-
-    Returns
-    -------
-    X : the same array
-    y : the labels as int64
-
-    Raises
-    ------
-    TypeError
-        If a dtype is wrong. Floats are refused because their range (0 to 1 or 0 to 255) is unknown.
-    ValueError
-        If a shape is wrong.
-    """
-    X, y = np.asarray(X), np.asarray(y)
-    if X.dtype != np.uint8:
-        raise TypeError(f"X must hold uint8 pixels from 0 to 255, but its dtype is {X.dtype}.")
-    if X.ndim != 4 or X.shape[-1] != 3 or 0 in X.shape:
-        raise ValueError(f"X must have the shape (n, height, width, 3), but it is {X.shape}.")
-    if y.shape != (len(X),):
-        raise ValueError(f"y must have the shape ({len(X)},) like X's first axis, but it is {y.shape}.")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise TypeError(f"y must hold class numbers (integers), but its dtype is {y.dtype}.")
-    return X, y.astype(np.int64, copy=False)
-
-
 def checksum(*arrays):
     """CRC-32 (int) of the contents of several arrays, in the order given."""
     result = 0
@@ -483,13 +451,14 @@ def load_torch_file(path, keys):
         raise OSError(f"{path} cannot be read: {error.strerror}. Choose a file that you may read.") from error
     except Exception as error:  # torch.load raises many kinds of errors for a damaged file
         raise ValueError(
-            f"{path} is damaged or no file of this project ({type(error).__name__}). Remove it and run again."
+            f"{path} is damaged or no file of this project ({type(error).__name__}). Choose another file. If this project "
+            "wrote it, remove it and run again."
         ) from error
     missing = keys - content.keys() if isinstance(content, dict) else keys
     if missing:
         raise ValueError(
             f"{path} is not the expected kind of file: it lacks {', '.join(sorted(missing))}. "
-            "Remove it and run again."
+            "Choose another file. If this project wrote it, remove it and run again."
         )
     return content
 

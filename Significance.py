@@ -43,9 +43,11 @@ def mean_interval(values, level=0.95):
     Raises
     ------
     ValueError
-        If there is no value.
+        If there is no value, or ``level`` is not between 0 and 1.
     """
     values = np.asarray(values, dtype=float)
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, such as 0.95: got {level}.")
     if not values.size:
         raise ValueError("There is no score to average.")
     if values.size < 3:
@@ -97,7 +99,7 @@ def minority_scores(y_true, predictions, minority_classes, weights):
     Raises
     ------
     ValueError
-        If the arrays are not of the same images, or there is no image of a minority class.
+        If the arrays are not of the same images, or there is no minority class or no image of one.
     """
     y_true, predictions, weights = map(np.asarray, (y_true, predictions, weights))
     if not y_true.shape == predictions.shape == weights.shape[1:]:
@@ -105,6 +107,8 @@ def minority_scores(y_true, predictions, minority_classes, weights):
             f"The true classes, predictions and weights must be of the same images, but have the shapes {y_true.shape}, "
             f"{predictions.shape} and {weights.shape}."
         )
+    if not len(minority_classes):
+        raise ValueError("Name at least one minority class.")
     if missing := sorted(set(minority_classes) - set(y_true.tolist())):
         raise ValueError(f"There is no image of the minority classes {missing}.")
     right = y_true == predictions
@@ -145,7 +149,7 @@ def mcnemar_over_seeds(y_true, first, second):
     Raises
     ------
     ValueError
-        If the arrays are not of the same images and seeds, or there is no seed.
+        If the arrays are not of the same images and seeds, there is no seed, or some classes are numbers and others text.
     """
     y_true, first, second = map(np.asarray, (y_true, first, second))
     first, second = np.atleast_2d(first), np.atleast_2d(second)
@@ -153,6 +157,10 @@ def mcnemar_over_seeds(y_true, first, second):
         raise ValueError(
             f"The predictions must be for the same images and for one seed or more, but y_true, first and second have the "
             f"shapes {y_true.shape}, {first.shape} and {second.shape}."
+        )
+    if len({np.issubdtype(classes.dtype, np.number) for classes in (y_true, first, second)}) > 1:
+        raise ValueError(
+            "True and predicted classes must be written alike, but some are numbers and some are not."
         )
     gains = np.sum(second == y_true, axis=0) - np.sum(first == y_true, axis=0)
     counts = np.bincount(np.abs(gains))[1:]  # images that gain or lose 1, 2, ... seeds
@@ -203,13 +211,15 @@ def rank_correlation(x, y):
     Raises
     ------
     ValueError
-        If there are fewer than three values, or not as many of each.
+        If there are fewer than three values, not as many of each, or one is not finite.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if x.shape != y.shape or x.ndim != 1 or x.size < 3:
         raise ValueError(
             f"Two lists of at least three values are needed, got shapes {x.shape} and {y.shape}."
         )
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("The values have NaN or infinity, which has no rank.")
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan"), float("nan")
     x, y = zscore(rankdata(x)), zscore(rankdata(y))  # Spearman's is Pearson's of the ranks

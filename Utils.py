@@ -17,6 +17,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
+from Checks import check_labels
 from Runtime import atomic_path
 
 # Okabe and Ito's colours can be told apart by colour-blind readers and in greyscale print.
@@ -105,8 +106,21 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
         - ``confusion_matrix``: list of lists of counts. Rows are true classes, columns are predicted ones.
 
         Precision and F1 of a class that is never predicted are 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a label is no class, there are not as many predictions as labels, or no image is of a minority class.
     """
     labels = np.arange(len(class_names))
+    y_true, y_pred = check_labels(y_true, len(labels), "y_true"), check_labels(y_pred, len(labels), "y_pred")
+    if y_true.shape != y_pred.shape:
+        raise ValueError(f"There are {len(y_pred):,} predictions of {len(y_true):,} images.")
+    if not len(minority_classes) or (missing := sorted(set(minority_classes) - set(y_true.tolist()))):
+        raise ValueError(
+            f"minority_classes must be one or more numbers of classes in y_true: got {list(minority_classes)}"
+            + (f", but no image is of {missing}." if len(minority_classes) else ".")
+        )
     precision, recall, f1, support = precision_recall_fscore_support(
         y_true, y_pred, labels=labels, zero_division=0
     )

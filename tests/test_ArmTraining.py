@@ -62,7 +62,7 @@ def expected_counts(arm_name):
     real[CAT] = 5
     if "source-balanced" in arm_name or "source-aware" in arm_name:
         synthetic[:] = 12  # 0.4 x 30
-    if arm_name not in ("imbalanced", "logit-adjusted"):
+    if arm_name not in ("imbalanced", "logit-adjusted", "adjusted-after-training"):
         synthetic[CAT] = 25
     return real.tolist(), synthetic.tolist()
 

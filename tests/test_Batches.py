@@ -343,3 +343,8 @@ def test_an_infinite_synthetic_image_leaves_the_running_statistics_finite():
     with pytest.raises(FloatingPointError):
         train_classifier(model, X, y, Recipe(steps=1, batch_size=8), seed=0, batches=batches)
     assert model.norm.running_mean.isfinite().all() and model.norm.running_var.isfinite().all()
+
+
+def test_batches_too_small_for_a_synthetic_image_are_refused():
+    with pytest.raises(ValueError, match="Batches of 2 images are too small for the synthetic fractions"):
+        source_batches(batch_size=2, phases=((0.85, 0.25), (1.0, 0.0)))

@@ -100,3 +100,12 @@ def test_the_diagram_pools_runs_and_leaves_out_bins_of_few_images():
     assert line.get_label() == "an arm"
     assert line.get_xydata() == pytest.approx(np.array([[0.22, 0.4]]))
     plt.close(figure)
+
+
+def test_labels_without_a_logit_and_logits_that_are_no_numbers_are_refused():
+    logits, y = np.eye(3, dtype=np.float32), np.arange(3)
+    with pytest.raises(ValueError, match="Labels run from 1 to 3 in y_true, but there are classes 0 to 2"):
+        probability_metrics(logits, y + 1, [2])
+    logits[0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        probability_metrics(logits, y, [2])

@@ -477,3 +477,11 @@ def test_a_cosine_head_gives_cosines_and_survives_a_file():
     assert torch.allclose(model(images), expected, atol=1e-5) and model(images).abs().max() <= 1
     save_classifier(model, "cosine.pt")
     assert torch.equal(load_classifier("cosine.pt", "cpu")(images), model(images))
+
+
+def test_labels_that_the_network_lacks_and_images_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="Labels run from .* to 10 in y, but there are classes 0 to 9"):
+        evaluate_classifier(small_model(), X, y + 1)
+    for images in (X[..., 0], X / 255, X.transpose(0, 3, 1, 2)):
+        with pytest.raises((TypeError, ValueError), match="X must h"):
+            channel_statistics(images)

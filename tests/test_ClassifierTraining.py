@@ -233,8 +233,8 @@ def test_a_source_without_rows_has_no_priors():
 
 
 def test_without_sources_all_rows_have_the_same_source():
-    priors = LogitAdjustedLoss(np.array([0, 0, 0, 1]), 3).log_prior_of_row
-    assert np.allclose(np.exp(priors.numpy()), [[3 / 4, 1 / 4, 0]] * 4)
+    priors = LogitAdjustedLoss(np.array([0, 0, 0, 1]), 2).log_prior_of_row
+    assert np.allclose(np.exp(priors.numpy()), [[3 / 4, 1 / 4]] * 4)
 
 
 def test_the_priors_move_with_the_loss():
@@ -920,7 +920,7 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint(checkpoint, 
     ("change", "error", "message"),
     [
         ({"y": y - 1}, ValueError, "Labels run from -1 to 8"),
-        ({"y": y + 1}, ValueError, "Labels run from 1 to 10, but the network has classes 0 to 9"),
+        ({"y": y + 1}, ValueError, "Labels run from 1 to 10 in y, but there are classes 0 to 9"),
         ({"y": y[:-1]}, ValueError, r"shape \(20,\)"),
         ({"y": y / 1.0}, TypeError, "integers"),
         ({"X": X / 255}, TypeError, "uint8"),
@@ -1058,3 +1058,9 @@ def test_a_checkpoint_from_before_a_setting_could_be_chosen_is_resumed():
     resumed = small_model(seed=9)
     train(resumed, checkpoint="run.pt")
     assert equal_weights(resumed, whole)
+
+
+def test_images_too_small_for_the_last_stage_are_refused():
+    images = np.zeros((20, 15, 20, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="Images need sides of 16 pixels or more"):
+        train_classifier(small_model(), images, np.arange(20) % 10, Recipe(steps=1, batch_size=20), seed=0)

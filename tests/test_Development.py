@@ -11,9 +11,11 @@ import torch
 
 import Development
 import DevelopmentSplits
+import Methods
 import MethodTraining
 from Arms import PROFILES, ArmUnavailableError
-from ClassifierTraining import AugmentedBatches
+from ClassifierNetwork import channel_statistics, create_classifier
+from ClassifierTraining import AugmentedBatches, Recipe
 from DevelopmentReport import generated_parts, methods_table
 from DevelopmentReport import main as report
 from DevelopmentSplits import SPLITS, development_data, held_out_set, validation_scores
@@ -170,11 +172,16 @@ def test_a_finished_run_is_read_and_one_of_another_recipe_refused(few, monkeypat
         run_method(few, "plain", "dog-10", 0, TINY)
 
 
-def test_the_placebo_shuffles_synthetic_labels_only(few, cache):
+def test_the_placebo_shuffles_synthetic_labels_only(few, cache, monkeypatch):
     X, y = split_from_name("dog-10", few.y_train).cut(few.X_train, few.y_train)
-    names = ("stable-spectrum-quarter", "stable-placebo")
-    first, second = (METHODS[name].fit_resample(X, y, seed=0)[1] for name in names)
-    real = len(y)
+    real, seen = len(y), []
+    monkeypatch.setattr(Methods, "train_classifier", lambda model, X, y, recipe, **options: seen.append(y))
+    for name in ("stable-spectrum-quarter", "stable-placebo"):
+        X_res, y_res = METHODS[name].fit_resample(X, y, seed=0)
+        given, model = y_res.copy(), create_classifier(10, 4, channel_statistics(X_res), seed=0)
+        METHODS[name].train(model, X_res, y_res, real, Recipe(steps=4, batch_size=16), seed=0)
+        assert np.array_equal(y_res, given)  # what the caller has stays
+    first, second = seen
     assert np.array_equal(first[:real], y) and np.array_equal(second[:real], y)
     assert np.array_equal(np.bincount(first), np.bincount(second))
     assert np.mean(first[real:] == second[real:]) < 0.4
@@ -294,3 +301,26 @@ def test_mistakes_are_found_before_anything_runs(few, monkeypatch, capsys, argum
 def test_methods_are_found_by_name():
     assert find_method("plain") is METHODS["plain"]
     assert torch.is_tensor(METHODS["adjusted"].loss(np.arange(10), 10, np.zeros(10, int)).log_prior_of_row)
+
+
+# --- A method alone -----------------------------------------------------------------------------
+
+
+def test_a_method_trains_with_its_own_changes_of_the_recipe(monkeypatch):
+    recipes = []
+    monkeypatch.setattr(
+        Methods, "train_classifier", lambda model, X, y, recipe, **options: recipes.append(recipe)
+    )
+    X, y = np.zeros((20, 16, 16, 3), dtype=np.uint8), np.arange(20) % 10
+    model = create_classifier(10, 4, channel_statistics(X), seed=0)
+    for name in ("adjusted", "adjusted-cutout", "adjusted-sam"):
+        METHODS[name].train(model, X, y, len(y), Recipe(steps=1, batch_size=4), seed=0)
+    assert [(recipe.cutout, recipe.sam_radius) for recipe in recipes] == [(0, 0), (8, 0), (0, 0.1)]
+
+
+@pytest.mark.parametrize("real_rows", [-1, 0, 21])
+def test_the_number_of_real_rows_must_be_possible(real_rows):
+    X, y = np.zeros((20, 16, 16, 3), dtype=np.uint8), np.arange(20) % 10
+    model = create_classifier(10, 4, channel_statistics(X), seed=0)
+    with pytest.raises(ValueError, match=f"real_rows must be from 1 to the 20 rows of y: got {real_rows}"):
+        METHODS["adjusted"].train(model, X, y, real_rows, Recipe(steps=1, batch_size=4), seed=0)

@@ -565,3 +565,49 @@ def test_the_test_set_of_the_digits_is_the_same_in_every_call():
         assert np.array_equal(getattr(first, name), getattr(again, name))
     # The committed results need this choice of test images.
     assert checksum(first.X_train, first.y_train, first.X_test, first.y_test) == 2770301835
+
+
+# --- Labels of one's own ------------------------------------------------------------------------
+
+
+class Series:
+    """Labels with an index of their own, by which they are looked up, as those of a pandas Series."""
+
+    def __init__(self, values, index):
+        self.values, self.index = values, index
+
+    def __len__(self):
+        return len(self.values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype=dtype)
+
+    def __getitem__(self, labels):
+        return self.values[np.argsort(self.index)[labels]]
+
+
+def test_images_keep_their_labels_whatever_the_index_of_a_series():
+    y = np.arange(30) % 3
+    X = np.repeat(y, 2).reshape(30, 2)  # an image shows its class
+    shuffled = Series(y, index=np.random.default_rng(0).permutation(30))
+    for labels in (y, shuffled, y.tolist()):
+        X_cut, y_cut = minority_split(labels, ("ape", "bee", "cow"), "cow", 4).cut(X, labels)
+        assert np.array_equal(X_cut[:, 0], y_cut)
+        assert np.bincount(y_cut).tolist() == [10, 10, 4]
+
+
+def test_labels_that_would_make_another_class_rare_are_refused():
+    y, names = np.arange(30) % 3, ("ape", "bee", "cow")
+    for make in (
+        lambda labels: minority_split(labels, names, "cow", 4),
+        lambda labels: long_tailed_split(labels, names, 2),
+        lambda labels: step_split(labels, names, 2),
+    ):
+        with pytest.raises(ValueError, match="Labels run from 1 to 3 in y, but there are classes 0 to 2"):
+            make(y + 1)
+        with pytest.raises(TypeError, match="class numbers"):
+            make(np.array(names)[y])
+    with pytest.raises(ValueError, match=r"Split mine keeps images of the classes \[9\], but y has none"):
+        Split("mine", {9: 3}, (9,)).cut(np.zeros((30, 1)), y)
+    with pytest.raises(ValueError, match="X has 31 images, y has 30"):
+        minority_split(y, names, "cow", 4).cut(np.zeros((31, 1)), y)

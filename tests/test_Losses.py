@@ -75,12 +75,18 @@ def test_synthetic_rows_can_have_the_real_rows_prior():
 
 
 def test_the_real_rows_prior_needs_a_real_row_of_each_synthetic_class():
-    sources = (Y == 2).astype(
-        int
-    )  # class 2 is synthetic only, so the real prior would make its loss infinite
+    # Class 2 is synthetic only, so the real prior would make its loss infinite.
+    sources = ((Y == 2) | (np.arange(len(Y)) == 105)).astype(int)
     with pytest.raises(ValueError, match=r"needs a real image of each class, but there is none of \[2\]"):
         LogitAdjustedLoss(Y, 3, sources, real_prior_for_all=True)
     LogitAdjustedLoss(Y, 3, sources)
+
+
+def test_rows_may_be_left_out_if_all_have_one_prior():
+    loss = LogitAdjustedLoss(Y, 3)
+    assert loss(LOGITS, TARGETS) == loss(LOGITS, TARGETS, ROWS)
+    with pytest.raises(ValueError, match="Pass the rows"):
+        LogitAdjustedLoss(Y, 3, np.arange(len(Y)) % 2)(LOGITS, TARGETS)
 
 
 def test_labels_may_be_a_list():
@@ -88,8 +94,29 @@ def test_labels_may_be_a_list():
     assert repr(as_list) == repr(LogitAdjustedLoss(Y, 3, np.arange(len(Y)) % 2))
 
 
-def test_a_class_that_is_missing_stays_impossible_whatever_tau_is():
-    assert LogitAdjustedLoss(Y, 4, tau=0.0).log_prior_of_row[:, 3].eq(-torch.inf).all()
+def test_a_class_without_a_row_is_refused_because_its_logit_would_compete_untrained():
+    with pytest.raises(ValueError, match=r"No row is of the classes \[0, 4\].*return_inverse"):
+        LogitAdjustedLoss(Y + 1, 5)
+
+
+def test_a_class_that_a_source_lacks_stays_impossible_in_it_whatever_tau_is():
+    sources = (np.arange(len(Y)) % 2 == 1) & (Y < 2)
+    for tau in (0.0, 2.0):
+        priors = LogitAdjustedLoss(Y, 3, sources, tau=tau).log_prior_of_row
+        assert priors[sources, 2].eq(-torch.inf).all() and priors[~sources].isfinite().all()
+
+
+def test_a_source_of_one_class_is_refused_because_it_would_teach_nothing():
+    sources = np.arange(len(Y)) >= 105
+    Y_new = np.where(sources, 1, Y)
+    Y_new[0] = 2
+    with pytest.raises(ValueError, match="All rows of source 1 are of class 1, so their loss is always 0"):
+        LogitAdjustedLoss(Y_new, 3, sources)
+    loss = LogitAdjustedLoss(Y_new, 3, sources, real_prior_for_all=True)
+    assert loss(LOGITS, torch.tensor([1, 1]), torch.tensor([105, 106])) > 0
+
+
+def test_tau_must_be_a_number_that_makes_sense():
     for tau in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="tau must be a finite number, 0 or more"):
             LogitAdjustedLoss(Y, 3, tau=tau)
@@ -126,9 +153,10 @@ def test_a_loss_that_does_not_fit_the_network_or_the_labels_is_refused():
     with pytest.raises(ValueError, match="LDAM needs cosines: create the network with cosine_head=True"):
         train(LDAMLoss(labels, 10))
     with pytest.raises(ValueError, match="made from other labels or another number of classes"):
-        train(LogitAdjustedLoss(labels, 12))
+        train(LogitAdjustedLoss(np.resize(np.arange(12), len(labels)), 12))
     with pytest.raises(ValueError, match="made from other labels or another number of classes"):
-        train(LogitAdjustedLoss(np.minimum(labels, 5), 10))
+        sources = np.arange(len(labels)) >= len(labels) // 2
+        train(LogitAdjustedLoss(np.where(sources, labels // 2, labels), 10, sources))
     with pytest.raises(ValueError, match="ClassBalancedLoss has no label smoothing"):
         train(ClassBalancedLoss(labels, 10), Recipe(steps=1, batch_size=20, label_smoothing=0.1))
     with pytest.raises(ValueError, match="Labels run from -1 to 2"):

@@ -26,7 +26,6 @@ from Runtime import (
     NotFiniteError,
     TooLittleMemoryError,
     atomic_path,
-    check_images,
     checksum,
     choose_device,
     code_version,
@@ -97,41 +96,9 @@ def test_derived_seeds_are_distinct_repeatable_and_have_63_bits():
 
 # --- Arrays -------------------------------------------------------------------------------------
 
+
 X = np.random.default_rng(0).integers(0, 256, size=(4, 5, 6, 3), dtype=np.uint8)
 Y = np.array([2, 0, 1, 2], dtype=np.int32)
-
-
-def test_good_images_are_returned_as_they_are_with_int64_labels():
-    checked, labels = check_images(X, Y)
-    assert checked is X
-    assert labels.dtype == np.int64
-    assert labels.tolist() == [2, 0, 1, 2]
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int64, bool])
-def test_images_of_another_dtype_are_refused(dtype):
-    with pytest.raises(TypeError, match=f"uint8.*{np.dtype(dtype)}"):
-        check_images(X.astype(dtype), Y)
-
-
-@pytest.mark.parametrize(
-    "shape", [(4, 5, 18), (4, 3, 5, 6), (4, 5, 6, 1), (4, 0, 6, 3), (0, 5, 6, 3), (360,)]
-)
-def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"\(n, height, width, 3\)"):
-        check_images(np.zeros(shape, dtype=np.uint8), np.zeros(shape[0], dtype=int))
-
-
-@pytest.mark.parametrize("y", [Y[:3], Y[:, np.newaxis], np.int64(2)])
-def test_labels_of_another_shape_are_refused(y):
-    with pytest.raises(ValueError, match=r"\(4,\)"):
-        check_images(X, y)
-
-
-@pytest.mark.parametrize("y", [Y.astype(float), Y == 2, ["cat", "dog", "cat", "cat"]])
-def test_labels_that_are_no_integers_are_refused(y):
-    with pytest.raises(TypeError, match="integers"):
-        check_images(X, y)
 
 
 def test_the_checksum_covers_all_contents_in_order():

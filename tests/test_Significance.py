@@ -214,3 +214,16 @@ def test_what_does_not_vary_has_no_rank_correlation():
 def test_rank_correlation_needs_three_pairs(x, y):
     with pytest.raises(ValueError, match="at least three values"):
         rank_correlation(x, y)
+
+
+def test_what_has_no_rank_no_level_or_other_names_is_refused():
+    with pytest.raises(ValueError, match="NaN or infinity, which has no rank"):
+        rank_correlation([1, 2, float("nan"), 4], [1, 3, 2, 4])
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match="level must be between 0 and 1"):
+            mean_interval([0.1, 0.2, 0.3], level)
+    with pytest.raises(ValueError, match="at least one minority class"):
+        minority_scores([0, 1], [0, 1], [], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="must be written alike"):
+        mcnemar_over_seeds(["0", "1"], [0, 1], [1, 1])
+    assert mcnemar_over_seeds(["a", "b"], ["a", "a"], ["a", "bb"]) == 1

@@ -271,3 +271,24 @@ def test_memorisation_shows_each_generated_image_above_its_nearest_real_one():
     shown = [int(image.get_array()[0, 0, 0]) for ax in figure.axes for image in ax.images]
     assert shown[:6] == [102, 104, 105] + [10, 20, 20]  # the three nearest ones
     assert shown[6:] == [102, 105, 101] + [10, 20, 20]  # the nearest, the middle one, the farthest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"y_true": a["y_true"] + 1}, "Labels run from 1 to 3 in y_true"),
+        (lambda a: a | {"y_pred": a["y_pred"] - 1}, "Labels run from -1 to 1 in y_pred"),
+        (lambda a: a | {"y_pred": a["y_pred"][1:]}, "5 predictions of 6 images"),
+        (lambda a: a | {"minority_classes": []}, "one or more numbers of classes"),
+        (lambda a: a | {"minority_classes": [-1]}, r"no image is of \[-1\]"),
+        (lambda a: a | {"class_names": "abcd", "minority_classes": [3]}, r"no image is of \[3\]"),
+    ],
+)
+def test_metrics_of_labels_or_classes_that_do_not_fit_are_refused(change, message):
+    arguments = {
+        "y_true": np.array([0, 0, 1, 1, 2, 2]), "y_pred": np.array([0, 1, 1, 1, 2, 0]),
+        "class_names": "abc", "minority_classes": [2],
+    }  # fmt: skip
+    assert classification_metrics(**arguments)["minority"]["recall"] == 0.5
+    with pytest.raises(ValueError, match=message):
+        classification_metrics(**change(arguments))

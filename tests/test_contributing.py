@@ -1,5 +1,6 @@
 """What the documents show as code works as it stands there."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, files, smoke
+from test_ClassifierNetwork import equal_weights
 
 import Arms
 from Arms import ARMS, ArmUnavailableError
 from ClassifierNetwork import channel_statistics, create_classifier
+from Methods import METHODS
 
 CAT = 3
 
@@ -72,7 +75,39 @@ def test_source_aware_training_on_ones_own_images():
     }
     names |= {"X_test": names["X"], "y_test": names["y"]}
     exec(block.replace("steps=2000, batch_size=256", "steps=2, batch_size=16, micro_batch_size=8"), names)
-    model, new = names["model"], create_classifier(3, 16, channel_statistics(names["X_all"]), seed=0)
     assert len(names["X_all"]) == 84
     assert names["predictions"].shape == (60,)
-    assert any((a != b).any() for a, b in zip(model.parameters(), new.parameters(), strict=True))
+    # It is the method that was chosen, bit by bit.
+    method = METHODS["stable-spectrum-quarter-real-last"]
+    model = create_classifier(3, 16, channel_statistics(names["X_all"]), seed=0)
+    method.train(model, names["X_all"], names["y_all"], len(names["X"]), names["recipe"], seed=0)
+    assert equal_weights(model, names["model"])
+    assert not equal_weights(model, create_classifier(3, 16, channel_statistics(names["X_all"]), seed=0))
+
+
+def needed_modules(name, found):
+    """Add to ``found`` a module and all modules of the repository that it imports, directly or not."""
+    if name in found or not (REPOSITORY / f"{name}.py").exists():
+        return found
+    found.add(name)
+    for node in ast.walk(ast.parse((REPOSITORY / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            needed_modules(node.module, found)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                needed_modules(alias.name, found)
+    return found
+
+
+def test_the_modules_to_copy_are_all_that_each_part_needs():
+    text = (REPOSITORY / "docs" / "development.md").read_text(encoding="utf-8")
+    rows = re.search(r"\| part \| modules to copy \|\n\| --- \| --- \|\n((?:\|.*\n)+)", text)[1].splitlines()
+    assert len(rows) == 9
+    for row in rows:
+        named = re.findall(r"`(\w+)`", row.split("|")[2])
+        of_lines = {"Batches", "ClassifierNetwork", "ClassifierTraining", "Downsampling", "Losses"}
+        start = of_lines if "lines above" in row else {named[0]}
+        needed = set()
+        for name in start:
+            needed_modules(name, needed)
+        assert set(named) == needed, row

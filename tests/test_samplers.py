@@ -13,6 +13,7 @@ import pytest
 import torch
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.over_sampling.base import BaseOverSampler
+from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
 from torchvision.transforms import v2
@@ -506,3 +507,37 @@ def test_mild_augmentation_leaves_no_black_corner_unless_asked(preset, black, si
     corners = X_res[12:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert X_res.shape[1:] == (side, side, 3)
     assert bool((corners < 100).any()) == black
+
+
+class Careless(ImageOverSampler.ImageOverSampler):
+    """Makes what it is told to, whatever was asked for."""
+
+    def __init__(self, made, *, sampling_strategy="auto"):
+        super().__init__(sampling_strategy=sampling_strategy)
+        self.made = made
+
+    def _make_images(self, X, c, count, seed):
+        return self.made(X, count)
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda X, count: np.resize(X, (count - 1, *X.shape[1:])), r"uint8 of the shape \(6, 32"),
+        (lambda X, count: np.resize(X / 255, (count, *X.shape[1:])), "returned float64"),
+    ],
+)
+def test_a_sampler_that_makes_other_images_than_asked_for_is_named(X, y, made, found):
+    with pytest.raises(TypeError, match=rf"Careless\._make_images must return uint8 .*{found}"):
+        Careless(made).fit_resample(X, y)
+
+
+@pytest.mark.parametrize("options", [{"sampling_strategy": {2: 5}}, {"random_state": 3}])
+def test_a_sampler_on_pixels_takes_its_strategy_and_seed_from_outside_only(X, y, options):
+    with pytest.raises(ValueError, match="Give sampling_strategy and random_state to PixelOverSampler"):
+        PixelOverSampler(SMOTE(**options)).fit_resample(X, y)
+
+
+def test_a_sampler_that_may_remove_images_is_refused(X, y):
+    with pytest.raises(ValueError, match="RandomUnderSampler is no over-sampler"):
+        PixelOverSampler(RandomUnderSampler()).fit_resample(X, y)
