@@ -173,7 +173,7 @@ def train_classifier(
     Parameters
     ----------
     model : ResNet18
-    X : ndarray of uint8, shape (n, height, width, 3), sides of 16 pixels or more
+    X : ndarray of uint8, shape (n, height, width, 3)
     y : ndarray of int, shape (n,)
     recipe : Recipe
     seed : int
@@ -211,10 +211,6 @@ def train_classifier(
         If images, labels or loss cannot be used, or the checkpoint is damaged or belongs to another training.
     """
     X, y = map(np.ascontiguousarray, check_images(X, y))
-    if min(X.shape[1:3]) < SMALLEST_SIDE:
-        raise ValueError(
-            f"Images need sides of {SMALLEST_SIDE} pixels or more, but X has the shape {X.shape}. Enlarge them."
-        )
     seed = int(seed)  # a NumPy integer would not come back from the checkpoint
     loss = CrossEntropy(recipe.label_smoothing) if loss is None else loss
     _check_labels_and_loss(y, model, recipe, loss)

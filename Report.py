@@ -311,7 +311,10 @@ def confusion_figure(results):
 def learning_curves_figure(results):
     """Learning curves of one arm, one line per seed; parameters as for :func:`confusion_figure`."""
     histories = [result["history"] for result in results]
-    return plot_learning_curves(histories, _arm_title(results), chance=1 / len(results[0]["class_names"]))
+    title = _arm_title(results)
+    if find_arm(results[0]["arm"]).method.finish is not None:
+        title += ", before the last layer is changed"  # the final scores are those after it
+    return plot_learning_curves(histories, title, chance=1 / len(results[0]["class_names"]))
 
 
 def _arm_title(results):

@@ -451,14 +451,14 @@ def load_torch_file(path, keys):
         raise OSError(f"{path} cannot be read: {error.strerror}. Choose a file that you may read.") from error
     except Exception as error:  # torch.load raises many kinds of errors for a damaged file
         raise ValueError(
-            f"{path} is damaged or no file of this project ({type(error).__name__}). Choose another file. If this project "
-            "wrote it, remove it and run again."
+            f"{path} is damaged or no file of this project ({type(error).__name__}). Choose another file. Remove it and "
+            "run again if this project wrote it."
         ) from error
     missing = keys - content.keys() if isinstance(content, dict) else keys
     if missing:
         raise ValueError(
             f"{path} is not the expected kind of file: it lacks {', '.join(sorted(missing))}. "
-            "Choose another file. If this project wrote it, remove it and run again."
+            "Choose another file. Remove it and run again if this project wrote it."
         )
     return content
 

@@ -266,12 +266,12 @@ def test_an_arms_sampler_is_left_as_it_is(tiny_data):
 
 
 def test_the_loss_of_an_adjusted_arm_knows_the_source_of_each_row():
-    y = np.array([0, 0, 1, 1, 1])
+    y = np.array([0, 0, 1, 1, 1, 0])
     assert ARMS["stable-source-balanced"].method.loss is None
-    loss = ARMS["stable-source-balanced-adjusted"].method.loss(y, 2, np.array([0, 0, 0, 1, 1]))
-    logits, targets = torch.zeros(5, 2), torch.from_numpy(y)
-    # Real rows: 2 of class 0, 1 of class 1. Synthetic rows: class 1 alone, so its loss is 0.
-    expected = [-np.log(2 / 3), -np.log(2 / 3), -np.log(1 / 3), 0, 0]
+    loss = ARMS["stable-source-balanced-adjusted"].method.loss(y, 2, np.array([0, 0, 0, 1, 1, 1]))
+    logits, targets = torch.zeros(6, 2), torch.from_numpy(y)
+    # Real rows: 2 of class 0, 1 of class 1. Synthetic rows: 1 and 2.
+    expected = -np.log(np.array([2, 2, 1, 2, 2, 1]) / 3)
     for row, value in enumerate(expected):
         rows = torch.tensor([row])
         assert loss(logits[rows], targets[rows], rows).item() == pytest.approx(value, abs=1e-6)

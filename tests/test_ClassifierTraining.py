@@ -1058,9 +1058,3 @@ def test_a_checkpoint_from_before_a_setting_could_be_chosen_is_resumed():
     resumed = small_model(seed=9)
     train(resumed, checkpoint="run.pt")
     assert equal_weights(resumed, whole)
-
-
-def test_images_too_small_for_the_last_stage_are_refused():
-    images = np.zeros((20, 15, 20, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="Images need sides of 16 pixels or more"):
-        train_classifier(small_model(), images, np.arange(20) % 10, Recipe(steps=1, batch_size=20), seed=0)

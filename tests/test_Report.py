@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, smoke, smoke_study
 
 import Report
 from Arms import ARMS, STORY, Arm
@@ -298,3 +299,11 @@ def test_the_tables_of_a_profile_are_printed_and_nothing_is_written(tiny_data, c
 
 def test_the_readme_can_be_read_in_five_minutes():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) <= 1500
+
+
+def test_curves_say_that_they_end_before_the_last_layer_is_changed(tiny_data):
+    for name, ends_before in (("imbalanced", False), ("adjusted-after-training", True)):
+        smoke(name, tiny_data)
+        figure = Report.learning_curves_figure(smoke_study(tiny_data).load_runs(name))
+        assert ("before the last layer is changed" in figure.get_suptitle()) is ends_before
+        plt.close(figure)
