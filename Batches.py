@@ -195,8 +195,8 @@ class SourceBatches(AugmentedBatches):
     Raises
     ------
     ValueError
-        If the phases are not as above, a source that they need has no row or less than half an image of a batch, the weight is negative or not finite, or
-        sources with different weights are to share micro-batches.
+        If the phases are not as above, a source that they need has no row or less than half an image of a batch, the
+        weight is negative or not finite, or sources with different weights are to share micro-batches.
     """
 
     def __init__(

@@ -29,7 +29,15 @@ def check_images(X, y):
     ValueError
         If a shape is wrong.
     """
-    X, y = np.asarray(X), np.asarray(y)
+    X, y = check_pixels(X), np.asarray(y)
+    if y.shape != (len(X),):
+        raise ValueError(f"y must have the shape ({len(X)},) like X's first axis, but it is {y.shape}.")
+    return X, check_labels(y)
+
+
+def check_pixels(X):
+    """Return ``X`` if it holds images, as :func:`check_images` asks of them, else raise an error."""
+    X = np.asarray(X)
     if X.dtype != np.uint8:
         raise TypeError(
             f"X must hold uint8 pixels from 0 to 255, but its dtype is {X.dtype}. Convert it, for example from 0 to 1: "
@@ -37,9 +45,7 @@ def check_images(X, y):
         )
     if X.ndim != 4 or X.shape[-1] != 3 or 0 in X.shape:
         raise ValueError(f"X must have the shape (n, height, width, 3), but it is {X.shape}.{_cure(X.shape)}")
-    if y.shape != (len(X),):
-        raise ValueError(f"y must have the shape ({len(X)},) like X's first axis, but it is {y.shape}.")
-    return X, check_labels(y)
+    return X
 
 
 def _cure(shape):

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.fft
 from PIL import Image
 
-from Checks import check_images
+from Checks import check_pixels
 
 SIZE = 32  # pixels, as in CIFAR-10
 # Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.
@@ -123,7 +123,7 @@ def match_statistics(images, real):
 
 
 def _check(images):
-    images, _ = check_images(images, np.zeros(len(images), dtype=int))
+    images = check_pixels(images)
     if min(images.shape[1:3]) < 2:
         raise ValueError(f"The sharpness of images needs at least 2x2 pixels: got the shape {images.shape}.")
     return images

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from Checks import check_images
+from Checks import check_pixels
 from Precision import mixed_precision
 from Runtime import (
     atomic_path,
@@ -76,7 +76,7 @@ class ImageFeatures:
 
         Raises :class:`Runtime.NotFiniteError` (a ValueError) if a feature is NaN or infinite.
         """
-        images, _ = check_images(images, np.zeros(len(images), dtype=int))
+        images = check_pixels(images)
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         features = torch.cat(
             [self._features(batch.to(self.device)).cpu() for batch in pixels.split(self.batch_size)]

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import Precision
-from Checks import check_images
+from Checks import check_pixels
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from FiniteNumbers import check_finite
 from ImageCache import fingerprint
@@ -133,7 +133,7 @@ def train_lora(X, class_name, folder, recipe=None, *, seed=0, device=None):
         If the model's encoders give numbers that are not finite, or the loss or the adapter is no longer finite.
     """
     recipe = recipe or LoRARecipe()
-    X, _ = check_images(X, np.zeros(len(X), dtype=int))
+    X = check_pixels(X)
     _check_arguments(recipe, class_name, seed, folder)
     folder, device = user_path(folder), choose_device(device)
     # A second run would write its own checkpoints between these.

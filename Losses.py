@@ -76,8 +76,8 @@ class LogitAdjustedLoss(nn.Module):
     ------
     TypeError, ValueError
         If ``y`` does not hold class numbers below ``num_classes``, a class has no row, all rows of a source are of one class
-        (each of them would have the loss 0), ``sources`` are not sources of the rows of ``y``, ``tau`` is negative or not finite, or synthetic rows of a class
-        that has no real row are to be adjusted by the real rows.
+        (each of them would have the loss 0), ``sources`` are not sources of the rows of ``y``, ``tau`` is negative or
+        not finite, or synthetic rows of a class that has no real row are to be adjusted by the real rows.
     """
 
     mean_over_images = True

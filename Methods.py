@@ -175,8 +175,9 @@ class Method:
     ):
         """Train a network in place, on its device, with this method's loss, batches and changes of the recipe.
 
-        The sampler is not used: see :meth:`fit_resample`. Nor is ``compute``: the recipe has the number of steps. It has the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method
-        itself decides (loss and batches), and three more: ten.
+        The sampler is not used: see :meth:`fit_resample`. Nor is ``compute``: the recipe has the number of steps. It has
+        the parameters of :func:`ClassifierTraining.train_classifier` (see there), except for what the method itself
+        decides (loss and batches), and three more: ten.
 
         Parameters
         ----------

@@ -30,7 +30,7 @@ from CandidateImages import (
     name_job,
     open_shards,
 )
-from Checks import check_images
+from Checks import check_pixels
 from DiffusionPipelines import PRESETS, SIZE
 from Downsampling import image_statistics, match_statistics
 from ImageCache import CACHE, check_cache_path, fingerprint, refuse_foreign_images, replace_class
@@ -166,7 +166,7 @@ def _check_real_images(settings, selection, real_images):
         )
     if real_images is None:
         return None
-    real_images, _ = check_images(real_images, np.zeros(len(real_images), dtype=int))
+    real_images = check_pixels(real_images)
     return real_images if settings.strengths else None
 
 
