@@ -487,6 +487,13 @@ WITH_GAN = {
     "gan-spectrum-quarter-real-last": _by_source(
         "spectrum, statistics per source, a quarter synthetic, the last 15 % real only", 0.25, 0.15, sampler=_gan()
     ),
+    "gan-spectrum-eighth-real-last": _by_source(
+        "spectrum, statistics per source, an eighth synthetic, the last 15 % real only", 0.125, 0.15, sampler=_gan()
+    ),
+    "gan-spectrum-half-real-half": _by_source(
+        "spectrum, statistics per source, half synthetic, the second half of the steps real only", 0.5, 0.5,
+        sampler=_gan(),
+    ),
     "gan-spectrum-pasted": Method(
         what="spectrum, a box of a synthetic image in a quarter of the real ones (CMO), the last 15 % real only",
         sampler=_gan(), loss=adjusted, batches=partial(pasted, kind="cutmix"),
