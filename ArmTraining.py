@@ -25,19 +25,14 @@ from ClassifierNetwork import (
     save_classifier,
 )
 from ClassifierTraining import count_training_flops
+from Files import require_same_settings, save_json
 from ImageCache import CACHE, cache_checksum, describe_cache
 from ImbalancedCIFAR10 import split_from_name
 from Precision import precision_name
+from Repeatability import checksum
 from Report import save_arm_plots
 from Results import configuration_of, read_result
-from Runtime import (
-    checksum,
-    choose_device,
-    code_version,
-    describe_hardware,
-    require_same_settings,
-    save_json,
-)
+from Runtime import choose_device, code_version, describe_hardware
 from Utils import classification_metrics
 
 code_version()  # read and cached now: a commit made during a training is not the code that ran

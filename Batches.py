@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from Runtime import checksum, derive_seed
+from Repeatability import checksum, derive_seed
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from Files import downloading, is_reachable, require_free_space, user_path
 from ImageCache import CACHE, check_cache_path, save_generated_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, default_root
-from Runtime import downloading, is_reachable, require_free_space, user_path
 
 IMAGES_PER_CLASS = 5000
 CIFAKE_URL = (

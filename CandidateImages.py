@@ -32,20 +32,13 @@ from DiffusionPipelines import (
     load_pipeline,
 )
 from Downsampling import METHODS, downsample
+from Files import atomic_path, one_process_at_a_time, require_writable, save_json, user_path
 from ImageCache import fingerprint
 from ImageSelection import CLIP_MODEL, ClipFilter
 from Precision import dtype_name
 from Prompts import fingerprint_of_prompts, make_prompts
-from Runtime import (
-    atomic_path,
-    choose_device,
-    derive_seed,
-    one_process_at_a_time,
-    require_writable,
-    save_json,
-    start_processes,
-    user_path,
-)
+from Repeatability import derive_seed
+from Runtime import choose_device, start_processes
 
 SHARDS = Path("datasets/stable_diffusion_shards")
 SHARD_SIZE = 64  # candidates in a file; a killed process loses at most so many

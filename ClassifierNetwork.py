@@ -21,18 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from Checkpoints import load_torch_file, save_torch_file
 from Checks import check_images, check_labels, check_pixels
+from FiniteNumbers import require_finite
 from GhostBatchNorm import GhostBatchNorm2d
 from MirroredFilters import HalvedMirroredConv2d, mirrored_filters
 from Precision import mixed_precision
-from Runtime import (
-    choose_device,
-    derive_seed,
-    load_torch_file,
-    require_finite,
-    save_torch_file,
-    seeded,
-)
+from Repeatability import derive_seed, seeded
+from Runtime import choose_device
 
 # --- Network ------------------------------------------------------------------------------------
 

@@ -34,19 +34,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from Checkpoints import Checkpoint
 from Checks import check_images, check_labels
 from ClassifierNetwork import CosineLinear
 from Compilation import CompiledNetwork
+from Files import plain
 from GhostBatchNorm import micro_batches
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from Muon import KernelMuon
 from Precision import ScaledSteps, half_weights, mixed_precision, precision_name
-from Runtime import (
-    Checkpoint,
-    checksum,
-    deterministic_convolutions,
-    plain,
-)
+from Repeatability import checksum, deterministic_convolutions
 
 SMALLEST_SIDE = 16  # pixels; the network's last stage then still has 2x2 places
 

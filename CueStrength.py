@@ -22,18 +22,13 @@ from ClassifierTraining import Recipe, train_classifier
 from DevelopmentReport import CUE, CUES, cue_table
 from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
 from Experiment import seed_number
+from Files import require_same_settings, save_json
 from ImageOverSampler import source_balanced_strategy
 from ImbalancedCIFAR10 import load_cifar10
 from Methods import METHODS, sampling_seed
+from Repeatability import derive_seed
 from Results import read_json, with_defaults
-from Runtime import (
-    choose_device,
-    code_version,
-    derive_seed,
-    describe_hardware,
-    require_same_settings,
-    save_json,
-)
+from Runtime import choose_device, code_version, describe_hardware
 
 # Name -> the method of Methods.py that adds such images to the rare class alone, with cross-entropy.
 SAMPLERS = {

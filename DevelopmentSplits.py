@@ -15,8 +15,8 @@ from Arms import COMMITTED_PROFILE
 from Experiment import prepare_stable_diffusion_images
 from GANExperiment import prepare_generator
 from ImbalancedCIFAR10 import split_from_name
+from Repeatability import derive_seed
 from Results import Study
-from Runtime import derive_seed
 
 SPLITS = ("dog-50", "ship-50")
 HELD_OUT = 1000  # images of each class

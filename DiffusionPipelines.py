@@ -30,9 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from DeviceFaults import device_faults
+from Files import is_reachable, require_free_space, user_path
 from FiniteNumbers import check_weights, finite_numbers
 from Precision import half_precision
-from Runtime import choose_device, is_reachable, require_free_space, user_path
+from Runtime import choose_device
 
 # --- Presets ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ run_report(parser, parser.parse_args().check, lambda: {Path("README.md"): {"summ
 import argparse
 from pathlib import Path
 
-from Runtime import atomic_path
+from Files import atomic_path
 
 NOT_RUN = "*Not run yet.*"
 

@@ -13,7 +13,31 @@ import contextlib
 import torch
 
 from Precision import dtype_name
-from Runtime import require_finite
+
+
+class NotFiniteError(FloatingPointError, ValueError):
+    """A network, a file or a measure gave NaN or infinity. The message names the cause and the cure."""
+
+
+def require_finite(values, what, cure):
+    """Raise :class:`NotFiniteError` if a number is NaN or infinite.
+
+    A comparison with NaN is always false, and a cast turns NaN into some number. So numbers are checked where
+    they leave a network or a file.
+
+    Parameters
+    ----------
+    values : float, ndarray or tensor, or a dict of tensors such as a state dict
+    what : str
+        Whose values they are, for the error message.
+    cure : str
+        What to do, as a whole sentence.
+    """
+    for part in values.values() if isinstance(values, dict) else [values]:
+        numbers = torch.as_tensor(part)
+        if not numbers.isfinite().all():
+            share = f" ({int((~numbers.isfinite()).sum()):,} of {numbers.numel():,})" if numbers.ndim else ""
+            raise NotFiniteError(f"{what}: NaN or infinity{share}. {cure}")
 
 
 def check_weights(networks, model):

@@ -13,6 +13,7 @@ from importlib.metadata import version
 import numpy as np
 
 from Arms import ArmUnavailableError
+from Files import one_process_at_a_time, require_same_settings, require_writable, save_array, save_json
 from GANGeneration import GANCollapseError, train_gan
 from GANNetworks import save_discriminator, save_generator
 from GANTrainingStep import count_flops
@@ -20,16 +21,7 @@ from GenerationQuality import frechet_distance_to
 from ImbalancedCIFAR10 import split_from_name
 from Precision import precision_name
 from QualityExperiment import classifier_features
-from Runtime import (
-    choose_device,
-    code_version,
-    describe_hardware,
-    one_process_at_a_time,
-    require_same_settings,
-    require_writable,
-    save_array,
-    save_json,
-)
+from Runtime import choose_device, code_version, describe_hardware
 
 code_version()  # read and cached now: a commit made during a training is not the code that ran
 

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from Checkpoints import Checkpoint
 from Checks import check_images
+from FiniteNumbers import require_finite
 from GANNetworks import (
     Generator,
     check_sampling,
@@ -35,14 +37,8 @@ from GANTrainingStep import (
 )
 from ImageOverSampler import ImageOverSampler
 from Precision import precision_name
-from Runtime import (
-    Checkpoint,
-    checksum,
-    choose_device,
-    derive_seed,
-    deterministic_convolutions,
-    require_finite,
-)
+from Repeatability import checksum, derive_seed, deterministic_convolutions
+from Runtime import choose_device
 
 # --- Training -----------------------------------------------------------------------------------
 

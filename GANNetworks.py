@@ -26,15 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from Checkpoints import load_torch_file, save_torch_file
+from FiniteNumbers import require_finite
 from Precision import half_weights, mixed_precision
-from Runtime import (
-    choose_device,
-    deterministic_convolutions,
-    load_torch_file,
-    require_finite,
-    require_memory,
-    save_torch_file,
-)
+from Repeatability import deterministic_convolutions
+from Runtime import choose_device, require_memory
 from SpectralNorm import SpectralNorm, normalised
 
 IMAGE_SIZE = 32
@@ -396,7 +392,7 @@ def sample_images(generator, labels, *, seed, truncation=None):
     ------
     ValueError
         If the generator was not trained on a label's class, truncation is not positive, or an image is not
-        finite (:class:`Runtime.NotFiniteError`).
+        finite (:class:`FiniteNumbers.NotFiniteError`).
     MemoryError
         If the machine has too little memory for so many images.
     """

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from Files import plain
 from GANNetworks import (
     IMAGE_SIZE,
     Discriminator,
@@ -37,7 +38,8 @@ from GANNetworks import (
 )
 from ImageOverSampler import TooFewImagesError
 from Precision import ScaledSteps, mixed_precision
-from Runtime import derive_seed, plain, require_memory, seeded
+from Repeatability import derive_seed, seeded
+from Runtime import require_memory
 
 # --- Settings -----------------------------------------------------------------------------------
 

@@ -23,19 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from Checkpoints import load_torch_file
 from Checks import check_pixels
+from Files import atomic_path, downloading, is_reachable, require_free_space
+from FiniteNumbers import require_finite
 from Precision import mixed_precision
-from Runtime import (
-    atomic_path,
-    choose_device,
-    derive_seed,
-    downloading,
-    is_reachable,
-    load_torch_file,
-    require_finite,
-    require_free_space,
-    seeded,
-)
+from Repeatability import derive_seed, seeded
+from Runtime import choose_device
 
 INCEPTION_NAME = "Inception-v3 (ImageNet)"
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -74,7 +68,7 @@ class ImageFeatures:
     def __call__(self, images):
         """Features of images: uint8 ndarray (n, height, width, 3) -> float32 tensor (n, d) on the CPU.
 
-        Raises :class:`Runtime.NotFiniteError` (a ValueError) if a feature is NaN or infinite.
+        Raises :class:`FiniteNumbers.NotFiniteError` (a ValueError) if a feature is NaN or infinite.
         """
         images = check_pixels(images)
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)

@@ -23,14 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from Checks import check_images
-from Runtime import (
-    atomic_path,
-    checksum,
-    one_process_at_a_time,
-    require_writable,
-    save_array,
-    user_path,
-)
+from Files import atomic_path, one_process_at_a_time, require_writable, save_array, user_path
+from Repeatability import checksum
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
 RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])

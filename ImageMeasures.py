@@ -13,13 +13,14 @@ from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, ArmUnavaila
 from BusyMachine import start_again_if_busy
 from CueStrength import RECIPE, TESTED, WIDTH, cue_strength
 from Experiment import make_training_set
+from Files import require_same_settings, save_json
 from GANNetworks import load_generator
 from ImageCache import cache_checksum
 from ImageOverSampler import added_images
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from QualityExperiment import judge_generated_images
 from Results import CUES, Study, read_json
-from Runtime import choose_device, code_version, describe_hardware, require_same_settings, save_json
+from Runtime import choose_device, code_version, describe_hardware
 from Usefulness import MEASURED
 
 code_version()  # read and cached now: a commit made during a training is not the code that ran

@@ -22,7 +22,7 @@ from sklearn.utils import check_random_state
 
 from Checks import check_images
 from Downsampling import match_spectrum, match_statistics
-from Runtime import derive_seed
+from Repeatability import derive_seed
 
 MATCHES = {"spectrum": match_spectrum, "statistics": match_statistics}
 # Peak memory that a value of a pixel takes, by match: each class alone and all together, and floats while matching.

@@ -11,6 +11,7 @@ import numpy as np
 from CandidateImages import CandidateMaker, GenerationSettings
 from CIFAKE import IMAGES_PER_CLASS, import_cifake, local_cifake, read_cifake
 from DiffusionPipelines import PRESETS, is_on_this_machine
+from Files import one_process_at_a_time
 from ImageCache import (
     CACHE,
     describe_cache,
@@ -20,7 +21,7 @@ from ImageCache import (
 )
 from ImageSelection import CLIP_MODEL, SelectionError
 from ImbalancedCIFAR10 import CIFAR10_CLASSES
-from Runtime import choose_device, one_process_at_a_time
+from Runtime import choose_device
 from StableDiffusionGeneration import generate_images
 
 UNFINISHED_CACHE = CACHE.with_name("stable_diffusion_unfinished.npy")

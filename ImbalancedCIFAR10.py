@@ -28,7 +28,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
 from Checks import check_labels
-from Runtime import derive_seed, downloading, is_reachable, require_free_space, user_path
+from Files import downloading, is_reachable, require_free_space, user_path
+from Repeatability import derive_seed
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from ClassifierNetwork import CosineLinear
 from Losses import class_log_priors
 from Precision import mixed_precision
-from Runtime import derive_seed
+from Repeatability import derive_seed
 
 VIEWS = 2  # augmented views of each image
 

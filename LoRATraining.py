@@ -25,25 +25,23 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import Precision
+from Checkpoints import Checkpoint, load_torch_file
 from Checks import check_pixels
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
-from FiniteNumbers import check_finite
-from ImageCache import fingerprint
-from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
-from Prompts import with_article
-from Runtime import (
-    Checkpoint,
+from Files import (
     atomic_path,
-    choose_device,
-    derive_seed,
-    load_torch_file,
     one_process_at_a_time,
     require_free_space,
     require_same_settings,
     require_writable,
-    seeded,
     user_path,
 )
+from FiniteNumbers import check_finite
+from ImageCache import fingerprint
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
+from Prompts import with_article
+from Repeatability import derive_seed, seeded
+from Runtime import choose_device
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
 STATE = "training_state.pt"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from Checks import NUMBER_THEM, check_labels
-from Runtime import checksum
+from Repeatability import checksum
 
 
 class CrossEntropy(nn.Module):

@@ -13,19 +13,13 @@ from ClassifierNetwork import channel_statistics, create_classifier, evaluate_cl
 from ClassifierTraining import Recipe
 from DevelopmentReport import FOLDER, RUN
 from DevelopmentSplits import development_data, development_generator, held_out_set, validation_scores
+from Files import require_same_settings, require_writable, save_json
 from GANNetworks import load_generator
 from Methods import find_method
 from Precision import precision_name
+from Repeatability import checksum
 from Results import read_json, with_defaults
-from Runtime import (
-    checksum,
-    choose_device,
-    code_version,
-    describe_hardware,
-    require_same_settings,
-    require_writable,
-    save_json,
-)
+from Runtime import choose_device, code_version, describe_hardware
 
 code_version()  # read and cached now: a commit made during a training is not the code that ran
 

@@ -38,7 +38,7 @@ from ImageOverSampler import source_balanced_strategy
 from LastLayer import adjust_logits, retrain_last_layer
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from NonSyntheticGeneration import AugmentationOverSampler, PixelOverSampler
-from Runtime import derive_seed
+from Repeatability import derive_seed
 from StableDiffusionSampler import StableDiffusionOverSampler
 from SyntheticChoice import most_uncertain, nearest_to_prototypes
 

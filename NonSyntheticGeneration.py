@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from Checks import check_images
 from ImageOverSampler import ImageOverSampler, TooFewImagesError, UnsuitableImagesError, check_request
-from Runtime import seeded
+from Repeatability import seeded
 
 # --- Augmentation -------------------------------------------------------------------------------
 

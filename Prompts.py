@@ -22,7 +22,7 @@ from string import Formatter
 
 import numpy as np
 
-from Runtime import derive_seed
+from Repeatability import derive_seed
 
 # Only photographs, because the test images are photographs. Drawings would teach another domain.
 SHARED = {

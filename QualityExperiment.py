@@ -14,6 +14,7 @@ from ClassifierNetwork import (
     save_classifier,
 )
 from ClassifierTraining import train_classifier
+from Files import one_process_at_a_time, require_writable, save_json
 from GenerationQuality import (
     INCEPTION_NAME,
     NEIGHBOURS,
@@ -25,7 +26,7 @@ from GenerationQuality import (
 )
 from ImbalancedCIFAR10 import split_from_name
 from Results import network_name
-from Runtime import choose_device, one_process_at_a_time, require_writable, save_json
+from Runtime import choose_device
 
 
 def classifier_features(study, data, device=None):

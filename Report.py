@@ -18,6 +18,7 @@ from Arms import ARMS, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
 from Comparison import compare_arms, differences_between_seeds, findings, paired_table
 from Documents import NOT_RUN, report_parser, run_report
+from Files import describe_differences
 from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
 from Results import (
     COMMITTED,
@@ -28,7 +29,7 @@ from Results import (
     precision_of,
     read_result,
 )
-from Runtime import describe_differences, hardware_text
+from Runtime import hardware_text
 from Significance import mean_interval
 from Utils import (
     markdown_table,

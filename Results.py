@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from Arms import ARMS, COMMITTED_PROFILE, PROFILES, REFERENCE_SPLIT, find_arm
+from Checkpoints import load_torch_file
 from ClassifierTraining import Recipe
-from Runtime import atomic_path, checksum, load_torch_file, require_writable
+from Files import atomic_path, require_writable
+from Repeatability import checksum
 
 
 @dataclass(frozen=True)

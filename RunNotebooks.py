@@ -19,8 +19,8 @@ from jupyter_core.utils import run_sync
 from Arms import PROFILES, resolve_profile
 from BusyMachine import passive_waiting
 from DeviceFaults import first_line
+from Files import atomic_path
 from ImbalancedCIFAR10 import load_data
-from Runtime import atomic_path
 
 NOTEBOOKS = ("Main.ipynb", "GAN_Main.ipynb", "GAN_Classification.ipynb")
 MOST_BYTES = 1_000_000  # an executed notebook stays small enough to be read on the web

@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 
 from Checks import check_labels
-from Runtime import atomic_path
+from Files import atomic_path
 
 # Okabe and Ito's colours can be told apart by colour-blind readers and in greyscale print.
 COLOURS = {"real": "#0072B2", "synthetic": "#E69F00", "minority": "#D55E00", "total": "#999999"}

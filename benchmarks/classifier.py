@@ -39,9 +39,10 @@ from resnet_variants import strided_downsampling
 
 from ClassifierNetwork import channel_statistics, create_classifier
 from ClassifierTraining import Recipe, train_classifier
+from Files import save_json
 from ImbalancedCIFAR10 import default_root, load_cifar10
 from Results import HARDWARE
-from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
+from Runtime import choose_device, code_version, describe_hardware, hardware_text
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")

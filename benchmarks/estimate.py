@@ -27,9 +27,10 @@ from Arms import ARMS, GAN_STORY, PROFILES, STORY
 from Batches import split_evenly
 from ClassifierNetwork import create_classifier
 from ClassifierTraining import count_training_flops
+from Files import save_json
 from GANTrainingStep import Adversaries, BalancedBatches, count_flops
 from Losses import CrossEntropy
-from Runtime import code_version, save_json
+from Runtime import code_version
 from Utils import markdown_table
 
 RESULT = Path("results", "benchmarks", "estimated-full.json")

@@ -32,10 +32,11 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from Arms import PROFILES
+from Files import save_json
 from GANTrainingStep import Adversaries, BalancedBatches, count_flops
 from Precision import precision_name
 from Results import HARDWARE
-from Runtime import choose_device, code_version, describe_hardware, hardware_text, save_json
+from Runtime import choose_device, code_version, describe_hardware, hardware_text
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")

@@ -314,7 +314,7 @@ def check_gan_step(device_name, settings, steps, size):
 
     from Arms import PROFILES
     from GANTrainingStep import Adversaries, BalancedBatches, count_flops
-    from Runtime import deterministic_convolutions
+    from Repeatability import deterministic_convolutions
 
     device = torch.device(device_name)
     settings = PROFILES["full"].gan if settings is None else settings
@@ -433,8 +433,8 @@ def _run_balanced_arm(device_name, profile, load_data):
 def _progress(profile):
     """Up to which step the killed training is saved."""
     from Arms import REFERENCE_SPLIT
+    from Checkpoints import load_torch_file
     from Results import Study
-    from Runtime import load_torch_file
 
     path = Study(profile, "cifar10", REFERENCE_SPLIT).checkpoint_path("balanced-seed0")
     try:

@@ -32,10 +32,11 @@ from Arms import PROFILES
 from Batches import split_evenly
 from ClassifierNetwork import create_classifier
 from ClassifierTraining import Recipe, _Training
+from Files import save_json
 from GANTrainingStep import Adversaries, BalancedBatches
 from Losses import LogitAdjustedLoss
 from Precision import precision_name
-from Runtime import code_version, save_json
+from Runtime import code_version
 from Utils import markdown_table
 
 RESULT = Path("results", "benchmarks", "operators.json")

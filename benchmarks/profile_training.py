@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
+from Files import save_json
 from ImbalancedCIFAR10 import load_cifar10
 from Results import HARDWARE
-from Runtime import choose_device, code_version, describe_hardware, save_json
+from Runtime import choose_device, code_version, describe_hardware
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks")

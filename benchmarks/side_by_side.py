@@ -107,12 +107,12 @@ def main(arguments=None):
         result[name] = {"ratios": found, "median": statistics.median(found)}
         print(f"{name}: this version takes {result[name]['median']:.3f} of the earlier one's time "
               f"({', '.join(f'{ratio:.2f}' for ratio in found)})", flush=True)  # fmt: skip
-    [runtime] = load(HERE, "Runtime")
+    files, runtime = load(HERE, "Files", "Runtime")
     result |= {
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "hardware": runtime.describe_hardware(CPU), "torch": torch.__version__, "commit": runtime.code_version(),
     }  # fmt: skip
-    runtime.save_json(RESULT, result)
+    files.save_json(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ from transformers import (
 )
 
 from DiffusionPipelines import PRESETS, SIZE, Painter, choose_dtype
-from Runtime import describe_hardware, save_json
+from Files import save_json
+from Runtime import describe_hardware
 from Utils import markdown_table
 
 RESULT = Path("results/benchmarks/stable_diffusion.json")

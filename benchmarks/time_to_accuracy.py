@@ -28,16 +28,11 @@ from Arms import ARMS, REFERENCE_SPLIT
 from ClassifierNetwork import evaluate_classifier
 from ClassifierTraining import count_training_flops
 from Experiment import make_training_set
+from Files import save_json
 from ImbalancedCIFAR10 import load_cifar10, split_from_name
 from Precision import precision_name
 from Results import HARDWARE, Study, precision_of, read_json
-from Runtime import (
-    choose_device,
-    code_version,
-    describe_hardware,
-    hardware_text,
-    save_json,
-)
+from Runtime import choose_device, code_version, describe_hardware, hardware_text
 from Utils import markdown_table
 
 FOLDER = Path("results", "benchmarks", "time_to_accuracy")

@@ -13,9 +13,9 @@ import training_variants as variants
 from Batches import AugmentedBatches
 from ClassifierNetwork import channel_statistics, create_classifier
 from ClassifierTraining import Recipe, train_classifier
+from Files import require_same_settings
 from Losses import CrossEntropy
 from MirroredFilters import HalvedMirroredConv2d
-from Runtime import require_same_settings
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -256,6 +257,12 @@ def digits():
 @pytest.fixture
 def move_to_another_folder(tmp_path_factory, monkeypatch):
     return lambda: monkeypatch.chdir(tmp_path_factory.mktemp("another"))
+
+
+def python(code):
+    """Run Python code in a process of its own that can import the modules of the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 # --- Servers on this machine --------------------------------------------------------------------

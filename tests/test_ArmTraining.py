@@ -22,9 +22,9 @@ from ClassifierTraining import Recipe
 from Experiment import run_arms
 from ImageCache import CACHE, describe_cache
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, split_from_name
+from Repeatability import checksum
 from Report import caption, conditions
 from Results import predictions_of
-from Runtime import checksum
 
 CAT = CIFAR10_CLASSES.index("cat")
 

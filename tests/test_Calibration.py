@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from Calibration import plot_reliability, probability_metrics
-from Runtime import save_json
+from Files import save_json
 
 
 def logits_of(probabilities):

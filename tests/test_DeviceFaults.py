@@ -14,7 +14,7 @@ from test_GANNetworks import equal
 import ClassifierTraining
 import Experiment
 import LoRATraining
-import Runtime
+from Checkpoints import load_torch_file, save_torch_file
 from ClassifierTraining import Recipe, train_classifier
 from DeviceFaults import DeviceFaultError, describe_fault, device_faults
 from DiffusionPipelines import Painter, load_pipeline
@@ -121,11 +121,11 @@ def test_a_gans_training_goes_on_after_a_fault(monkeypatch):
 
 
 def test_a_fault_while_a_checkpoint_is_written_is_no_full_disk_and_leaves_the_last_one(monkeypatch):
-    Runtime.save_torch_file("run.pt", {"step": 1})
+    save_torch_file("run.pt", {"step": 1})
     monkeypatch.setattr(torch, "save", failing_at(1, None, LAUNCH))
     with pytest.raises(torch.AcceleratorError):
-        Runtime.save_torch_file("run.pt", {"step": 2})
-    assert Runtime.load_torch_file("run.pt", {"step"}) == {"step": 1}
+        save_torch_file("run.pt", {"step": 2})
+    assert load_torch_file("run.pt", {"step"}) == {"step": 1}
     assert [path.name for path in Path().iterdir()] == ["run.pt"]
 
 

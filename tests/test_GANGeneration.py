@@ -28,7 +28,8 @@ from GANNetworks import (
 from GANTrainingStep import Adversaries, BalancedBatches, GANSettings, count_flops
 from GenerationQuality import ImageFeatures, frechet_distance_to
 from ImageOverSampler import TooFewImagesError
-from Runtime import choose_device, derive_seed
+from Repeatability import derive_seed
+from Runtime import choose_device
 
 DEVICE = choose_device()  # the one under test
 TINY = GANSettings(steps=4, batch_size=8, channels=4, latent_size=8, records=4, quality_images=12)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import ImageCache
+from Files import one_process_at_a_time, require_writable
 from ImageCache import (
     CACHE,
     RECORD,
@@ -25,7 +26,6 @@ from ImageCache import (
     replace_class,
     save_generated_images,
 )
-from Runtime import one_process_at_a_time, require_writable
 
 
 @pytest.fixture

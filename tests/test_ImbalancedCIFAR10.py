@@ -29,7 +29,7 @@ from ImbalancedCIFAR10 import (
     split_from_name,
     step_split,
 )
-from Runtime import checksum
+from Repeatability import checksum
 
 CAT, DOG = 3, 5
 FOLDER = "cifar-10-batches-py"

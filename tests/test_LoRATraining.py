@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import LoRATraining
 from CandidateImages import CandidateMaker, GenerationSettings, name_job
 from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
+from Files import one_process_at_a_time
 from ImageCache import fingerprint
 from ImbalancedCIFAR10 import minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, images_of_adapter, main, train_lora
-from Runtime import one_process_at_a_time
 
 
 @pytest.fixture

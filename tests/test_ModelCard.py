@@ -14,9 +14,9 @@ from GANNetworks import load_discriminator, load_generator, sample_images
 from GenerationQuality import ImageFeatures
 from ImbalancedCIFAR10 import split_from_name
 from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
+from Repeatability import derive_seed
 from Report import weights_table
 from Results import COMMITTED, predictions_of, read_result
-from Runtime import derive_seed
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -35,6 +35,7 @@ from CandidateImages import (
     write_shard,
 )
 from DiffusionPipelines import Painter
+from Files import one_process_at_a_time
 from ImageCache import (
     CACHE,
     METADATA,
@@ -49,7 +50,7 @@ from ImageSelection import Selection, SelectionError
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, train_lora
-from Runtime import derive_seed, one_process_at_a_time
+from Repeatability import derive_seed
 from StableDiffusionGeneration import generate_images, main
 from StableDiffusionSampler import StableDiffusionOverSampler
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from Downsampling import mean_power
-from Runtime import save_json
+from Files import save_json
 from Utils import (
     COLOURS,
     classification_metrics,

@@ -13,10 +13,10 @@ import pytest
 from conftest import REPOSITORY, make_images
 
 from Arms import PROFILES
+from Checkpoints import save_torch_file
 from GANGeneration import GANSettings
 from Hardware import cuda_works
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, ImageDataSet
-from Runtime import save_torch_file
 
 CONFTEST = "def pytest_addoption(parser):\n    parser.addoption('--device')\n"
 

@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY
 
 from Arms import PROFILES
-from Runtime import save_json
+from Files import save_json
 
 
 @pytest.fixture(scope="module", autouse=True)

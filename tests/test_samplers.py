@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import python
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.under_sampling import RandomUnderSampler
@@ -541,3 +542,10 @@ def test_a_sampler_on_pixels_takes_its_strategy_and_seed_from_outside_only(X, y,
 def test_a_sampler_that_may_remove_images_is_refused(X, y):
     with pytest.raises(ValueError, match="RandomUnderSampler is no over-sampler"):
         PixelOverSampler(RandomUnderSampler()).fit_resample(X, y)
+
+
+@pytest.mark.parametrize("module", ["NonSyntheticGeneration", "StableDiffusionSampler", "GANGeneration"])
+def test_importing_a_sampler_loads_neither_plots_nor_the_classifier_nor_diffusers(module):
+    unwanted = {"matplotlib", "ClassifierNetwork", "ClassifierTraining", "DiffusionPipelines", "diffusers"}
+    answer = python(f"import sys, {module}; print(sorted({unwanted} & set(sys.modules)))")
+    assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
