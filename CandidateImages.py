@@ -6,6 +6,11 @@
 A candidate depends only on its class, its index and the settings. The data type of the weights is one of them. It
 does not matter which process draws a candidate or when. A run that was stopped therefore continues with the
 candidates whose shards are missing.
+
+References
+----------
+Parmar, Zhang and Zhu (2022), On aliased resizing and surprising subtleties in GAN evaluation (reduce with
+antialiasing, or the result depends on the library).
 """
 
 import contextlib
@@ -31,7 +36,6 @@ from DiffusionPipelines import (
     find_preset,
     load_pipeline,
 )
-from Downsampling import METHODS, downsample
 from Files import atomic_path, one_process_at_a_time, require_writable, save_json, user_path
 from ImageCache import fingerprint
 from ImageSelection import CLIP_MODEL, ClipFilter
@@ -48,6 +52,10 @@ MOST_DRAWS = 5  # of one candidate that the safety checker keeps flagging
 # strengths instead of tuning one.
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 DTYPES = ("float16", "bfloat16", "float32")
+SMALL = 32  # pixels, as in CIFAR-10
+# Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.
+# Lanczos keeps edges a little sharper.
+DOWNSAMPLING = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 
 
 # --- Settings -----------------------------------------------------------------------------------
@@ -78,7 +86,7 @@ class GenerationSettings:
         Hub id or local folder of the CLIP model that judges the images. ``'auto'``:
         :data:`ImageSelection.CLIP_MODEL` if the preset uses CLIP. ``'none'``: images are not judged.
     downsampling : {'area', 'lanczos'}
-        How images are reduced to 32x32 pixels, see :func:`Downsampling.downsample`.
+        How images are reduced to 32x32 pixels, see :func:`downsample`.
     seed : int
         Not negative. It decides the prompts, and the noise that images start from.
     dtype : {None, 'float16', 'bfloat16', 'float32'}
@@ -110,9 +118,9 @@ class GenerationSettings:
             If a name is unknown or a number is out of range. No model is loaded to find this out.
         """
         preset = find_preset(self.preset)
-        if self.downsampling not in METHODS:
+        if self.downsampling not in DOWNSAMPLING:
             raise ValueError(
-                f"Unknown downsampling {self.downsampling!r}. Choose one of {', '.join(METHODS)}."
+                f"Unknown downsampling {self.downsampling!r}. Choose one of {', '.join(DOWNSAMPLING)}."
             )
         if not all(0 < s <= 1 for s in self.strengths):
             raise ValueError(
@@ -335,6 +343,30 @@ class CandidateMaker:
             "prompt": np.array(prompts), "seed": seeds, "flagged": flagged, "usable": usable,
             "margin": margin, "source": source, "strength": strength,
         }  # fmt: skip
+
+
+def downsample(images, method="area"):
+    """Reduce images to 32x32 pixels with antialiasing.
+
+    Parameters
+    ----------
+    images : sequence of PIL.Image.Image
+    method : {'area', 'lanczos'}
+        A key of :data:`DOWNSAMPLING`: the mean of the covered pixels, or Lanczos' filter.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, 32, 32, 3)
+
+    Raises
+    ------
+    ValueError
+        For an unknown method.
+    """
+    if method not in DOWNSAMPLING:
+        raise ValueError(f"Unknown downsampling {method!r}. Choose one of {', '.join(DOWNSAMPLING)}.")
+    small = [np.asarray(im.convert("RGB").resize((SMALL, SMALL), DOWNSAMPLING[method])) for im in images]
+    return np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), dtype=np.uint8)
 
 
 # --- Shards -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from DeviceFaults import first_line
+from DeviceFaults import kind_and_first_line
 
 TRIALS = 3  # a CUDA graph is recorded in the second pass and replayed in the third
 
@@ -91,7 +91,7 @@ class CompiledNetwork:
         except Exception as error:  # every backend has its own kinds
             print(
                 f"The network is not compiled with {self.backend}, which makes training slower, and equal up to rounding: "
-                f"{type(error).__name__}: {first_line(error)}.",
+                f"{kind_and_first_line(error)}",
                 flush=True,
             )
             return None

@@ -25,6 +25,12 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def kind_and_first_line(error):
+    """The kind of an error and the first line of its message, with one full stop: ``OSError: No such file.``"""
+    kind, line = type(error).__name__, first_line(error)
+    return f"{kind}." if line == kind else f"{kind}: {line}."
+
+
 def describe_fault(error):
     """One line about the device if it is the cause of an error, else None.
 

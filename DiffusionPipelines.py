@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from DeviceFaults import device_faults
+from DeviceFaults import device_faults, kind_and_first_line
 from Files import is_reachable, require_free_space, user_path
 from FiniteNumbers import check_weights, finite_numbers
 from Precision import half_precision
@@ -218,7 +218,7 @@ def load_pretrained(load, model, gigabytes, **options):
             return attempt(local_files_only=True)
         except Exception as error:
             raise ModelUnavailableError(
-                f"The model folder {model} is incomplete or damaged: {_first_line(error)} Get it again, "
+                f"The model folder {model} is incomplete or damaged: {kind_and_first_line(error)} Get it again, "
                 "for example with `hf download`."
             ) from error
     if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
@@ -241,7 +241,7 @@ def load_pretrained(load, model, gigabytes, **options):
         return attempt()
     except Exception as error:
         raise ModelUnavailableError(
-            f"The model {model} could not be loaded from {constants.ENDPOINT}: {_first_line(error)} Check "
+            f"The model {model} could not be loaded from {constants.ENDPOINT}: {kind_and_first_line(error)} Check "
             "the name, and whether its licence must be accepted. Then run again."
         ) from error
 
@@ -252,10 +252,6 @@ def _has_half_precision_only(folder):
         f for f in folder.rglob("*.fp16.safetensors") if "tiny_decoder" not in f.relative_to(folder).parts
     ]
     return any(not f.with_name(f.name.replace(".fp16.", ".")).exists() for f in half)
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
 
 
 def choose_dtype(device):
@@ -417,7 +413,7 @@ def _merge_lora(pipeline, folder):
         pipeline.unload_lora_weights()
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
         raise ValueError(
-            f"The adapter in {folder} is damaged or was trained for another model: {_first_line(error)}"
+            f"The adapter in {folder} is damaged or was trained for another model: {kind_and_first_line(error)}"
         ) from error
     check_weights(pipeline.components, f"with the adapter in {folder}")
 
@@ -502,7 +498,7 @@ class Painter:
 
                 if not should_reduce_batch_size(error):
                     raise
-                message = _first_line(error)
+                message = kind_and_first_line(error)
             else:
                 images += some_images
                 flagged += some_flagged

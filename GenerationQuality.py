@@ -25,6 +25,7 @@ from torch import nn
 
 from Checkpoints import load_torch_file
 from Checks import check_pixels
+from DeviceFaults import first_line
 from Files import atomic_path, downloading, is_reachable, require_free_space
 from FiniteNumbers import require_finite
 from Precision import mixed_precision
@@ -118,7 +119,7 @@ class InceptionFeatures(ImageFeatures):
         except (ValueError, RuntimeError) as error:
             raise FeaturesUnavailableError(
                 f"{weights} does not hold the weights of Inception-v3. Remove it and run again: they are then "
-                f"downloaded from {INCEPTION_URL}. ({_first_line(error)})"
+                f"downloaded from {INCEPTION_URL}. ({first_line(error)}.)"
             ) from error
         super().__init__(network, INCEPTION_NAME, device, batch_size=100)
 
@@ -143,7 +144,7 @@ def _download_inception(weights):
             _check_inception(temporary)
     except (OSError, ValueError, RuntimeError) as error:
         raise FeaturesUnavailableError(
-            f"The weights of Inception-v3 could not be downloaded from {INCEPTION_URL}: {_first_line(error)} Use "
+            f"The weights of Inception-v3 could not be downloaded from {INCEPTION_URL}: {first_line(error)}. Use "
             "the features of a network of your own (ImageFeatures), or try again."
         ) from error
 
@@ -151,10 +152,6 @@ def _download_inception(weights):
 def _check_inception(path):
     weights = load_torch_file(path, {"Conv2d_1a_3x3.conv.weight", "fc.weight"})
     require_finite(weights, f"Weights in {path}", "Remove it and run again.")
-
-
-def _first_line(error):
-    return str(error).partition("\n")[0]
 
 
 # --- Distances of two sets of images ------------------------------------------------------------

@@ -21,7 +21,7 @@ from imblearn.utils import check_sampling_strategy
 from sklearn.utils import check_random_state
 
 from Checks import check_images
-from Downsampling import match_spectrum, match_statistics
+from ImageStatistics import match_spectrum, match_statistics
 from Repeatability import derive_seed
 
 MATCHES = {"spectrum": match_spectrum, "statistics": match_statistics}
@@ -96,7 +96,7 @@ class ImageOverSampler(BaseOverSampler):
         Seed of the new images.
     match : {None, 'spectrum', 'statistics'}, default None
         What the new images get from the given ones, so that they are harder to tell apart:
-        :func:`Downsampling.match_spectrum` (power at each frequency), :func:`Downsampling.match_statistics` (colours
+        :func:`ImageStatistics.match_spectrum` (power at each frequency), :func:`ImageStatistics.match_statistics` (colours
         and sharpness), or nothing. One map for all new images, made from all given ones. So give every class new images
         (:func:`source_balanced_strategy`), or what distinguishes the class is matched away.
     """

@@ -146,7 +146,7 @@ class Selection:
         kept. Above 1: all are kept. See :func:`find_near_duplicates`.
     match : bool
         Whether the selected images get the colours and the sharpness of the real images, see
-        :func:`Downsampling.match_statistics`.
+        :func:`ImageStatistics.match_statistics`.
 
     Raises
     ------

@@ -32,10 +32,10 @@ from CandidateImages import (
 )
 from Checks import check_pixels
 from DiffusionPipelines import PRESETS, SIZE
-from Downsampling import image_statistics, match_statistics
 from Files import require_free_space, save_json
 from ImageCache import CACHE, check_cache_path, fingerprint, refuse_foreign_images, replace_class
 from ImageSelection import Selection, SelectionError, select_candidates
+from ImageStatistics import image_statistics, match_statistics
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from LoRATraining import images_of_adapter
 from Prompts import GRAMMARS, find_grammar

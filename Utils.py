@@ -231,7 +231,7 @@ def plot_power_spectra(powers, title):
     Parameters
     ----------
     powers : dict
-        Name of a set of images -> its mean power, as :func:`Downsampling.mean_power` returns it: float, shape
+        Name of a set of images -> its mean power, as :func:`ImageStatistics.mean_power` returns it: float, shape
         (side, side // 2 + 1, channels).
     title : str
 

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from Downsampling import mean_power
 from Files import save_json
+from ImageStatistics import mean_power
 from Utils import (
     COLOURS,
     classification_metrics,

@@ -19,8 +19,8 @@ from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
 from torchvision.transforms import v2
 
-import Downsampling
 import ImageOverSampler
+import ImageStatistics
 import NonSyntheticGeneration
 from ImageCache import load_generated_images, save_generated_images
 from ImageOverSampler import (
@@ -98,7 +98,7 @@ def test_new_images_can_be_matched_to_the_given_ones(make_sampler, X, y, match):
     plain, y_plain = make_sampler(random_state=0).fit_resample(X, y)
     matched, y_matched = make_sampler(random_state=0, match=match).fit_resample(X, y)
     assert np.array_equal(y_plain, y_matched) and np.array_equal(matched[:20], X)
-    maps = {"spectrum": Downsampling.match_spectrum, "statistics": Downsampling.match_statistics}
+    maps = {"spectrum": ImageStatistics.match_spectrum, "statistics": ImageStatistics.match_statistics}
     assert np.array_equal(matched[20:], maps[match](plain[20:], X))
     with pytest.raises(
         ValueError, match="Unknown match 'colour'. Choose None or one of spectrum, statistics"

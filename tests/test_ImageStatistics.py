@@ -1,38 +1,16 @@
-"""From large images to small ones, and the statistics of real images."""
+"""Colours, sharpness and spectra of images, measured and matched."""
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import CIFAKE
-import Downsampling
-from Downsampling import downsample, image_statistics, match_spectrum, match_statistics, mean_power
+import ImageStatistics
 from ImageCache import load_generated_images
+from ImageStatistics import image_statistics, match_spectrum, match_statistics, mean_power
 
 
 def noise(n, size=64, seed=0):
     return np.random.default_rng(seed).integers(0, 256, size=(n, size, size, 3), dtype=np.uint8)
-
-
-def test_area_is_the_mean_of_the_pixels_that_a_small_one_covers():
-    large = noise(3, 128)
-    small = downsample([Image.fromarray(x) for x in large])
-    means = large.reshape(3, 32, 4, 32, 4, 3).astype(float).mean(axis=(2, 4))
-    assert (small.shape, small.dtype) == ((3, 32, 32, 3), np.uint8)
-    assert np.abs(small - means).max() <= 1  # Pillow rounds after each of the two directions
-
-
-@pytest.mark.parametrize("method", ["area", "lanczos"])
-def test_stripes_too_fine_for_the_small_image_become_grey_instead_of_aliasing(method):
-    stripes = np.zeros((512, 512, 3), dtype=np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(downsample([Image.fromarray(stripes)], method).astype(int) - 127).max() <= 4
-
-
-def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="Unknown downsampling 'nearest'. Choose one of area, lanczos"):
-        downsample([], "nearest")
-    assert downsample([]).shape == (0, 32, 32, 3)
 
 
 def test_statistics_have_known_values():
@@ -92,7 +70,7 @@ def test_images_without_statistics_are_refused_instead_of_giving_nan(images):
 
 
 def test_numbers_that_are_not_finite_do_not_become_pixels(monkeypatch):
-    monkeypatch.setattr(Downsampling, "_square_root", lambda matrix: np.full((3, 3), np.nan))
+    monkeypatch.setattr(ImageStatistics, "_square_root", lambda matrix: np.full((3, 3), np.nan))
     with pytest.raises((FloatingPointError, np.linalg.LinAlgError)):
         match_statistics(noise(2), noise(2, seed=1))
 

@@ -1,53 +1,20 @@
-"""Reduce generated images to the size of the data set, and compare and match them with real ones there.
+"""Colours, sharpness and power spectra of sets of images: measured, and matched to those of real images.
 
-    small = downsample(images)                             # 512x512 PIL images -> uint8 (n, 32, 32, 3)
-    print(image_statistics(small), image_statistics(real))
-    matched = match_statistics(small, real)
-    matched = match_spectrum(small, real)
+    print(image_statistics(generated), image_statistics(real))
+    matched = match_statistics(generated, real)
+    matched = match_spectrum(generated, real)
 
 References
 ----------
-Parmar, Zhang and Zhu (2022), On aliased resizing and surprising subtleties in GAN evaluation (reduce with
-antialiasing, or the result depends on the library). Durall, Keuper and Keuper (2020), Watch your
+Durall, Keuper and Keuper (2020), Watch your
 up-convolution (the power spectrum gives generated images away). Pitié and Kokaram (2007), The linear
 Monge-Kantorovitch linear colour mapping for example-based colour transfer.
 """
 
 import numpy as np
 import scipy.fft
-from PIL import Image
 
 from Checks import check_pixels
-
-SIZE = 32  # pixels, as in CIFAR-10
-# Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.
-# Lanczos keeps edges a little sharper.
-METHODS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
-
-
-def downsample(images, method="area"):
-    """Reduce images to 32x32 pixels with antialiasing.
-
-    Parameters
-    ----------
-    images : sequence of PIL.Image.Image
-    method : {'area', 'lanczos'}
-        A key of :data:`METHODS`: the mean of the covered pixels, or Lanczos' filter.
-
-    Returns
-    -------
-    ndarray of uint8, shape (n, 32, 32, 3)
-
-    Raises
-    ------
-    ValueError
-        For an unknown method.
-    """
-    if method not in METHODS:
-        raise ValueError(f"Unknown downsampling {method!r}. Choose one of {', '.join(METHODS)}.")
-    small = [np.asarray(im.convert("RGB").resize((SIZE, SIZE), METHODS[method])) for im in images]
-    return np.stack(small) if small else np.empty((0, SIZE, SIZE, 3), dtype=np.uint8)
-
 
 # --- Statistics ---------------------------------------------------------------------------------
 
@@ -125,7 +92,7 @@ def match_statistics(images, real):
 def _check(images):
     images = check_pixels(images)
     if min(images.shape[1:3]) < 2:
-        raise ValueError(f"The sharpness of images needs at least 2x2 pixels: got the shape {images.shape}.")
+        raise ValueError(f"The statistics of images need at least 2x2 pixels: got the shape {images.shape}.")
     return images
 
 
