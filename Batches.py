@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from Checks import check_pixels
 from Repeatability import checksum, derive_seed
 
 
@@ -88,11 +89,15 @@ class AugmentedBatches:
 
     Raises
     ------
-    ValueError
-        If ``world_size`` does not divide the batch, or the square is larger than the images.
+    TypeError, ValueError
+        If ``X`` does not hold such images, ``batch_size`` is below 1, ``world_size`` does not divide the batch, or the square
+        is larger than the images.
     """
 
     def __init__(self, X, batch_size, device, seed, *, padding=2, flip=True, cutout=0, rank=0, world_size=1):
+        X = check_pixels(X)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more: got {batch_size}.")
         self.n, self.height, self.width = X.shape[:3]
         self.batch_size = min(batch_size, self.n)
         self.device, self.seed, self.padding, self.flip, self.cutout = device, seed, padding, flip, cutout
@@ -238,9 +243,16 @@ class SourceBatches(AugmentedBatches):
         self._orders = {}  # (source, pass) -> its rows in random order
 
     def epoch(self, number):
-        """Yield a list of :class:`MicroBatch` for each training step, real ones first if they are apart."""
+        """Yield a list of :class:`MicroBatch` for each training step, real ones first if they are apart.
+
+        Epochs are counted from 1. Together they have the recipe's number of steps; later epochs are empty.
+        """
+        if number < 1:
+            raise ValueError(f"Epochs are counted from 1: got {number}.")
         first = (number - 1) * len(self)
         steps = range(first, min(first + len(self), len(self.counts)))
+        if not steps:
+            return
         rows = [self._rows(source, step) for step in steps for source in (0, 1)]
         order = torch.from_numpy(np.concatenate(rows)).to(self.device)
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, 1, number))
@@ -346,8 +358,9 @@ class MixedBatches:
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.batch_size = batches.batch_size
         self.world_size = getattr(batches, "world_size", 1)
-        if hasattr(batches, "steps"):
-            self.steps = batches.steps
+        for name in ("n", "steps"):
+            if hasattr(batches, name):
+                setattr(self, name, getattr(batches, name))
 
     @property
     def description(self):
@@ -364,7 +377,10 @@ class MixedBatches:
 
     def _mixed(self, part, rng):
         kept = float(rng.beta(self.alpha, self.alpha))
-        order = torch.from_numpy(rng.permutation(len(part.rows))).to(part.rows.device)
+        device = part.rows.device
+        order = torch.from_numpy(rng.permutation(len(part.rows)))
+        # CUDA copies what it needs of it before the call returns, so the GPU need not be waited for.
+        order = order.to(device, non_blocking=device.type == "cuda")
         images, kept = _mix(part.images, part.images[order], self.kind, kept, rng)
         return replace(part, images=images, partners=part.rows[order], kept=kept)
 
@@ -408,7 +424,7 @@ class PastedBatches:
                 "Pasting needs batches with one synthetic fraction, apart from phases without synthetic images, and a "
                 f"synthetic_weight of 1: got {batches.phases} and {batches.synthetic_weight}."
             )
-        self.steps = batches.steps
+        self.n, self.steps = batches.n, batches.steps
         self.batch_size = int(batches.counts[:, 0].min())
 
     @property

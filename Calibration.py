@@ -20,7 +20,7 @@ import torch
 from matplotlib.ticker import PercentFormatter
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from Checks import check_labels
+from Checks import check_classes, check_labels
 from Utils import COLOURS
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
@@ -35,10 +35,10 @@ def probability_metrics(logits, y_true, minority_classes):
     Parameters
     ----------
     logits : ndarray of float, shape (n, classes)
-        Their softmax is judged. A network that was trained with an adjusted loss needs no further adjustment: its
+        Logits, not probabilities: their softmax is judged. A network that was trained with an adjusted loss needs no further adjustment: its
         probabilities are for a test set in which the classes are equally frequent (Menon et al. 2021).
     y_true : ndarray of int, shape (n,)
-    minority_classes : sequence of int
+    minority_classes : int or sequence of int
 
     Returns
     -------
@@ -51,8 +51,9 @@ def probability_metrics(logits, y_true, minority_classes):
 
     Raises
     ------
-    ValueError
-        If the two arrays are not of the same images, there is no such class, or a logit is not finite.
+    TypeError, ValueError
+        If the two arrays are not of the same images, there is no such class, a logit is not finite, or the logits are
+        probabilities.
     """
     from torchmetrics.functional.classification import (  # imported here because it takes seconds
         multiclass_calibration_error,
@@ -65,10 +66,11 @@ def probability_metrics(logits, y_true, minority_classes):
         )
     if not np.isfinite(logits).all():
         raise ValueError("The logits have NaN or infinity.")
+    if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+        raise ValueError("These are probabilities, but logits are needed: pass np.log(np.maximum(p, 1e-12)).")
     classes = logits.shape[1]
     y_true = check_labels(y_true, classes, "y_true")
-    if unknown := sorted(set(map(int, minority_classes)) - set(range(classes))):
-        raise ValueError(f"There are logits of {classes} classes, numbered from 0, so none of {unknown}.")
+    minority_classes = check_classes(minority_classes, classes)
     # In float64, so that probabilities near 1 do not all become 1 and tie in the ranking.
     probabilities = torch.from_numpy(logits).double().softmax(1)
     # It counts a confidence of exactly 1 in a bin of its own.
@@ -77,7 +79,7 @@ def probability_metrics(logits, y_true, minority_classes):
     is_minority = np.isin(y_true, minority_classes)
     minority = None
     if is_minority.any() and not is_minority.all():
-        probability = probabilities[:, list(minority_classes)].sum(1).clamp(max=1).numpy()
+        probability = probabilities[:, minority_classes].sum(1).clamp(max=1).numpy()
         minority = {
             "average_precision": float(average_precision_score(is_minority, probability)),
             "roc_auc": float(roc_auc_score(is_minority, probability)),

@@ -355,7 +355,9 @@ def extract_features(model, X, *, batch_size=128):
     tensor of float32, shape (n, d)
         On the CPU. d is 8 x width, of a network with mirrored filters 4 x width.
     """
-    return _outputs(model, model.features, torch.from_numpy(np.ascontiguousarray(X)), batch_size)
+    return _outputs(
+        model, model.features, torch.from_numpy(np.ascontiguousarray(check_pixels(X))), batch_size
+    )
 
 
 def _outputs(model, function, images, batch_size):

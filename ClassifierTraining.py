@@ -16,6 +16,7 @@ seconds on a single GPU (fast batch-norm shifts).
 
 import contextlib
 import copy
+import inspect
 import math
 import time
 import warnings
@@ -95,8 +96,7 @@ class Recipe:
     Raises
     ------
     ValueError
-        If there is no step, no image in a batch, no such optimizer, no scale, the radius is negative, or the relative
-        rate is not positive.
+        If there is no step, no image in a batch, no such optimizer, no scale, or a number is out of range.
     """
 
     steps: int
@@ -132,8 +132,18 @@ class Recipe:
             raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales must be one or more positive numbers: got {self.scales}.")
-        if not 0 <= self.sam_radius < math.inf:
-            raise ValueError(f"sam_radius must be a finite number, 0 or more: got {self.sam_radius}.")
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "muon_learning_rate",
+            "muon_weight_decay",
+            "sam_radius",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number, 0 or more: got {getattr(self, name)}.")
+        for name in ("momentum", "muon_momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1: got {getattr(self, name)}.")
         if not 0 < self.norm_shift_rate < math.inf:
             raise ValueError(f"norm_shift_rate must be a positive number: got {self.norm_shift_rate}.")
 
@@ -212,7 +222,7 @@ def train_classifier(
     loss = CrossEntropy(recipe.label_smoothing) if loss is None else loss
     _check_labels_and_loss(y, model, recipe, loss)
     batches = batches if batches is not None else recipe.batches(X, seed, next(model.parameters()).device)
-    _check_batches(batches, recipe)
+    _check_batches(batches, recipe, len(y))
     training = _Training(model, y, recipe, loss, batches)
     # An old checkpoint lacks settings that could not be chosen when it was written.
     defaults = asdict(Recipe(steps=1)) | {"mirrored": False, "precision": precision_name(training.device)}
@@ -245,6 +255,15 @@ def train_classifier(
 
 def _check_labels_and_loss(y, model, recipe, loss):
     check_labels(y, model.num_classes)
+    if not isinstance(loss, torch.nn.Module) or not _takes_three(loss.forward):
+        raise TypeError(
+            "loss must be a torch.nn.Module that is called as loss(logits, targets, rows), such as those in Losses.py: got "
+            f"{loss!r}."
+        )
+    if len(getattr(loss, "weights", y[: model.num_classes])) != model.num_classes:
+        raise ValueError(
+            f"The loss weighs {len(loss.weights)} classes, but the network has {model.num_classes}."
+        )
     if isinstance(loss, LogitAdjustedLoss):
         if recipe.label_smoothing:
             raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")
@@ -263,7 +282,19 @@ def _check_labels_and_loss(y, model, recipe, loss):
         raise ValueError("LDAM needs cosines: create the network with cosine_head=True.")
 
 
-def _check_batches(batches, recipe):
+def _takes_three(function):
+    try:
+        inspect.signature(function).bind("logits", "targets", "rows")
+    except TypeError:
+        return False
+    return True
+
+
+def _check_batches(batches, recipe, rows):
+    if getattr(batches, "n", rows) != rows:
+        raise ValueError(
+            f"The batches were made from {batches.n:,} images, but X has {rows:,}. Make them from the same X."
+        )
     if getattr(batches, "steps", recipe.steps) != recipe.steps:
         raise ValueError(
             f"The batches are made for {batches.steps} training steps, but the recipe has {recipe.steps}."

@@ -21,6 +21,7 @@ from Significance import (
     mcnemar_over_seeds,
     mean_interval,
     minority_scores,
+    t_test_over_seeds,
 )
 from Utils import markdown_table
 
@@ -54,6 +55,9 @@ class ArmComparison:
         It takes the trained networks as given.
     corrected_p_value : float
         Corrected for the number of questions (Holm 1979).
+    p_over_seeds : dict
+        ``"recall"`` and ``"f1"`` -> the p-value of Student's t-test over seeds, corrected for the number of questions with three
+        seeds or more; None with fewer. It covers what ``p_value`` takes as given.
     average_precision : tuple of float
         The differences in the minority's average precision, one for each seed whose results both have it.
     profile : str
@@ -67,6 +71,7 @@ class ArmComparison:
     over_seeds: Mapping
     p_value: float
     corrected_p_value: float
+    p_over_seeds: Mapping
     average_precision: tuple
     profile: str
 
@@ -142,10 +147,21 @@ def compare_arms(results, questions=QUESTIONS):
             {"question": question, "pair": pair, "seeds": seeds, "by_seed": by_seed, "p_value": p_value}
         )
     corrected = holm([each["p_value"] for each in asked])
+    over_seeds = [_p_over_seeds(asked, scores, key) for key in ("recall", "f1")]
     return [
-        _comparison(**each, scores=scores, corrected_p_value=p)
-        for each, p in zip(asked, corrected, strict=True)
+        _comparison(**each, scores=scores, corrected_p_value=p, p_over_seeds={"recall": recall, "f1": f1})
+        for each, p, recall, f1 in zip(asked, corrected, *over_seeds, strict=True)
     ]
+
+
+def _p_over_seeds(asked, scores, key):
+    """For each question the p-value over seeds, corrected for the number of questions that have one; else None."""
+    p_values = [
+        t_test_over_seeds(np.subtract(*([scores[name, s][key][0] for s in each["seeds"]] for name in each["pair"])))
+        for each in asked
+    ]  # fmt: skip
+    corrected = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(corrected) for p in p_values]
 
 
 def _average_precisions(by_seed, seeds):
@@ -158,7 +174,7 @@ def _average_precisions(by_seed, seeds):
     )
 
 
-def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_value):
+def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_value, p_over_seeds):
     means, bootstrap, over_seeds = {}, {}, {}
     for key in SCORES:
         # Arm, seed, resample; the first resample is the test set itself.
@@ -179,6 +195,7 @@ def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_val
         over_seeds=over_seeds,
         p_value=p_value,
         corrected_p_value=corrected_p_value,
+        p_over_seeds=p_over_seeds,
         average_precision=_average_precisions(by_seed, seeds),
         profile=by_seed[0][seeds[0]]["profile"],
     )
@@ -250,6 +267,8 @@ def ranking_in_words(comparison):
 
 
 def _p_value(p):
+    if p is None:
+        return ""
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
@@ -279,8 +298,8 @@ def paired_table(comparisons):
     -------
     str
         Differences in percentage points with their 95 % bootstrap intervals over test images; with three seeds or more also
-        half the width of the 95 % interval over seeds. The average precision, which no threshold enters, has the latter only; it
-        is left out if no result has it. The p-values are those of :class:`ArmComparison`.
+        half the width of the 95 % interval over seeds. The average precision, which no threshold enters, has the latter only. The
+        p-values are those of :class:`ArmComparison`. Columns that no result fills are left out.
     """
     columns = {
         "compared arms": [" → ".join(comparison.titles) for comparison in comparisons],
@@ -292,9 +311,13 @@ def paired_table(comparisons):
         "average precision": [ranking_in_words(comparison) for comparison in comparisons],
         "p, recall": [_p_value(comparison.p_value) for comparison in comparisons],
         "p, corrected": [_p_value(comparison.corrected_p_value) for comparison in comparisons],
+        **{
+            f"p over seeds, {name}": [_p_value(comparison.p_over_seeds[key]) for comparison in comparisons]
+            for key, name in (("recall", "recall"), ("f1", "F1"))
+        },
     }
-    if not any(columns["average precision"]):
-        del columns["average precision"]
+    optional = "average precision", "p over seeds, recall", "p over seeds, F1"
+    columns = {title: cells for title, cells in columns.items() if title not in optional or any(cells)}
     return markdown_table(tuple(columns), zip(*columns.values(), strict=True))
 
 

@@ -106,6 +106,16 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
     """
     records = _make_records(images, labels)
     check_cache_path(path)
+    if metadata is not None:
+        metadata = list(metadata)
+        if len(metadata) != len(records):
+            raise ValueError(
+                f"metadata must have an entry for each of the {len(records):,} images: got {len(metadata):,}."
+            )
+        if unknown := sorted(set().union(*metadata) - set(METADATA)):
+            raise ValueError(
+                f"Unknown names in metadata: {', '.join(map(str, unknown))}. Choose among {', '.join(METADATA)}."
+            )
     with one_process_at_a_time(path, "writes this cache"):
         _write(records, user_path(path), metadata)
 

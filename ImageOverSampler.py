@@ -135,7 +135,8 @@ class ImageOverSampler(BaseOverSampler):
         TooManyImagesError
             If the result would not fit into memory. This is found out before anything is made.
         """
-        return super().fit_resample(X, y)
+        # As arrays, or imbalanced-learn would return what kind it was given: lists of lists of numbers.
+        return super().fit_resample(*check_images(X, y))
 
     def _fit_resample(self, X, y):
         # One seed per class, so that the images of a class do not depend on what the others need.

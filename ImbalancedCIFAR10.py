@@ -388,7 +388,8 @@ def class_number(name_or_number, class_names):
         If there is no such class. The message lists the valid ones.
     """
     text = str(name_or_number)
-    if text in class_names:
+    is_number = isinstance(name_or_number, int | np.integer)  # of a class, even if another has it as its name
+    if text in class_names and not is_number:
         return list(class_names).index(text)
     if text.isdecimal() and int(text) < len(class_names):
         return int(text)
@@ -424,7 +425,9 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
     ValueError
         If a class is unknown or named twice, or if the count is not between 1 and the number of images.
     """
-    y = check_labels(y, len(class_names))
+    y = _check_labels_and_names(y, class_names)
+    if minority is None or isinstance(minority, float):
+        raise TypeError(f"minority must be a class's name or number, or a list of them: got {minority!r}.")
     names = [minority] if isinstance(minority, (str, int, np.integer)) else list(minority)
     classes = [class_number(name, class_names) for name in names]
     if not classes or len(set(classes)) != len(classes):
@@ -452,7 +455,7 @@ def minority_split(y, class_names=CIFAR10_CLASSES, minority="cat", keep=50, draw
 def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
     """Let the class sizes fall exponentially (Cui et al. 2019).
 
-    Of C classes, class c keeps n_c = n_0 * factor^(-c / (C - 1)) images.
+    Of C classes, class c keeps n_c = n * factor^(-c / (C - 1)) images, where n is the size of the largest class.
 
     Parameters
     ----------
@@ -460,7 +463,7 @@ def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw
         Labels of the whole training set.
     class_names : sequence of str
     imbalance_factor : float, at least 1
-        Images of the first class per image of the last. With 100, the classes of CIFAR-10 keep 5000, 2997,
+        Images of the first class per image of the last, for classes that were equally large. With 100, the classes of CIFAR-10 keep 5000, 2997,
         1796, ..., 83, 50.
     draw : int
         Seed of the choice of images.
@@ -474,14 +477,22 @@ def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw
     Raises
     ------
     ValueError
-        If the factor is below 1, or so large that a class would keep no image.
+        If the factor is below 1, or so large that a class would keep no image, or a class has less than nine tenths of the
+        images that it should keep.
     """
     _check_factor(imbalance_factor)
-    sizes = np.bincount(check_labels(y, len(class_names)), minlength=len(class_names))
+    sizes = np.bincount(_check_labels_and_names(y, class_names), minlength=len(class_names))
     powers = np.arange(len(class_names)) / (len(class_names) - 1)
     wanted = (sizes.max() * (1 / imbalance_factor) ** powers + 1e-9).astype(int)
     counts = {c: int(min(count, sizes[c])) for c, count in enumerate(wanted)}
     _check_none_empty(counts, class_names, imbalance_factor)
+    # Classes that are nearly equal, such as the digits', keep a few images less.
+    short = [f"{class_names[c]} ({sizes[c]} of {n})" for c, n in enumerate(wanted) if sizes[c] < 0.9 * n]
+    if short:
+        raise ValueError(
+            f"A long-tailed split with factor {imbalance_factor:g} needs more images of the classes {', '.join(short)}. Order "
+            "the classes from large to small, or choose a larger factor."
+        )
     minority = tuple(c for c, count in counts.items() if count <= sizes.max() / 10)
     name = f"long-tailed-{imbalance_factor:g}" + _draw_suffix(draw)
     return Split(name, counts, minority or (len(class_names) - 1,), draw)
@@ -510,7 +521,7 @@ def step_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw=0):
         If the factor is below 1, or so large that a class would keep no image.
     """
     _check_factor(imbalance_factor)
-    sizes = np.bincount(check_labels(y, len(class_names)), minlength=len(class_names))
+    sizes = np.bincount(_check_labels_and_names(y, class_names), minlength=len(class_names))
     minority = tuple(range((len(class_names) + 1) // 2, len(class_names)))
     counts = {c: int(min(sizes.max() / imbalance_factor + 1e-9, sizes[c])) for c in minority}
     _check_none_empty(counts, class_names, imbalance_factor)
@@ -550,6 +561,20 @@ def split_from_name(name, y, class_names=CIFAR10_CLASSES):
     if kind == "step":
         return step_split(y, class_names, value, draw)
     return minority_split(y, class_names, kind.split("+"), value, draw)
+
+
+def _check_labels_and_names(y, class_names):
+    """The labels as int64, or an error if the names are no list of text, or a class has no image."""
+    if isinstance(class_names, str | dict) or not all(isinstance(name, str) for name in class_names):
+        raise TypeError(
+            f"class_names must be a list of names, one for each class in order: got {class_names!r}."
+        )
+    y = check_labels(y, len(class_names))
+    if missing := [name for c, name in enumerate(class_names) if not np.any(y == c)]:
+        raise ValueError(
+            f"y has no image of the classes {', '.join(missing)}. Pass the class_names of your own labels."
+        )
+    return y
 
 
 def _check_factor(imbalance_factor):

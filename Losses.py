@@ -3,8 +3,9 @@
     loss = LogitAdjustedLoss(y, num_classes=10)                       # no image needed
     loss = LogitAdjustedLoss(y_res, num_classes=10, sources=sources)   # a prior for real, another for synthetic rows
 
-A loss is a :class:`torch.nn.Module` that is called with the logits, the targets and the rows of a micro-batch. Before
-each training step, ``ClassifierTraining.py`` sets its attribute ``progress``, the finished fraction of the training.
+A loss is a :class:`torch.nn.Module` that is called with the logits, the targets and the rows of a micro-batch. Losses
+that change during the training have an attribute ``progress``, the finished fraction of the training, 0 to 1.
+``ClassifierTraining.py`` sets it before each training step; a loop of your own must do that, too.
 
 References
 ----------
@@ -33,17 +34,26 @@ class CrossEntropy(nn.Module):
     ----------
     label_smoothing : float, default 0.0
         Fraction of each target that is spread equally over all classes.
+
+    Raises
+    ------
+    ValueError
+        If ``label_smoothing`` is negative, or 1 or more.
     """
 
     mean_over_images = True
-    progress = 0.0
 
     def __init__(self, label_smoothing=0.0):
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1: got {label_smoothing}.")
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits, targets, rows):
-        """Mean loss of m images: float32 logits (m, classes), int64 targets (m,) and training-set rows (m,)."""
+    def forward(self, logits, targets, rows=None):
+        """Mean loss of m images: float32 logits (m, classes), int64 targets (m,) and training-set rows (m,).
+
+        Only losses that differ from row to row need the rows.
+        """
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def extra_repr(self):
@@ -81,13 +91,12 @@ class LogitAdjustedLoss(nn.Module):
     """
 
     mean_over_images = True
-    progress = 0.0
 
     def __init__(self, y, num_classes, sources=None, *, tau=1.0, real_prior_for_all=False):
         super().__init__()
         if not 0 <= tau < float("inf"):
             raise ValueError(f"tau must be a finite number, 0 or more: got {tau}.")
-        y = check_labels(y, num_classes)
+        y = _check_training_labels(y, num_classes)
         sources = _check_sources(sources, y)
         log_priors = class_log_priors(y, num_classes, sources)
         if untrained := np.flatnonzero(np.isneginf(log_priors).all(axis=0)).tolist():
@@ -134,6 +143,16 @@ class LogitAdjustedLoss(nn.Module):
         return f"rows={rows}, classes={classes}, checksum={checksum(self.log_prior_of_row.cpu().numpy())}"
 
 
+def _check_training_labels(y, num_classes):
+    """The labels as int64, or an error if there is none or one is no class."""
+    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
+        raise ValueError(f"num_classes must be a whole number, 1 or more: got {num_classes!r}.")
+    y = check_labels(y, num_classes)
+    if not len(y):
+        raise ValueError("There is no label in y.")
+    return y
+
+
 def _check_sources(sources, y):
     """``sources`` as int64, zeros for None, or an error if they are not sources of the rows of ``y``."""
     sources = np.zeros_like(y) if sources is None else np.asarray(sources)
@@ -162,10 +181,10 @@ def class_log_priors(y, num_classes, sources):
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If a label is no class.
     """
-    y = check_labels(y, num_classes)
+    y = _check_training_labels(y, num_classes)
     counts = np.zeros((sources.max() + 1, num_classes))
     np.add.at(counts, (sources, y), 1)
     with np.errstate(divide="ignore"):
@@ -189,11 +208,12 @@ def class_balanced_weights(y, num_classes, beta=0.9999):
 
     Raises
     ------
-    ValueError
-        If ``beta`` is out of range.
+    TypeError, ValueError
+        If ``beta`` is out of range, or a label is no class.
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be at least 0 and below 1: got {beta}.")
+    y = _check_training_labels(y, num_classes)
     counts = np.bincount(y, minlength=num_classes)
     weights = np.where(counts > 0, (1 - beta) / np.maximum(1 - beta**counts, 1e-12), 0)
     return torch.from_numpy(weights * num_classes / weights.sum()).float()
@@ -208,23 +228,46 @@ class ClassBalancedLoss(nn.Module):
         See :func:`class_balanced_weights`.
     deferred_until : float, default 0.0
         Fraction of the training before which all classes weigh the same (deferred re-weighting, Cao et al. 2019).
+        Above 0, the training loop must set ``progress``: see the top of this module.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a label is no class, or ``beta`` or ``deferred_until`` is out of range.
+    RuntimeError
+        When the loss is called, if ``progress`` was not set but is needed.
     """
 
-    progress = 0.0
+    progress = None
 
     def __init__(self, y, num_classes, *, beta=0.9999, deferred_until=0.0):
         super().__init__()
+        _check_deferred(deferred_until)
         self.beta, self.deferred_until = beta, deferred_until
         self.register_buffer("weights", class_balanced_weights(y, num_classes, beta))
 
-    def forward(self, logits, targets, rows):
+    def forward(self, logits, targets, rows=None):
         """Mean loss of m images; the parameters are those of :meth:`CrossEntropy.forward`."""
-        weights = self.weights if self.progress >= self.deferred_until else None
-        return F.cross_entropy(logits, targets, weight=weights)
+        return F.cross_entropy(logits, targets, weight=_deferred_weights(self))
 
     def extra_repr(self):
         weights = checksum(self.weights.cpu().numpy())
         return f"beta={self.beta}, deferred_until={self.deferred_until}, weights={weights}"
+
+
+def _check_deferred(deferred_until):
+    if not 0 <= deferred_until <= 1:
+        raise ValueError(f"deferred_until must be from 0 to 1: got {deferred_until}.")
+
+
+def _deferred_weights(loss):
+    """The class weights of a loss, or None as long as all classes weigh the same."""
+    if loss.deferred_until and loss.progress is None:
+        raise RuntimeError(
+            f"{type(loss).__name__} weighs the classes from {loss.deferred_until:g} of the training on. Before each step, set "
+            "loss.progress to the finished fraction: loss.progress = step / steps."
+        )
+    return loss.weights if (loss.progress or 0) >= loss.deferred_until else None
 
 
 class LDAMLoss(nn.Module):
@@ -239,22 +282,30 @@ class LDAMLoss(nn.Module):
         Labels of the training set. Every class needs an image.
     num_classes : int
     max_margin : float, default 0.5
-        The rarest class's margin.
+        The rarest class's margin, 0 or more: a difference of cosines.
     scale : float, default 30.0
+        Positive.
     beta, deferred_until
         See :class:`ClassBalancedLoss`; the authors re-weight in the last fifth.
 
     Raises
     ------
-    ValueError
-        If a class has no image.
+    TypeError, ValueError
+        If a label is no class, a class has no image, or a number is out of range.
+    RuntimeError
+        See :class:`ClassBalancedLoss`.
     """
 
-    progress = 0.0
+    progress = None
 
     def __init__(self, y, num_classes, *, max_margin=0.5, scale=30.0, beta=0.9999, deferred_until=0.8):
         super().__init__()
-        counts = np.bincount(y, minlength=num_classes)
+        _check_deferred(deferred_until)
+        if not (0 <= max_margin < float("inf") and 0 < scale < float("inf")):
+            raise ValueError(
+                f"max_margin must be 0 or more and scale above 0, both finite: got {max_margin} and {scale}."
+            )
+        counts = np.bincount(_check_training_labels(y, num_classes), minlength=num_classes)
         if not counts.all():
             raise ValueError(f"LDAM needs an image of every class; the classes have {counts.tolist()}.")
         self.scale, self.deferred_until = scale, deferred_until
@@ -262,11 +313,10 @@ class LDAMLoss(nn.Module):
         self.register_buffer("margins", torch.from_numpy(margins).float())
         self.register_buffer("weights", class_balanced_weights(y, num_classes, beta))
 
-    def forward(self, logits, targets, rows):
+    def forward(self, logits, targets, rows=None):
         """Mean loss of m images, ``logits`` cosines; the parameters are those of :meth:`CrossEntropy.forward`."""
         lowered = logits - F.one_hot(targets, logits.shape[1]) * self.margins
-        weights = self.weights if self.progress >= self.deferred_until else None
-        return F.cross_entropy(self.scale * lowered, targets, weight=weights)
+        return F.cross_entropy(self.scale * lowered, targets, weight=_deferred_weights(self))
 
     def extra_repr(self):
         both = checksum(self.margins.cpu().numpy(), self.weights.cpu().numpy())

@@ -154,7 +154,7 @@ class PixelOverSampler(BaseOverSampler):
         In ``fit_resample``, if the sampler interpolates between neighbours and a class that it resamples has one image.
     UnsuitableImagesError
         In ``fit_resample``, if the sampler finds no way to rebalance these images, as ADASYN does if the nearest
-        neighbours of all images of a class belong to the same class.
+        neighbours of all images of a class belong to the same class, or makes no image of a class that shall have more.
     FloatingPointError
         In ``fit_resample``, if the sampler gives pixels that are NaN or infinite.
     TooManyImagesError
@@ -178,9 +178,11 @@ class PixelOverSampler(BaseOverSampler):
 
     def _check_X_y(self, X, y):
         X, y = check_images(X, y)
-        own = self.sampler.get_params(deep=False)
         if not isinstance(self.sampler, BaseOverSampler):
-            raise ValueError(f"{type(self.sampler).__name__} is no over-sampler: it may remove images.")
+            raise ValueError(
+                f"sampler must be an over-sampler of imbalanced-learn, such as SMOTE(): got {self.sampler!r}."
+            )
+        own = self.sampler.get_params(deep=False)
         if own["sampling_strategy"] != "auto" or own.get("random_state") is not None:
             raise ValueError(
                 "Give sampling_strategy and random_state to PixelOverSampler: it sets those of its sampler, "
@@ -188,6 +190,13 @@ class PixelOverSampler(BaseOverSampler):
             )
         check_request(self.sampling_strategy, X, y, bytes_per_value=9)  # float32 twice, and uint8
         return X, y, False
+
+    def fit_resample(self, X, y):
+        """Append new images so that the class sizes follow ``sampling_strategy``.
+
+        Parameters, results and errors are those of :meth:`ImageOverSampler.ImageOverSampler.fit_resample`.
+        """
+        return super().fit_resample(*check_images(X, y))
 
     def _fit_resample(self, X, y):
         sampler = clone(self.sampler).set_params(
@@ -210,6 +219,15 @@ class PixelOverSampler(BaseOverSampler):
             X_res, y_res = sampler.fit_resample(pixels, y)
         except RuntimeError as error:
             raise UnsuitableImagesError(f"{type(sampler).__name__}: {error}") from error
+        empty_handed = [
+            int(c)
+            for c, n in self.sampling_strategy_.items()
+            if n > 0 and np.sum(y_res == c) <= np.sum(y == c)
+        ]
+        if empty_handed:
+            raise UnsuitableImagesError(
+                f"{type(sampler).__name__} made no image of the classes {empty_handed}, which shall have more. Choose another sampler"
+            )
         if not np.isfinite(X_res).all():
             raise FloatingPointError(
                 f"{type(sampler).__name__} gave pixels that are not finite (NaN or infinity). Choose another sampler."

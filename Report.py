@@ -480,11 +480,12 @@ def arms_report(results):
         "precision does not depend on a threshold, so it tells whether the minority is ranked better. The p-value is "
         "of an exact sign-flip test on the minority's images, all seeds together (McNemar's test if there is one seed), "
         "then corrected for the number of questions (Holm 1979). It takes the trained networks as given"
-        f"{_between_seeds(results)}:",
+        f"{_between_seeds(results)}. The p-values over seeds do not: they are of Student's t-test on the differences of three seeds "
+        "or more, corrected for the number of questions that have so many:",
         paired_table(comparisons),
         "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
         "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and a 95 % interval over seeds without zero. "
-        "Else the answer is *undecided*. The interval is not corrected for the number of questions. With one or two seeds "
+        "Else the answer is *undecided*. The interval is not corrected for the number of questions; the p-values over seeds are. With one or two seeds "
         "the answer is only *higher* or *lower*: these networks differ, which may be the seed's doing:",
         findings(comparisons),
     )

@@ -7,18 +7,18 @@
     p = holm([mcnemar_over_seeds(y_test, first, second), 0.2])       # predictions of two models, a row a seed
 
 Two things vary: the test images that happen to be there, and the seed of sampler, initial weights and image order. The
-bootstrap and McNemar's test cover the first, the interval over seeds covers the second.
+bootstrap and McNemar's test cover the first, the interval and the test over seeds cover the second.
 
 References
 ----------
 Dietterich (1998), Approximate statistical tests for comparing supervised classification learning algorithms. Efron
 (1979), Bootstrap methods. Fisher (1935), The design of experiments. Holm (1979), A simple sequentially rejective multiple
 test procedure. McNemar (1947), Note on the sampling error of the difference between correlated proportions. Spearman
-(1904), The proof and measurement of association between two things.
+(1904), The proof and measurement of association between two things. Student (1908), The probable error of a mean.
 """
 
 import numpy as np
-from scipy.stats import binom, permutation_test, rankdata, t, zscore
+from scipy.stats import binom, permutation_test, rankdata, t, ttest_1samp, zscore
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 2000
@@ -56,6 +56,34 @@ def mean_interval(values, level=0.95):
     return float(values.mean()), float(factor * values.std(ddof=1) / np.sqrt(values.size))
 
 
+def t_test_over_seeds(differences):
+    """Student's t-test: does a paired difference of two methods vary around zero from seed to seed?
+
+    Parameters
+    ----------
+    differences : sequence of float
+        One a seed. They are taken to be normally distributed.
+
+    Returns
+    -------
+    float or None
+        The two-sided p-value. None if there are fewer than three seeds, as in :func:`mean_interval`.
+
+    Raises
+    ------
+    ValueError
+        If a difference is not finite.
+    """
+    differences = np.asarray(differences, dtype=float)
+    if not np.isfinite(differences).all():
+        raise ValueError("The differences have NaN or infinity, which no test can take.")
+    if differences.size < 3:
+        return None
+    if np.ptp(differences) == 0:
+        return float(differences[0] == 0)  # t would be infinite, or 0 / 0
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
 def bootstrap_weights(y_true, resamples=RESAMPLES, seed=0):
     """How often each test image is drawn in each resample of a stratified bootstrap.
 
@@ -87,8 +115,9 @@ def minority_scores(y_true, predictions, minority_classes, weights):
     ----------
     y_true, predictions : ndarray of int, shape (n,)
     minority_classes : sequence of int
-    weights : ndarray of float, shape (resamples, n)
-        See :func:`bootstrap_weights`. A row of ones gives the scores themselves, as does any other constant.
+    weights : ndarray of numbers or bool, shape (resamples, n)
+        See :func:`bootstrap_weights`. None is negative. A row of ones gives the scores themselves, as does any other
+        constant. A row that is True for some images gives the scores on these.
 
     Returns
     -------
@@ -99,14 +128,19 @@ def minority_scores(y_true, predictions, minority_classes, weights):
     Raises
     ------
     ValueError
-        If the arrays are not of the same images, or there is no minority class or no image of one.
+        If the arrays are not of the same images, there is no minority class or no image of one, or a weight is negative or
+        not finite.
     """
     y_true, predictions, weights = map(np.asarray, (y_true, predictions, weights))
+    if not np.issubdtype(weights.dtype, np.floating):
+        weights = weights.astype(np.float64)  # products of small integers would wrap around
     if not y_true.shape == predictions.shape == weights.shape[1:]:
         raise ValueError(
             f"The true classes, predictions and weights must be of the same images, but have the shapes {y_true.shape}, "
             f"{predictions.shape} and {weights.shape}."
         )
+    if not (weights.size and weights.min() >= 0 and np.isfinite(weights).all()):
+        raise ValueError("The weights must be numbers, 0 or more, and finite.")
     if not len(minority_classes):
         raise ValueError("Name at least one minority class.")
     if missing := sorted(set(minority_classes) - set(y_true.tolist())):

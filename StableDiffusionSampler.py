@@ -7,6 +7,8 @@ The cache is filled by ``StableDiffusionGeneration.py``, or by ``CIFAKE.py`` wit
 Reference: Rombach et al. (2022), High-resolution image synthesis with latent diffusion models.
 """
 
+import warnings
+
 import numpy as np
 
 from ImageCache import CACHE, load_generated_images
@@ -24,8 +26,9 @@ class StableDiffusionOverSampler(ImageOverSampler):
     path : path, default ``datasets/stable_diffusion_dataset.npy``
         The cache, see :func:`ImageCache.save_generated_images`. Its labels are the class numbers in ``y``.
     sampling_strategy : str, dict or callable, default 'auto'
-        As in imbalanced-learn. ``'auto'`` makes the reference study's data set: synthetic images for
-        the minority class only. :func:`ImageOverSampler.source_balanced_strategy` gives every class some.
+        As in imbalanced-learn. ``'auto'`` fills up every class that is smaller than the largest. On CIFAR-10 with one
+        rare class that is the reference study's data set. ``{2: 500}`` fills up class 2 alone, to 500 images.
+        :func:`ImageOverSampler.source_balanced_strategy` gives every class some.
     random_state : int, RandomState instance or None, default None
         Which images are drawn.
     match : {None, 'spectrum', 'statistics'}, default None
@@ -40,6 +43,11 @@ class StableDiffusionOverSampler(ImageOverSampler):
         In ``fit_resample``, if the images do not have 32x32 pixels or the cache is damaged.
     TooFewImagesError
         In ``fit_resample``, if the cache has fewer images of a class than are needed.
+
+    Warns
+    -----
+    UserWarning
+        If the cache has a class below the first in ``y``: the classes may be numbered differently.
     """
 
     def __init__(self, *, path=CACHE, sampling_strategy="auto", random_state=None, match=None):
@@ -57,6 +65,12 @@ class StableDiffusionOverSampler(ImageOverSampler):
 
     def _fit_resample(self, X, y):
         self._images, self._labels = load_generated_images(self.path)
+        if self._labels.min() < y.min():
+            warnings.warn(
+                f"The classes in {self.path} begin at {self._labels.min()}, those in y at {y.min()}. If they are numbered "
+                "differently, the images of wrong classes are added.",
+                stacklevel=4,
+            )
         try:
             return super()._fit_resample(X, y)
         finally:
@@ -66,6 +80,7 @@ class StableDiffusionOverSampler(ImageOverSampler):
         rows = np.flatnonzero(self._labels == c)
         if len(rows) < count:
             raise TooFewImagesError(
-                f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for"
+                f"{self.path} has {len(rows)} images of class {c}, but {count} are asked for. Add images to it, or ask for fewer "
+                "with sampling_strategy"
             )
         return self._images[np.random.default_rng(seed).choice(rows, count, replace=False)]

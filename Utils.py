@@ -11,13 +11,11 @@ from matplotlib.ticker import PercentFormatter
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
     accuracy_score,
-    balanced_accuracy_score,
     confusion_matrix,
-    f1_score,
     precision_recall_fscore_support,
 )
 
-from Checks import check_labels
+from Checks import check_classes, check_labels, check_pixels
 from Files import atomic_path
 
 # Okabe and Ito's colours can be told apart by colour-blind readers and in greyscale print.
@@ -86,7 +84,7 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
         Class numbers below ``len(class_names)``.
     class_names : sequence of str
         The name at position c belongs to class number c.
-    minority_classes : sequence of int
+    minority_classes : int or sequence of int
         The classes that were made rare. ``minority`` holds the averages of their scores.
 
     Returns
@@ -105,27 +103,31 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
           of images).
         - ``confusion_matrix``: list of lists of counts. Rows are true classes, columns are predicted ones.
 
-        Precision and F1 of a class that is never predicted are 0.
+        Precision and F1 of a class that is never predicted are 0. A class without an image in ``y_true`` enters no average,
+        and its own recall, precision and F1 are None.
 
     Raises
     ------
     TypeError, ValueError
-        If a label is no class, there are not as many predictions as labels, or no image is of a minority class.
+        If a label is no class, there are not as many predictions as labels, two classes have the same name, or no image is
+        of a minority class.
     """
     labels = np.arange(len(class_names))
+    if len(set(class_names)) < len(labels):
+        raise ValueError(f"Two classes have the same name: {list(class_names)}.")
     y_true, y_pred = check_labels(y_true, len(labels), "y_true"), check_labels(y_pred, len(labels), "y_pred")
     if y_true.shape != y_pred.shape:
         raise ValueError(f"There are {len(y_pred):,} predictions of {len(y_true):,} images.")
-    if not len(minority_classes) or (missing := sorted(set(minority_classes) - set(y_true.tolist()))):
+    minority = check_classes(minority_classes, len(labels))
+    if missing := sorted(set(minority.tolist()) - set(y_true.tolist())):
         raise ValueError(
-            f"minority_classes must be one or more numbers of classes in y_true: got {list(minority_classes)}"
-            + (f", but no image is of {missing}." if len(minority_classes) else ".")
+            f"No image in y_true is of the minority classes {missing}, so their recall is unknown."
         )
+    present = np.unique(y_true)
     precision, recall, f1, support = precision_recall_fscore_support(
         y_true, y_pred, labels=labels, zero_division=0
     )
-    minority = np.asarray(minority_classes, dtype=int)
-    majority = np.setdiff1d(labels, minority)
+    majority = np.setdiff1d(present, minority)
     return {
         "minority": {
             "classes": [class_names[c] for c in minority],
@@ -133,16 +135,16 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
             "precision": float(precision[minority].mean()),
             "f1": float(f1[minority].mean()),
         },
-        "balanced_accuracy": float(balanced_accuracy_score(y_true, y_pred)),
-        "macro_f1": float(f1_score(y_true, y_pred, labels=labels, average="macro", zero_division=0)),
-        "g_mean": float(geometric_mean_score(y_true, y_pred, labels=labels, average="multiclass")),
+        "balanced_accuracy": float(recall[present].mean()),
+        "macro_f1": float(f1[present].mean()),
+        "g_mean": float(geometric_mean_score(y_true, y_pred, labels=present, average="multiclass")),
         "accuracy": float(accuracy_score(y_true, y_pred)),
         "majority_recall": float(recall[majority].mean()) if majority.size else None,
         "per_class": {
             class_names[c]: {
-                "recall": float(recall[c]),
-                "precision": float(precision[c]),
-                "f1": float(f1[c]),
+                "recall": float(recall[c]) if support[c] else None,
+                "precision": float(precision[c]) if support[c] else None,
+                "f1": float(f1[c]) if support[c] else None,
                 "support": int(support[c]),
             }
             for c in labels
@@ -169,8 +171,19 @@ def plot_class_counts(counts_by_data_set, class_names, title):
     Returns
     -------
     matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If a data set does not have two numbers for each class.
     """
     n = len(counts_by_data_set)
+    for name, counts in counts_by_data_set.items():
+        if np.shape(counts) != (2, len(class_names)):
+            raise ValueError(
+                f"{name} needs two arrays of {len(class_names)} numbers, of real and of synthetic images: got the shape "
+                f"{np.shape(counts)}."
+            )
     figure, axes = plt.subplots(
         1, n, figsize=(3.4 * n + 0.6, 3.4), sharey=True, squeeze=False, layout="constrained"
     )
@@ -203,7 +216,15 @@ def plot_image_rows(rows, title, captions=None):
     Returns
     -------
     matplotlib.figure.Figure
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a row has images that are not uint8 with three channels.
     """
+    for images in rows.values():
+        if len(images):
+            check_pixels(images)
     columns = max(1, *(len(images) for images in rows.values()))
     captions = captions or {}
     figure, axes = plt.subplots(
@@ -392,7 +413,8 @@ def plot_confusion_matrix(matrix, class_names, title):
     matplotlib.figure.Figure
     """
     matrix = np.asarray(matrix, dtype=float)
-    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    images = matrix.sum(axis=1, keepdims=True)
+    share = 100 * matrix / np.where(images > 0, images, 1)
     figure, ax = plt.subplots(figsize=(7, 6.2), layout="constrained")
     ConfusionMatrixDisplay(share, display_labels=class_names).plot(
         ax=ax,

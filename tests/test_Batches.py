@@ -348,3 +348,23 @@ def test_an_infinite_synthetic_image_leaves_the_running_statistics_finite():
 def test_batches_too_small_for_a_synthetic_image_are_refused():
     with pytest.raises(ValueError, match="Batches of 2 images are too small for the synthetic fractions"):
         source_batches(batch_size=2, phases=((0.85, 0.25), (1.0, 0.0)))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda X: X / 255, lambda X: X.transpose(0, 3, 1, 2), lambda X: X[..., 0]]
+)
+def test_batches_are_made_of_images_alone(change):
+    images = np.zeros((8, 16, 16, 3), dtype=np.uint8)
+    with pytest.raises((TypeError, ValueError), match="X must"):
+        AugmentedBatches(change(images), 4, torch.device("cpu"), seed=0)
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        AugmentedBatches(images, 0, torch.device("cpu"), seed=0)
+
+
+def test_epochs_of_sources_end_with_the_steps():
+    images, sources = np.zeros((8, 16, 16, 3), dtype=np.uint8), np.repeat([0, 1], 4)
+    recipe = Recipe(steps=3, batch_size=4)
+    batches = SourceBatches(images, sources, recipe, torch.device("cpu"), seed=0)
+    assert [len(list(batches.epoch(number))) for number in (1, 2, 3, 20)] == [2, 1, 0, 0]
+    with pytest.raises(ValueError, match="counted from 1"):
+        list(batches.epoch(0))

@@ -68,14 +68,14 @@ def test_sure_predictions_stay_apart():
     assert probability_metrics(logits, np.array([0, 1]), [1])["minority"]["roc_auc"] == 1
 
 
-@pytest.mark.parametrize("minority", [[], [0, 1]])
-def test_without_a_minority_or_without_others_there_is_no_ranking(minority):
-    scores = probability_metrics(np.zeros((4, 2)), np.array([0, 1, 0, 1]), minority)
+@pytest.mark.parametrize("minority", [[2], [0, 1]])
+def test_without_an_image_of_the_minority_or_of_others_there_is_no_ranking(minority):
+    scores = probability_metrics(np.zeros((4, 3)), np.array([0, 1, 0, 1]), minority)
     assert scores["minority"] is None and 0 <= scores["expected_calibration_error"] <= 1
 
 
 def test_the_scores_can_be_saved_as_json():
-    scores = probability_metrics(np.eye(3, dtype=np.float32), np.arange(3), [2])
+    scores = probability_metrics(2 * np.eye(3, dtype=np.float32), np.arange(3), [2])
     save_json("scores.json", scores)
     assert json.loads(Path("scores.json").read_text()) == scores
 
@@ -83,7 +83,8 @@ def test_the_scores_can_be_saved_as_json():
 @pytest.mark.parametrize(
     ("shape", "n", "minority", "message"),
     [((4,), 4, [0], "One row of logits"), ((4, 2), 5, [0], "One row"), ((0, 2), 0, [0], "One row"),
-     ((4, 2), 4, [2], "2 classes, numbered from 0, so none of \\[2\\]"), ((4, 2), 4, [-1], "none of")],
+     ((4, 2), 4, [2], "from 0 to 1: got \\[2\\]"), ((4, 2), 4, [-1], "from 0 to 1"), ((4, 2), 4, [], "one or more"),
+     ((4, 2), 4, [1, 1], "only once")],
 )  # fmt: skip
 def test_other_images_and_unknown_classes_are_refused(shape, n, minority, message):
     with pytest.raises(ValueError, match=message):
@@ -103,7 +104,7 @@ def test_the_diagram_pools_runs_and_leaves_out_bins_of_few_images():
 
 
 def test_labels_without_a_logit_and_logits_that_are_no_numbers_are_refused():
-    logits, y = np.eye(3, dtype=np.float32), np.arange(3)
+    logits, y = 2 * np.eye(3, dtype=np.float32), np.arange(3)
     with pytest.raises(ValueError, match="Labels run from 1 to 3 in y_true, but there are classes 0 to 2"):
         probability_metrics(logits, y + 1, [2])
     logits[0, 0] = np.nan

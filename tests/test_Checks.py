@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from Checks import check_images, check_labels
+from Checks import check_classes, check_images, check_labels, check_pixels
 
 X = np.random.default_rng(0).integers(0, 256, size=(4, 5, 6, 3), dtype=np.uint8)
 Y = np.array([2, 0, 1, 2], dtype=np.int32)
@@ -64,3 +64,46 @@ def test_labels_beyond_the_classes_are_refused_with_the_way_to_number_them():
             check_labels(labels, 3, "labels")
     with pytest.raises(ValueError, match="one class number an image"):
         check_labels(np.eye(3, dtype=int))
+
+
+@pytest.mark.parametrize(
+    ("X", "cure"),
+    [
+        (X.astype(np.int64), r"X\.astype\(np\.uint8\)"),
+        (X.astype(float), r"np\.rint\(X\)\.astype\(np\.uint8\)"),
+        (X / 255, r"np\.rint\(255 \* X\)\.astype\(np\.uint8\)"),
+        (X - 300.0, "Scale its values"),
+        (np.full(X.shape, np.nan), "Scale its values"),
+        (X[0], r"X\[None\]"),
+        (X[..., 0], "np.repeat"),
+        (np.repeat(X[..., :1], 4, axis=3), r"X\[\.\.\., :3\]"),
+    ],
+)
+def test_the_cure_suits_the_values(X, cure):
+    with pytest.raises((TypeError, ValueError), match=cure):
+        check_pixels(X)
+
+
+@pytest.mark.parametrize("integers", [np.int64, float])
+def test_following_the_cure_keeps_the_images(integers):
+    """255 * X would turn 10 into 246."""
+    with pytest.raises(TypeError) as error:
+        check_pixels(X.astype(integers))
+    cure = str(error.value).partition(": ")[2].rpartition(".")[0]
+    assert np.array_equal(eval(cure, {"np": np, "X": X.astype(integers)}), X)
+
+
+@pytest.mark.parametrize("classes", [2, [2], (2,), {2}, np.array([2], dtype=np.uint8), np.int64(2)])
+def test_class_numbers_can_be_given_in_every_form(classes):
+    numbers = check_classes(classes, 3)
+    assert numbers.tolist() == [2] and numbers.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("classes", "error"),
+    [([], ValueError), ([1, 1], ValueError), ([3], ValueError), ([-1], ValueError), ([0.5], TypeError),
+     ([False, False, True], TypeError), (["a"], TypeError), ([[1]], ValueError)],
+)  # fmt: skip
+def test_other_class_numbers_are_refused(classes, error):
+    with pytest.raises(error, match="minority_classes must"):
+        check_classes(classes, 3)

@@ -39,7 +39,7 @@ from ClassifierNetwork import (
     evaluate_classifier,
 )
 from ClassifierTraining import Recipe, count_training_flops, train_classifier
-from Losses import CrossEntropy, LogitAdjustedLoss, class_log_priors
+from Losses import ClassBalancedLoss, CrossEntropy, LogitAdjustedLoss, class_log_priors
 from Runtime import choose_device
 
 SHORT = Recipe(steps=7, batch_size=8)  # 20 images are 2 batches: epochs of 2, 2, 2 and 1 steps
@@ -1058,3 +1058,33 @@ def test_a_checkpoint_from_before_a_setting_could_be_chosen_is_resumed():
     resumed = small_model(seed=9)
     train(resumed, checkpoint="run.pt")
     assert equal_weights(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    "loss", [torch.nn.CrossEntropyLoss(), torch.nn.functional.cross_entropy, "cross-entropy", CrossEntropy]
+)
+def test_a_loss_of_another_kind_is_refused(loss):
+    with pytest.raises(TypeError, match=r"called as loss\(logits, targets, rows\)"):
+        train(small_model(), loss=loss)
+
+
+def test_batches_of_other_images_are_refused():
+    recipe = Recipe(steps=1, batch_size=8)
+    batches = recipe.batches(X[:-1], 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"made from {len(X) - 1} images, but X has {len(X)}"):
+        train_classifier(small_model(), X, y, recipe, seed=0, batches=batches)
+
+
+def test_weights_for_another_number_of_classes_are_refused():
+    with pytest.raises(ValueError, match="weighs 11 classes, but the network has 10"):
+        train(small_model(), loss=ClassBalancedLoss(np.arange(11), 11))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": -0.1}, {"muon_learning_rate": float("nan")}, {"weight_decay": -1}, {"label_smoothing": 1.0},
+     {"momentum": 1.0}, {"muon_weight_decay": float("inf")}],
+)  # fmt: skip
+def test_rates_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        Recipe(steps=1, **options)

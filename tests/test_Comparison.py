@@ -7,7 +7,7 @@ import pytest
 
 from Arms import ARMS, PROFILES
 from Comparison import compare_arms, differences_between_seeds, findings, paired_table
-from Significance import mcnemar_over_seeds
+from Significance import mcnemar_over_seeds, t_test_over_seeds
 
 QUESTION = {("imbalanced", "logit-adjusted"): "Does it help?", ("imbalanced", "stable"): "Not run"}
 
@@ -71,6 +71,25 @@ def test_the_p_value_is_of_the_minoritys_images_over_all_seeds(results, tiny_dat
     assert one.over_seeds["recall"] is None
 
 
+def test_the_p_values_over_seeds_are_corrected_for_the_questions_with_three_seeds(results, tiny_data):
+    three_seeds(results, tiny_data, [(2, 2, 2), (5, 6, 8)])
+    [alone] = compare_arms(results, QUESTION)
+    assert alone.p_over_seeds["recall"] == pytest.approx(t_test_over_seeds([0.3, 0.4, 0.6]), rel=1e-5)
+    f1 = [10 / 15 - 4 / 12, 12 / 16 - 4 / 12, 16 / 18 - 4 / 12]
+    assert alone.p_over_seeds["f1"] == pytest.approx(t_test_over_seeds(f1), rel=1e-5)
+    results["stable"] = results["imbalanced"][:1]
+    questions = {**QUESTION, ("logit-adjusted", "imbalanced"): "The other way round?"}
+    first, single, second = compare_arms(results, questions)
+    for each in (first, second):
+        assert each.p_over_seeds["recall"] == pytest.approx(2 * alone.p_over_seeds["recall"], rel=1e-4)
+    assert single.p_over_seeds == {"recall": None, "f1": None}
+    rows = paired_table([alone, single]).splitlines()
+    assert cells(rows[0])[-2:] == ["p over seeds, recall", "p over seeds, F1"]
+    assert cells(rows[2])[-2] == f"{alone.p_over_seeds['recall']:.4f}"
+    assert cells(rows[3])[-2:] == ["", ""]
+    assert "over seeds" not in paired_table([single])
+
+
 def test_arms_that_agree_differ_by_nothing(results, tiny_data):
     three_seeds(results, tiny_data, [(4, 4, 4), (4, 4, 4)])
     [comparison] = compare_arms(results, QUESTION)
@@ -121,7 +140,7 @@ def test_the_table_shows_how_much_better_the_minority_is_ranked(results, tiny_da
     for run in results["imbalanced"]:
         run["probabilities"] = {"minority": None}
     head, _, row = map(cells, paired_table(compare_arms(results, QUESTION)).splitlines())
-    assert "average precision" not in head and len(head) == len(row) == 8
+    assert "average precision" not in head and len(head) == len(row) == 10
 
 
 @pytest.mark.parametrize(

@@ -447,3 +447,13 @@ def test_images_that_another_process_imported_meanwhile_are_not_replaced_unasked
     with pytest.raises(ValueError, match="already has 4 images of cat .*--replace"):
         replace_class(3, images[:2], rows_of(2, job="cat-fast-1"), job="cat-fast-1")
     assert CACHE.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [([{"label": 0}], "for each of the 2 images: got 1"), ([{"label": 0}, {"artist": "me"}], "Unknown names in metadata: artist")],
+)  # fmt: skip
+def test_metadata_that_do_not_fit_are_refused_before_anything_is_written(metadata, message):
+    with pytest.raises(ValueError, match=message):
+        save_generated_images(np.zeros((2, 32, 32, 3), dtype=np.uint8), [0, 1], "cache.npy", metadata)
+    assert not list(Path().iterdir())

@@ -611,3 +611,33 @@ def test_labels_that_would_make_another_class_rare_are_refused():
         Split("mine", {9: 3}, (9,)).cut(np.zeros((30, 1)), y)
     with pytest.raises(ValueError, match="X has 31 images, y has 30"):
         minority_split(y, names, "cow", 4).cut(np.zeros((31, 1)), y)
+
+
+def test_a_number_is_a_class_even_if_another_has_it_as_its_name():
+    grades = ["1", "2", "3", "4"]
+    assert class_number(2, grades) == 2 and class_number("2", grades) == 1
+    assert minority_split(np.repeat(range(4), 20), grades, 2, 10).name == "3-10"
+
+
+@pytest.mark.parametrize("make_split", [minority_split, long_tailed_split, step_split])
+def test_forgotten_class_names_are_noticed(make_split):
+    with pytest.raises(ValueError, match="no image of the classes horse, ship, truck.*class_names"):
+        make_split(np.repeat(range(7), 200))
+
+
+@pytest.mark.parametrize("names", [{"0": "a", "1": "b"}, "ab", [0, 1]])
+def test_class_names_are_a_list_of_text(names):
+    with pytest.raises(TypeError, match="class_names must be a list of names"):
+        minority_split(np.repeat(range(2), 20), names, 0, 10)
+
+
+@pytest.mark.parametrize("minority", [None, 2.0])
+def test_a_minority_that_is_no_class_is_refused(minority):
+    with pytest.raises(TypeError, match="minority must be a class's name or number"):
+        minority_split(Y, minority=minority)
+
+
+def test_a_long_tail_needs_classes_that_fall():
+    y = np.repeat(range(4), [40, 40, 3, 40])
+    with pytest.raises(ValueError, match=r"more images of the classes c \(3 of"):
+        long_tailed_split(y, list("abcd"), 4)

@@ -8,7 +8,7 @@ from test_ClassifierNetwork import X, small_model
 from test_ClassifierNetwork import y as labels
 
 from ClassifierTraining import Recipe, train_classifier
-from Losses import ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss, class_balanced_weights
+from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss, class_balanced_weights
 
 Y = np.repeat([0, 1, 2], [100, 10, 1])
 LOGITS, TARGETS = torch.tensor([[0.2, -0.4, 0.9], [0.5, 0.1, -0.3]]), torch.tensor([2, 0])
@@ -41,6 +41,7 @@ def test_classes_weigh_the_same_until_the_weights_are_due():
 
 def test_ldam_lowers_the_true_logit_by_a_margin_that_grows_with_rarity():
     loss = LDAMLoss(Y, 3, max_margin=0.5, scale=30, deferred_until=0.8)
+    loss.progress = 0.0
     assert loss.margins.numpy() == pytest.approx(0.5 * np.array([0.01, 0.1, 1]) ** 0.25)
     lowered = LOGITS.clone()
     lowered[0, 2] -= 0.5
@@ -161,3 +162,41 @@ def test_a_loss_that_does_not_fit_the_network_or_the_labels_is_refused():
         train(ClassBalancedLoss(labels, 10), Recipe(steps=1, batch_size=20, label_smoothing=0.1))
     with pytest.raises(ValueError, match="Labels run from -1 to 2"):
         LogitAdjustedLoss(np.array([-1, 0, 2]), 3)
+
+
+@pytest.mark.parametrize("make_loss", [LogitAdjustedLoss, ClassBalancedLoss, LDAMLoss])
+@pytest.mark.parametrize(
+    ("labels", "classes", "error"),
+    [(Y + 1, 3, ValueError), (Y - 1, 3, ValueError), (Y.astype(float), 3, TypeError), (Y.astype(bool), 3, TypeError),
+     (Y.astype(str), 3, TypeError), (Y[:0], 3, ValueError), (Y, 3.0, ValueError), (Y, 0, ValueError)],
+)  # fmt: skip
+def test_labels_that_are_no_classes_are_refused(make_loss, labels, classes, error):
+    with pytest.raises(error, match="y|num_classes"):
+        make_loss(labels, classes)
+
+
+@pytest.mark.parametrize(
+    "make_loss",
+    [lambda: CrossEntropy(-0.1), lambda: CrossEntropy(float("nan")), lambda: ClassBalancedLoss(Y, 3, deferred_until=2),
+     lambda: LDAMLoss(Y, 3, max_margin=-1), lambda: LDAMLoss(Y, 3, scale=0), lambda: LDAMLoss(Y, 3, deferred_until=-1)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(make_loss):
+    with pytest.raises(ValueError, match="must be"):
+        make_loss()
+
+
+@pytest.mark.parametrize(
+    "loss", [LDAMLoss(Y, 3), ClassBalancedLoss(Y, 3, deferred_until=0.5)], ids=["LDAM", "balanced"]
+)
+def test_a_loop_that_does_not_say_its_progress_is_told_to(loss):
+    with pytest.raises(RuntimeError, match=r"loss\.progress = step / steps"):
+        loss(LOGITS, TARGETS)
+    loss.progress = 0.9
+    late = loss(LOGITS, TARGETS)
+    loss.progress = 0.1
+    assert loss(LOGITS, TARGETS) != late
+
+
+def test_rows_are_needed_only_where_they_differ():
+    assert CrossEntropy()(LOGITS, TARGETS) == F.cross_entropy(LOGITS, TARGETS)
+    assert ClassBalancedLoss(Y, 3)(LOGITS, TARGETS) == ClassBalancedLoss(Y, 3)(LOGITS, TARGETS, ROWS)

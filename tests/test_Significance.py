@@ -14,6 +14,7 @@ from Significance import (
     mean_interval,
     minority_scores,
     rank_correlation,
+    t_test_over_seeds,
 )
 
 # --- Over seeds ---------------------------------------------------------------------------------
@@ -227,3 +228,35 @@ def test_what_has_no_rank_no_level_or_other_names_is_refused():
     with pytest.raises(ValueError, match="must be written alike"):
         mcnemar_over_seeds(["0", "1"], [0, 1], [1, 1])
     assert mcnemar_over_seeds(["a", "b"], ["a", "a"], ["a", "bb"]) == 1
+
+
+def test_the_p_value_over_seeds_is_that_of_students_t_test():
+    # t = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom: p = 1 - t / sqrt(t^2 + 2).
+    assert t_test_over_seeds([0.01, 0.02, 0.03]) == pytest.approx(1 - np.sqrt(12 / 14))
+    assert t_test_over_seeds([-0.01, -0.02, -0.03]) == pytest.approx(1 - np.sqrt(12 / 14))
+    assert t_test_over_seeds([-0.01, 0.01, -0.01, 0.01]) == pytest.approx(1)
+
+
+def test_two_seeds_have_no_p_value_and_equal_differences_an_exact_one():
+    assert t_test_over_seeds([0.1, 0.2]) is None
+    assert t_test_over_seeds([0.1, 0.1, 0.1]) == 0
+    assert t_test_over_seeds([0.0, 0.0, 0.0]) == 1
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        t_test_over_seeds([0.1, np.nan, 0.2])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32])
+def test_weights_of_every_kind_count_alike(dtype):
+    """600 images overflow uint8, and True + True is True."""
+    y = np.zeros(600, dtype=int)
+    y[:10] = 1
+    scores = minority_scores(y, y, [1], np.ones((1, 600), dtype=dtype))
+    assert {name: values.tolist() for name, values in scores.items()} == dict.fromkeys(scores, [1.0])
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_weights_that_are_no_counts_are_refused(bad):
+    weights = np.ones((2, 4))
+    weights[1, 2] = bad
+    with pytest.raises(ValueError, match="weights must be"):
+        minority_scores(np.array([0, 1, 0, 1]), np.array([0, 1, 0, 1]), [1], weights)

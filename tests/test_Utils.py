@@ -280,8 +280,13 @@ def test_memorisation_shows_each_generated_image_above_its_nearest_real_one():
         (lambda a: a | {"y_pred": a["y_pred"] - 1}, "Labels run from -1 to 1 in y_pred"),
         (lambda a: a | {"y_pred": a["y_pred"][1:]}, "5 predictions of 6 images"),
         (lambda a: a | {"minority_classes": []}, "one or more numbers of classes"),
-        (lambda a: a | {"minority_classes": [-1]}, r"no image is of \[-1\]"),
-        (lambda a: a | {"class_names": "abcd", "minority_classes": [3]}, r"no image is of \[3\]"),
+        (lambda a: a | {"minority_classes": [-1]}, r"must be from 0 to 2: got \[-1\]"),
+        (
+            lambda a: a | {"class_names": "abcd", "minority_classes": [3]},
+            r"No image in y_true is of the minority classes \[3\]",
+        ),
+        (lambda a: a | {"minority_classes": [2, 2]}, "each only once"),
+        (lambda a: a | {"class_names": "aba"}, "same name"),
     ],
 )
 def test_metrics_of_labels_or_classes_that_do_not_fit_are_refused(change, message):
@@ -292,3 +297,25 @@ def test_metrics_of_labels_or_classes_that_do_not_fit_are_refused(change, messag
     assert classification_metrics(**arguments)["minority"]["recall"] == 0.5
     with pytest.raises(ValueError, match=message):
         classification_metrics(**change(arguments))
+
+
+def test_a_class_without_test_images_enters_no_average():
+    scores = classification_metrics([0, 0, 1, 1], [0, 0, 1, 1], ["a", "b", "c"], [1])
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "g_mean", "majority_recall"):
+        assert scores[name] == 1, name
+    assert scores["per_class"]["c"] == {"recall": None, "precision": None, "f1": None, "support": 0}
+    wrong = classification_metrics([0, 0, 1, 1], [0, 2, 1, 1], ["a", "b", "c"], 1)
+    assert wrong["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+    assert wrong["majority_recall"] == 0.5 and wrong["minority"]["recall"] == 1
+
+
+def test_a_confusion_matrix_may_hold_fractions():
+    figure = plot_confusion_matrix([[0.3, 0.1], [0, 0]], ["a", "b"], "title")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75", "25", "0", "0"]
+
+
+def test_pictures_of_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="a set needs two arrays of 2 numbers"):
+        plot_class_counts({"a set": np.array([50, 5])}, ["healthy", "ill"], "title")
+    with pytest.raises(ValueError, match="must have the shape"):
+        plot_image_rows({"grey": np.zeros((2, 8, 8), dtype=np.uint8)}, "title")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import python
-from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.over_sampling import SMOTE, BorderlineSMOTE, RandomOverSampler
 from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
@@ -26,6 +26,7 @@ from ImageCache import load_generated_images, save_generated_images
 from ImageOverSampler import (
     TooFewImagesError,
     TooManyImagesError,
+    UnsuitableImagesError,
     fewer_images_strategy,
     source_balanced_strategy,
 )
@@ -184,7 +185,7 @@ def test_samplers_are_imbalanced_learns(make_sampler, X, y):
         (lambda X, y: (X, y[:-1]), ValueError, "y must"),
         (lambda X, y: (X, y[:, None]), ValueError, "y must"),
         (lambda X, y: (X, y.astype(float)), TypeError, "integers"),
-        (lambda X, y: (X, y + 0.5), ValueError, "continuous"),
+        (lambda X, y: (X, y + 0.5), TypeError, "integers"),
         (lambda X, y: (X, y.astype(str)), TypeError, "integers"),
         (lambda X, y: (X[:0], y[:0]), ValueError, "shape"),
     ],
@@ -540,7 +541,7 @@ def test_a_sampler_on_pixels_takes_its_strategy_and_seed_from_outside_only(X, y,
 
 
 def test_a_sampler_that_may_remove_images_is_refused(X, y):
-    with pytest.raises(ValueError, match="RandomUnderSampler is no over-sampler"):
+    with pytest.raises(ValueError, match="must be an over-sampler .* got RandomUnderSampler"):
         PixelOverSampler(RandomUnderSampler()).fit_resample(X, y)
 
 
@@ -549,3 +550,32 @@ def test_importing_a_sampler_loads_neither_plots_nor_the_classifier_nor_diffuser
     unwanted = {"matplotlib", "ClassifierNetwork", "ClassifierTraining", "DiffusionPipelines", "diffusers"}
     answer = python(f"import sys, {module}; print(sorted({unwanted} & set(sys.modules)))")
     assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
+
+
+def test_lists_of_images_give_arrays(X, y):
+    for sampler in (AugmentationOverSampler(), PixelOverSampler(RandomOverSampler())):
+        X_res, y_res = sampler.fit_resample(list(X), y.tolist())
+        assert (type(X_res), X_res.dtype, y_res.dtype) == (np.ndarray, np.uint8, np.int64)
+        assert np.array_equal(X_res[: len(X)], X)
+
+
+def test_a_sampler_that_makes_nothing_is_noticed():
+    """BorderlineSMOTE makes images only of a class that is mixed with others."""
+    X = np.zeros((30, 4, 4, 3), dtype=np.uint8)
+    X[24:] = 200
+    X += np.random.default_rng(0).integers(0, 20, X.shape, dtype=np.uint8)
+    with pytest.raises(UnsuitableImagesError, match=r"BorderlineSMOTE made no image of the classes \[1\]"):
+        PixelOverSampler(BorderlineSMOTE(k_neighbors=3, m_neighbors=3)).fit_resample(
+            X, np.repeat([0, 1], [24, 6])
+        )
+
+
+@pytest.mark.parametrize("sampler", [SMOTE, "smote", None])
+def test_what_is_no_sampler_is_refused(sampler, X, y):
+    with pytest.raises(ValueError, match="must be an over-sampler of imbalanced-learn, such as SMOTE"):
+        PixelOverSampler(sampler).fit_resample(X, y)
+
+
+def test_a_cache_that_may_be_numbered_differently_is_mentioned(X, y, tiny_cache):
+    with pytest.warns(UserWarning, match="begin at 0, those in y at 1"):
+        StableDiffusionOverSampler().fit_resample(X, y + 1)
