@@ -199,9 +199,9 @@ def train_classifier(
         ``after_epoch(model, record)`` is called by every process after each epoch, before the checkpoint is written.
         If it returns a dict of plain values, they are added to the record.
     checkpoint : path, optional
-        Written after each epoch. A killed training continues from it to the same weights. After the last epoch it
-        holds the finished training: remove it when the outcome is saved. Processes that train together must see
-        the same file.
+        Written after each epoch, on a GPU at most every 30 seconds. A killed training continues from it to the same
+        weights. After the last epoch it holds the finished training: remove it when the outcome is saved. Processes that
+        train together must see the same file.
 
     Returns
     -------
@@ -229,6 +229,7 @@ def train_classifier(
     store = Checkpoint(checkpoint, training.identity() | {"seed": seed, "checksum": checksum(y, X)}, defaults)
     store.require_writable()
     history = training.resume(store)
+    pause, saved = seconds_between_checkpoints(training.device), time.monotonic()
     # Such as "cat-50/imbalanced-seed0".
     name = "training" if checkpoint is None else "/".join(Path(checkpoint).with_suffix("").parts[-2:])
     with training.running(name, store) as bar:
@@ -243,14 +244,21 @@ def train_classifier(
                 record |= returned
                 bar.set_postfix({k: v for k, v in returned.items() if not k.startswith("seconds")})
             history.append(record)
-            if training.rank == 0:
+            is_due = training.step == recipe.steps or time.monotonic() - saved >= pause
+            if training.rank == 0 and is_due:
                 store.save(history=history, states=training.states())
+                saved = time.monotonic()
     if not all(weights.isfinite().all() for weights in model.state_dict().values()):
         raise FloatingPointError(
             f"The last step of {name} left weights that are not finite. Lower the learning rates: {recipe}."
         )
     model.eval()
     return history
+
+
+def seconds_between_checkpoints(device):
+    """How long a training computes at least before it writes again. A GPU's epoch may take less time than the writing."""
+    return 0 if device.type == "cpu" else 30
 
 
 def _check_labels_and_loss(y, model, recipe, loss):
@@ -260,7 +268,7 @@ def _check_labels_and_loss(y, model, recipe, loss):
             "loss must be a torch.nn.Module that is called as loss(logits, targets, rows), such as those in Losses.py: got "
             f"{loss!r}."
         )
-    if len(getattr(loss, "weights", y[: model.num_classes])) != model.num_classes:
+    if isinstance(loss, ClassBalancedLoss | LDAMLoss) and len(loss.weights) != model.num_classes:
         raise ValueError(
             f"The loss weighs {len(loss.weights)} classes, but the network has {model.num_classes}."
         )
@@ -480,6 +488,8 @@ def _forward_and_backward(model, loss, parts, targets, scale, backward=torch.Ten
         images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
     sizes, tracked = [len(part.rows) for part in parts], [part.tracked for part in parts]
     statistics = partial(micro_batches, model, sizes, tracked)
+    if network is not None and network.compiled is not None:
+        images = images.float()  # a CUDA graph copies inputs of one type in one operation
     with mixed_precision(images.device):
         if network is not None and network.prepare(images, (*sizes, *tracked), partial(statistics, True)):
             with statistics(compiled=True):

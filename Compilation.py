@@ -62,6 +62,7 @@ class CompiledNetwork:
             self._tried.add(kind)
             if self._or_nothing(self._try, images, context) is None:
                 self.compiled = None
+                torch._dynamo.reset()  # frees the memory of what was compiled and recorded
         return self.compiled is not None
 
     def __call__(self, images):

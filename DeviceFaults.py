@@ -12,6 +12,10 @@ import torch
 # How messages of PyTorch begin, or what they contain, if not the program but the device failed.
 MARKS = "CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "MPS backend", "HIP error"  # fmt: skip
 
+# What messages contain if memory is lacking. cuDNN reports a workspace that it cannot allocate as an engine that it
+# cannot find.
+LACK_OF_MEMORY = "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "CUDNN_STATUS_NOT_SUPPORTED.", "unable to find an engine to execute this computation"  # fmt: skip
+
 
 class DeviceFaultError(RuntimeError, OSError):
     """The device failed or has too little memory. The message says how to go on.
@@ -31,6 +35,24 @@ def kind_and_first_line(error):
     return f"{kind}." if line == kind else f"{kind}: {line}."
 
 
+def lacks_memory(error):
+    """Whether an error says that the device or the machine has too little memory.
+
+    accelerate's ``should_reduce_batch_size`` asks the same, but does not know all messages of cuDNN and cuBLAS.
+
+    Parameters
+    ----------
+    error : Exception
+
+    Returns
+    -------
+    bool
+    """
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in LACK_OF_MEMORY)
+    )
+
+
 def describe_fault(error):
     """One line about the device if it is the cause of an error, else None.
 
@@ -43,7 +65,7 @@ def describe_fault(error):
     str or None
     """
     reason = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or (_is_fault(error) and "out of memory" in reason):
+    if lacks_memory(error):
         return f"The device has too little free memory ({reason}). End other programs that use it."
     if _is_fault(error):
         return (

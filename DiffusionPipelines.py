@@ -29,10 +29,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from DeviceFaults import device_faults, kind_and_first_line
+from DeviceFaults import device_faults, kind_and_first_line, lacks_memory
 from Files import is_reachable, require_free_space, user_path
 from FiniteNumbers import check_weights, finite_numbers
-from Precision import half_precision
+from Precision import check_dtype, half_precision
 from Runtime import choose_device
 
 # --- Presets ------------------------------------------------------------------------------------
@@ -299,14 +299,15 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     ModelUnavailableError
         See :func:`load_pretrained`.
     ValueError
-        If the preset or device is unknown, the preset needs another kind of model, or the adapter does not
-        fit the model.
+        If the preset or device is unknown, the GPU only emulates the data type, the preset needs another kind of model, or
+        the adapter does not fit the model.
     FloatingPointError
         If a weight of the model or of the adapter is NaN or infinite.
     """
     settings = find_preset(preset)
     device = choose_device(device)
     dtype = dtype or choose_dtype(device)
+    check_dtype(dtype, device)
     from diffusers import (
         AutoencoderTiny,
         AutoPipelineForText2Image,
@@ -494,9 +495,7 @@ class Painter:
                     list(prompts[rows]), list(seeds[rows]), sources and sources[rows], strength
                 )
             except RuntimeError as error:
-                from accelerate.utils.memory import should_reduce_batch_size
-
-                if not should_reduce_batch_size(error):
+                if not lacks_memory(error):
                     raise
                 message = kind_and_first_line(error)
             else:
@@ -573,7 +572,8 @@ class Painter:
     def _memory_savings(self):
         """Measures for a single image that does not fit: name and function. Each makes drawing slower."""
         pipeline = self._text_to_image
-        if hasattr(pipeline.vae, "enable_tiling"):
+        # An image that is no larger than a tile would be decoded as before.
+        if hasattr(pipeline.vae, "enable_tiling") and self.size > pipeline.vae.tile_sample_min_size:
             yield "decoding in tiles", pipeline.vae.enable_tiling
         if self._device.type == "cuda":
             offload = partial(pipeline.enable_model_cpu_offload, device=self._device)

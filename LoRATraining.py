@@ -27,6 +27,7 @@ from tqdm import tqdm
 import Precision
 from Checkpoints import Checkpoint, load_torch_file
 from Checks import check_pixels
+from DeviceFaults import lacks_memory
 from DiffusionPipelines import SIZE, STABLE_DIFFUSION, load_pipeline
 from Files import (
     atomic_path,
@@ -336,9 +337,7 @@ def _backward_within_memory(unet, steps, batch, text, portion, size):
         try:
             return _backward(unet, batch, text, portion, steps.backward), portion
         except RuntimeError as error:
-            from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-            if not should_reduce_batch_size(error):
+            if not lacks_memory(error):
                 raise
             if portion == 1 and unet.is_gradient_checkpointing:
                 raise MemoryError(
@@ -346,6 +345,8 @@ def _backward_within_memory(unet, steps, batch, text, portion, size):
                     f"{size}x{size} pixels. Free some, or choose a smaller --size."
                 ) from error
         # Outside the except block, which would keep the failed portion's tensors alive.
+        from accelerate.utils.memory import clear_device_cache  # imported here because it takes seconds
+
         clear_device_cache(garbage_collection=True)
         if portion > 1:
             portion //= 2

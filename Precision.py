@@ -46,6 +46,18 @@ def half_precision(device):
     return None
 
 
+def check_dtype(dtype, device):
+    """Raise ValueError if a CUDA GPU only emulates a data type: bfloat16 on GPUs before Ampere, such as a T4.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+    device : torch.device
+    """
+    if dtype == torch.bfloat16 and device.type == "cuda" and half_precision(device) != torch.bfloat16:
+        raise ValueError(f"The GPU {device} does not multiply in bfloat16. Choose float16 or float32.")
+
+
 def precision_name(device):
     """Name of the type in which convolutions run: ``bfloat16``, ``float16`` or ``float32``."""
     return dtype_name(half_precision(device) or torch.float32)

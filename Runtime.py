@@ -7,6 +7,7 @@ Nothing here knows about CIFAR-10, a generator or a classifier.
 """
 
 import datetime
+import os
 import platform
 import subprocess
 from functools import cache
@@ -35,6 +36,9 @@ def choose_device(name=None):
     if name is not None:
         try:
             device = torch.device(name)
+            if device == torch.device("cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+                # Each process has a GPU of its own; without this, each would also take memory of the first.
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = first_line(error)

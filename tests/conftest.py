@@ -97,6 +97,13 @@ def not_compiled(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def checkpoints_after_each_epoch(request, monkeypatch):
+    """On a GPU, too: what tests see of a run does not depend on how fast it is."""
+    if "ClassifierTraining" in sys.modules and request.config.getoption("--device") != "cpu":
+        monkeypatch.setattr("ClassifierTraining.seconds_between_checkpoints", lambda device: 0)
+
+
+@pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Run the test in its own empty folder, and close the figures that it leaves open."""
     if os.environ.get("CIFAR10_ROOT"):

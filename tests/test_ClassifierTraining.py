@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ClassifierTraining
 from Batches import AugmentedBatches, MicroBatch, split_evenly
+from Checkpoints import Checkpoint
 from ClassifierNetwork import (
     EpochEvaluator,
     ResNet18,
@@ -38,7 +39,12 @@ from ClassifierNetwork import (
     create_classifier,
     evaluate_classifier,
 )
-from ClassifierTraining import Recipe, count_training_flops, train_classifier
+from ClassifierTraining import (
+    Recipe,
+    count_training_flops,
+    seconds_between_checkpoints,
+    train_classifier,
+)
 from Losses import ClassBalancedLoss, CrossEntropy, LogitAdjustedLoss, class_log_priors
 from Runtime import choose_device
 
@@ -1012,7 +1018,7 @@ def test_a_network_that_cannot_be_evaluated_stops_the_training_and_keeps_the_las
 
 def test_weights_that_the_last_step_broke_are_no_result():
     with pytest.raises(FloatingPointError, match="last step"):
-        train(small_model(), Recipe(steps=1, batch_size=20, learning_rate=float("inf")))
+        train(small_model(), Recipe(steps=1, batch_size=20, learning_rate=1e300))
 
 
 # --- Fast shifts --------------------------------------------------------------------------------
@@ -1088,3 +1094,16 @@ def test_weights_for_another_number_of_classes_are_refused():
 def test_rates_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         Recipe(steps=1, **options)
+
+
+def test_a_checkpoint_is_not_written_more_often_than_the_device_is_worth(monkeypatch):
+    assert seconds_between_checkpoints(torch.device("cuda:0")) == 30
+    assert seconds_between_checkpoints(torch.device("cpu")) == 0
+    saved = []
+    monkeypatch.setattr(Checkpoint, "save", lambda store, history, states: saved.append(history[-1]["step"]))
+    recipe = Recipe(steps=5, batch_size=10)
+    train(small_model(), recipe, checkpoint="run.pt")
+    assert saved == [2, 4, 5]
+    monkeypatch.setattr("ClassifierTraining.seconds_between_checkpoints", lambda device: 1000)
+    train(small_model(), recipe, checkpoint="run.pt")
+    assert saved[3:] == [5], "the finished training is always written"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ClassifierNetwork import X, equal_weights, small_model, y
+from test_ClassifierNetwork import X, equal_weights, noise, small_model, y
 
 import ClassifierTraining
 from ClassifierTraining import Recipe, train_classifier
@@ -92,6 +92,12 @@ def test_each_size_of_the_images_is_one_graph(compiled):
     assert len(graphs) == 2
     for name, value in network.model.state_dict().items():
         assert torch.equal(value, before[name]), "trials leave no trace"
+
+
+def test_a_training_compiles_each_size_once(compiled):
+    """What is compiled in a trial is what the training uses."""
+    train_classifier(small_model(device="cpu"), noise(20, 24), y, RECIPE, seed=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of 16 and 24 pixels
 
 
 @pytest.mark.parametrize("fails", ["when it compiles", "in the backward pass", "unknown backend"])

@@ -35,6 +35,11 @@ RECIPE = Recipe(steps=7, batch_size=8)  # four epochs
         (LOST, "The device failed (CUDA error: device is lost or was reset)."),
         (CUDNN, "The device failed (cuDNN error: CUDNN_STATUS_EXECUTION_FAILED)."),
         (MEMORY, "The device has too little free memory (CUDA out of memory. Tried to allocate 2.00 GiB)."),
+        (
+            RuntimeError("GET was unable to find an engine to execute this computation"),
+            "The device has too little free memory (GET was unable",
+        ),
+        (RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "The device has too little"),
         (RuntimeError("CUDA error: out of memory"), "The device has too little free memory (CUDA error: out"),
         (
             RuntimeError("MPS backend out of memory (used: 1 GB)"),

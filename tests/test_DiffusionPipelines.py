@@ -231,9 +231,19 @@ def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(painter, capsy
 def test_one_image_that_does_not_fit_is_decoded_in_tiles_and_then_given_up(models, capsys):
     painter = Painter(load("turbo", models["turbo"]), "turbo", size=64, batch_size=1)
     limit_memory(painter, 0)
+    painter._text_to_image.vae.tile_sample_min_size = 32
     with pytest.raises(MemoryError, match=r"too little memory on cpu for a single image of 64x64 .*'turbo'"):
         painter.draw(["a cat"], [0])
     assert "decoding in tiles" in capsys.readouterr().out
+
+
+def test_an_image_no_larger_than_a_tile_is_not_drawn_again_for_nothing(models, capsys):
+    painter = Painter(load("turbo", models["turbo"]), "turbo", size=64, batch_size=1)
+    limit_memory(painter, 0)
+    painter._text_to_image.vae.tile_sample_min_size = 64
+    with pytest.raises(MemoryError, match="too little memory"):
+        painter.draw(["a cat"], [0])
+    assert "tiles" not in capsys.readouterr().out
 
 
 def test_networks_are_moved_to_the_gpu_that_is_used_and_not_to_the_first_one():

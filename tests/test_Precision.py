@@ -14,7 +14,7 @@ import GANTrainingStep
 import Precision
 from ClassifierTraining import Recipe, train_classifier
 from GANGeneration import train_gan
-from Precision import ScaledSteps, half_precision, mixed_precision, precision_name
+from Precision import ScaledSteps, check_dtype, half_precision, mixed_precision, precision_name
 
 RECIPE = Recipe(steps=6, batch_size=8)  # 20 images are 2 batches
 
@@ -208,3 +208,14 @@ def test_weights_in_half_precision_are_gone_after_an_error():
         assert layer.weight.dtype == torch.bfloat16
         raise Killed
     assert layer.weight.dtype == torch.float32 and isinstance(layer.weight, torch.nn.Parameter)
+
+
+def test_a_type_that_a_gpu_only_emulates_is_refused(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr("Precision.half_precision", lambda device: torch.float16)
+    with pytest.raises(ValueError, match="cuda:0 does not multiply in bfloat16. Choose float16 or float32"):
+        check_dtype(torch.bfloat16, gpu)
+    check_dtype(torch.float16, gpu)
+    check_dtype(torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr("Precision.half_precision", lambda device: torch.bfloat16)
+    check_dtype(torch.bfloat16, gpu)
