@@ -321,6 +321,26 @@ def paired_table(comparisons):
     return markdown_table(tuple(columns), zip(*columns.values(), strict=True))
 
 
+def strictness(comparisons):
+    """A sentence: how many answers would keep a p-value below 0.05 over seeds; empty if none is *yes* or *no*.
+
+    Parameters
+    ----------
+    comparisons : list of ArmComparison
+        See :func:`compare_arms`.
+    """
+    decided = [comparison for comparison in comparisons if comparison.answer() in ("Yes", "No")]
+    if not decided:
+        return ""
+    kept = {
+        key: sum(comparison.p_over_seeds[key] < 0.05 for comparison in decided) for key in ("recall", "f1")
+    }
+    return (
+        f"Of the {len(decided)} answers *yes* or *no*, {kept['recall']} keep a corrected p-value over seeds below 0.05 by recall, "
+        f"and {kept['f1']} by F1."
+    )
+
+
 def findings(comparisons):
     """The study's questions, each answered from the results: a markdown list.
 

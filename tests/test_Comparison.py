@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from Arms import ARMS, PROFILES
-from Comparison import compare_arms, differences_between_seeds, findings, paired_table
+from Comparison import compare_arms, differences_between_seeds, findings, paired_table, strictness
 from Significance import mcnemar_over_seeds, t_test_over_seeds
 
 QUESTION = {("imbalanced", "logit-adjusted"): "Does it help?", ("imbalanced", "stable"): "Not run"}
@@ -210,4 +210,17 @@ def test_an_answer_needs_seeds_that_agree(second, answer, results, tiny_data):
     line = findings([comparison])
     assert (f"{answer} ({len(second)} seeds)" in line) and ("varies with the seed" in line) == (
         answer == "Undecided"
+    )
+
+
+def test_a_sentence_counts_the_answers_that_the_seeds_alone_support(results, tiny_data):
+    assert strictness(compare_arms(results, QUESTION)) == "", "one seed gives no yes or no"
+    three_seeds(results, tiny_data, [(0, 0, 0), (9, 9, 10)])
+    comparisons = compare_arms(results, QUESTION)
+    assert comparisons[0].answer() == "Yes"
+    assert "Of the 1 answers *yes* or *no*, 1 keep" in strictness(comparisons)
+    weak = dataclasses.replace(comparisons[0], p_over_seeds={"recall": 0.05, "f1": 0.04})
+    assert (
+        "Of the 2 answers *yes* or *no*, 1 keep a corrected p-value over seeds below 0.05 by recall, and 2 by F1"
+        in (strictness([*comparisons, weak]))
     )
