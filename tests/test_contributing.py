@@ -3,15 +3,18 @@
 import ast
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, files, smoke
 from test_ClassifierNetwork import equal_weights
 
 import Arms
 from Arms import ARMS, ArmUnavailableError
+from Batches import SourceBatches
 from ClassifierNetwork import channel_statistics, create_classifier
 from Methods import METHODS
 
@@ -64,8 +67,11 @@ def test_a_sampler_is_a_file_and_a_line(tiny_data, monkeypatch):
     assert smoke(name, tiny_data)["training_images"]["synthetic"][CAT] == 25
 
 
-def test_source_aware_training_on_ones_own_images():
-    [block] = python_blocks("development.md")
+TRAINING, LOOP, SAMPLER = python_blocks("development.md")
+
+
+def own_images():
+    """Names that the document's lines begin with."""
     rng = np.random.default_rng(0)
     names = {
         "X": rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8),
@@ -73,8 +79,17 @@ def test_source_aware_training_on_ones_own_images():
         "X_new": rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8),
         "y_new": np.repeat([0, 1, 2], [4, 4, 16]),
     }
-    names |= {"X_test": names["X"], "y_test": names["y"]}
-    exec(block.replace("steps=2000, batch_size=256", "steps=2, batch_size=16, micro_batch_size=8"), names)
+    return names | {"X_test": names["X"], "y_test": names["y"]}
+
+
+def source_aware_training():
+    names = own_images()
+    exec(TRAINING.replace("steps=2000, batch_size=256", "steps=2, batch_size=16, micro_batch_size=8"), names)
+    return names
+
+
+def test_source_aware_training_on_ones_own_images():
+    names = source_aware_training()
     assert len(names["X_all"]) == 84
     assert names["predictions"].shape == (60,)
     # It is the method that was chosen, bit by bit.
@@ -83,6 +98,40 @@ def test_source_aware_training_on_ones_own_images():
     method.train(model, names["X_all"], names["y_all"], len(names["X"]), names["recipe"], seed=0)
     assert equal_weights(model, names["model"])
     assert not equal_weights(model, create_classifier(3, 16, channel_statistics(names["X_all"]), seed=0))
+
+
+def test_source_aware_training_in_a_loop_of_ones_own():
+    """Statistics follow real images alone: a white synthetic image leaves no trace in them."""
+    names = source_aware_training()
+    X, sources = names["X_all"].copy(), names["sources"]
+    X[sources == 0], X[sources == 1] = 100, 255
+    network = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(3, affine=False), torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3)
+    )
+    names |= {
+        "network": network,
+        "optimizer": torch.optim.SGD(network.parameters(), 0.1),
+        "batches": SourceBatches(
+            X, sources, names["recipe"], torch.device("cpu"), seed=0, phases=names["phases"]
+        ),
+    }
+    before = network[2].weight.clone()
+    exec(LOOP, names)
+    assert network[0].num_batches_tracked > 0
+    assert network[0].running_mean.numpy() == pytest.approx(100 / 255 * (1 - 0.9**4), rel=1e-5), (
+        "of four real parts"
+    )
+    assert not torch.equal(network[2].weight, before)
+
+
+def test_samplers_and_splits_on_ones_own_labels():
+    names = own_images()
+    for name in ("X", "X_new"):
+        names[name] = np.repeat(np.repeat(names[name], 2, axis=1), 2, axis=2)
+    names["y_new"][:12] = 1
+    exec(SAMPLER, names)
+    assert np.bincount(names["y"]).tolist() == [28, 4, 4]
+    assert np.bincount(names["y_res"]).tolist() == [28, 10, 4]
 
 
 def needed_modules(name, found):
@@ -99,15 +148,32 @@ def needed_modules(name, found):
     return found
 
 
+def packages_of(names):
+    """What modules import from elsewhere, by the names on PyPI."""
+    on_pypi = {"PIL": "pillow", "imblearn": "imbalanced-learn", "sklearn": "scikit-learn"}
+    found = set()
+    for name in names:
+        for node in ast.walk(ast.parse((REPOSITORY / f"{name}.py").read_text(encoding="utf-8"))):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found |= {module.split(".")[0] for module in modules}
+    ours = {path.stem for path in REPOSITORY.glob("*.py")}
+    return {on_pypi.get(name, name) for name in found - ours - sys.stdlib_module_names}
+
+
 def test_the_modules_to_copy_are_all_that_each_part_needs():
     text = (REPOSITORY / "docs" / "development.md").read_text(encoding="utf-8")
-    rows = re.search(r"\| part \| modules to copy \|\n\| --- \| --- \|\n((?:\|.*\n)+)", text)[1].splitlines()
-    assert len(rows) == 9
+    table = re.search(
+        r"\| part \| modules to copy \| packages \|\n\| --- \| --- \| --- \|\n((?:\|.*\n)+)", text
+    )
+    rows = table[1].splitlines()
+    assert len(rows) == 10
     for row in rows:
         named = re.findall(r"`(\w+)`", row.split("|")[2])
         of_lines = {"Batches", "ClassifierNetwork", "ClassifierTraining", "ImageStatistics", "Losses"}
-        start = of_lines if "lines above" in row else {named[0]}
+        start = of_lines if "the training above" in row else {named[0]}
         needed = set()
         for name in start:
             needed_modules(name, needed)
         assert set(named) == needed, row
+        assert row.split("|")[3].strip().split(", ") == sorted(packages_of(needed)), row
