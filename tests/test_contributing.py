@@ -118,7 +118,7 @@ def test_source_aware_training_in_a_loop_of_ones_own():
     before = network[2].weight.clone()
     exec(LOOP, names)
     assert network[0].num_batches_tracked > 0
-    assert network[0].running_mean.numpy() == pytest.approx(100 / 255 * (1 - 0.9**4), rel=1e-5), (
+    assert network[0].running_mean.numpy() == pytest.approx(100 / 255 * (1 - 0.9**4), rel=1e-4), (
         "of four real parts"
     )
     assert not torch.equal(network[2].weight, before)
