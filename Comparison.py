@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from Arms import ARMS, PROFILES, QUESTIONS
-from Results import Study, predictions_of
+from Results import Study, minority_of, predictions_of
 from Significance import (
     bootstrap_weights,
     holm,
@@ -102,11 +102,6 @@ def _study_of(run):
     return Study(run["profile"], run["data"], run["split"])
 
 
-def _minority_of(run):
-    """The class numbers of the minority."""
-    return [run["class_names"].index(c) for c in run["minority_classes"]]
-
-
 def compare_arms(results, questions=QUESTIONS):
     """Compare the arms of each question that has results.
 
@@ -132,7 +127,7 @@ def compare_arms(results, questions=QUESTIONS):
             y_true = _study_of(run).load_test_labels()
             # The first row is the test set as it is.
             weights = np.concatenate([np.ones((1, len(y_true)), np.float32), bootstrap_weights(y_true)])
-        minority = _minority_of(run)
+        minority = minority_of(run)
         for name, runs in zip(pair, by_seed, strict=True):
             for seed in seeds:
                 if (name, seed) not in scores:
@@ -219,11 +214,25 @@ def differences_between_seeds(results):
         return 0, 0
     run = pairs[0][0]
     y_true = _study_of(run).load_test_labels()
-    rare = np.isin(y_true, _minority_of(run))
+    rare = np.isin(y_true, minority_of(run))
     p_values = [
         mcnemar_over_seeds(y_true[rare], *(predictions_of(each)[rare] for each in pair)) for pair in pairs
     ]
     return sum(p < 0.05 for p in p_values), len(p_values)
+
+
+def between_seeds_in_words(results):
+    """What :func:`differences_between_seeds` found, to end a sentence; empty if no arm has two seeds.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results of one study.
+    """
+    found, pairs = differences_between_seeds(results)
+    if not pairs:
+        return ""
+    return f": between two seeds of the same arm it is below 0.05, before correction, in {found} of {pairs} pairs"
 
 
 def _points(value):

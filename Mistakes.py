@@ -10,7 +10,7 @@ from sklearn.metrics import pairwise_distances_argmin_min
 from Arms import ARMS
 from GenerationQuality import ImageFeatures
 from Report import caption
-from Results import predictions_of
+from Results import minority_of, predictions_of
 from Utils import plot_image_rows
 
 
@@ -31,7 +31,7 @@ def found_and_missed_figure(first, second, data, columns=10):
     matplotlib.figure.Figure
     """
     predictions = [predictions_of(run) for run in (first, second)]
-    minority = [data.class_names.index(c) for c in first["minority_classes"]]
+    minority = minority_of(first)
     found = [predicted == data.y_test for predicted in predictions]
     titles = [ARMS[run["arm"]].title for run in (first, second)]
     if titles[0] == titles[1]:
@@ -72,7 +72,7 @@ def nearest_images_figure(result, model, X, y, data, columns=8):
     matplotlib.figure.Figure
         Its title says how many of all missed images lie nearest to the class that they are taken for.
     """
-    minority = [data.class_names.index(c) for c in result["minority_classes"]]
+    minority = minority_of(result)
     predicted, classes = predictions_of(result), ", ".join(result["minority_classes"])
     missed = np.flatnonzero(np.isin(data.y_test, minority) & (predicted != data.y_test))
     missed = np.random.default_rng(0).permutation(missed)

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from Arms import ARMS, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
-from Comparison import compare_arms, differences_between_seeds, findings, paired_table, strictness
+from Comparison import between_seeds_in_words, compare_arms, findings, paired_table, strictness
 from Documents import NOT_RUN, report_parser, run_report
 from Files import describe_differences
 from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
@@ -25,6 +25,7 @@ from Results import (
     HEADLINE,
     Study,
     configuration_of,
+    minority_of,
     network_name,
     precision_of,
     read_result,
@@ -137,7 +138,7 @@ def _metric(*keys, show=percent):
 def minority_precisions(runs):
     """One a run: NaN if it never predicts the minority, because then it has none."""
     predicted = [np.sum(run["metrics"]["confusion_matrix"], axis=0) for run in runs]
-    minority = [runs[0]["class_names"].index(c) for c in runs[0]["minority_classes"]]
+    minority = minority_of(runs[0])
     return [
         run["metrics"]["minority"]["precision"] if counts[minority].all() else np.nan
         for run, counts in zip(runs, predicted, strict=True)
@@ -479,7 +480,7 @@ def arms_report(results):
         "The number after ± is half the width of the 95 % interval over seeds (three seeds or more). The average precision does not "
         "depend on a threshold, so it tells whether the minority is ranked better. The p-value is of an exact sign-flip test on the "
         "minority's images, all seeds together (McNemar's test if there is one seed), then corrected for the number of questions "
-        f"(Holm 1979). It takes the trained networks as given{_between_seeds(results)}. The p-values over seeds do not: they are of "
+        f"(Holm 1979). It takes the trained networks as given{between_seeds_in_words(results)}. The p-values over seeds do not: they are of "
         "Student's t-test on the differences of three seeds or more, corrected for the number of questions that have so many:",
         paired_table(comparisons),
         "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
@@ -490,13 +491,6 @@ def arms_report(results):
         strictness(comparisons),
     )
     return "\n\n".join(filter(None, parts))
-
-
-def _between_seeds(results):
-    found, pairs = differences_between_seeds(results)
-    if not pairs:
-        return ""
-    return f": between two seeds of the same arm it is below 0.05, before correction, in {found} of {pairs} pairs"
 
 
 def _headline_summary(results):

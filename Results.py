@@ -332,6 +332,11 @@ def predictions_of(result):
     return np.array(result["test_predictions"].split(), dtype=int)
 
 
+def minority_of(result):
+    """The class numbers of a result's minority: a list of int."""
+    return [result["class_names"].index(name) for name in result["minority_classes"]]
+
+
 def configuration_of(result):
     """Recipe and network of a result (dict). What could not be chosen when it was obtained has its default."""
     return with_defaults(result["configuration"])

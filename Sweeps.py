@@ -20,7 +20,7 @@ from Comparison import SCORES as COMPARED_SCORES
 from Comparison import compare_arms, difference_in_words, ranking_in_words
 from Documents import NOT_RUN, report_parser, run_report
 from Report import COLUMNS, minority_precisions, percent
-from Results import COMMITTED, Study
+from Results import COMMITTED, Study, minority_of
 from Utils import COLOURS, markdown_table, save_figure
 
 DOCUMENT = Path("docs", "results.md")
@@ -62,8 +62,7 @@ def by_synthetic_images(study):
             arm_name = path.name.rpartition("-seed")[0]
             points[int(arm_name.partition("@")[2])] = study.load_runs(arm_name)
         if runs := study.load_runs(name):
-            minority = [runs[0]["class_names"].index(c) for c in runs[0]["minority_classes"]]
-            points[max(runs[0]["training_images"]["synthetic"][c] for c in minority)] = runs
+            points[max(runs[0]["training_images"]["synthetic"][c] for c in minority_of(runs[0]))] = runs
         curves[name] = {count: runs for count, runs in sorted(points.items()) if runs}
     return curves
 
