@@ -359,6 +359,10 @@ ARMS = {
         "Stable Diffusion, source-aware, labels shuffled (placebo)", "stable_source_aware_placebo",
         "resnet_stable_diffusion_source_aware_placebo", METHODS["stable-placebo-real-last"],
     ),
+    "copies-source-aware": Arm(
+        "Copies of real images, source-aware", "copies_source_aware", "resnet_copies_source_aware",
+        METHODS["copies-quarter-real-last"],
+    ),
     "balanced": Arm(
         "Balanced (ceiling: no image removed)", "balanced", "resnet_balanced", whole_training_set=True,
     ),
@@ -395,6 +399,8 @@ QUESTIONS = {
     ("logit-adjusted", "stable-source-aware"): "Do Stable Diffusion images add to the adjusted loss in source-aware training?",
     ("logit-adjusted", "stable-source-aware-placebo"): "Do Stable Diffusion images with shuffled labels add to the adjusted loss in source-aware training?",
     ("stable-source-aware-placebo", "stable-source-aware"): "Do true labels of Stable Diffusion images raise the recall of source-aware training over shuffled ones?",
+    ("logit-adjusted", "copies-source-aware"): "Do the batches of source-aware training raise the recall without new images?",
+    ("copies-source-aware", "stable-source-aware"): "In source-aware training, does Stable Diffusion beat copies of real images?",
     ("stable-source-aware-unmatched", "stable-source-aware"): "Does the matched spectrum raise the recall of source-aware training?",
     ("stable-source-aware-shared-statistics", "stable-source-aware"):
         "Do batch-norm statistics per source raise the recall of source-aware training?",

@@ -376,6 +376,10 @@ IMAGE_FREE = {
         sampler=PixelOverSampler(RandomOverSampler(), sampling_strategy=at_least_a_tenth),
         loss=adjusted_by_all_rows,
     ),
+    "copies-quarter-real-last": _by_source(
+        "copies of the real images as second source, statistics per source, a quarter copies, the last 15 % without copies", 0.25,
+        0.15, sampler=PixelOverSampler(RandomOverSampler(), sampling_strategy=source_balanced_strategy),
+    ),
     "adjusted-cutout": Method(what="logit-adjusted loss, cutout of 8 pixels", loss=adjusted, changes={"cutout": 8}),
     "adjusted-mixup": Method(
         what="logit-adjusted loss, mixup", loss=adjusted, batches=partial(mixed, kind="mixup")
