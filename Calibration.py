@@ -35,8 +35,8 @@ def probability_metrics(logits, y_true, minority_classes):
     Parameters
     ----------
     logits : ndarray of float, shape (n, classes)
-        Logits, not probabilities: their softmax is judged. A network that was trained with an adjusted loss needs no further adjustment: its
-        probabilities are for a test set in which the classes are equally frequent (Menon et al. 2021).
+        Logits, not probabilities: their softmax is judged. A network that was trained with an adjusted loss needs no
+        further adjustment: its probabilities are for a test set in which the classes are equally frequent (Menon et al. 2021).
     y_true : ndarray of int, shape (n,)
     minority_classes : int or sequence of int
 

@@ -118,10 +118,7 @@ class GenerationSettings:
             If a name is unknown or a number is out of range. No model is loaded to find this out.
         """
         preset = find_preset(self.preset)
-        if self.downsampling not in DOWNSAMPLING:
-            raise ValueError(
-                f"Unknown downsampling {self.downsampling!r}. Choose one of {', '.join(DOWNSAMPLING)}."
-            )
+        _check_downsampling(self.downsampling)
         if not all(0 < s <= 1 for s in self.strengths):
             raise ValueError(
                 f"Strengths must be above 0 and at most 1: got {', '.join(map(str, self.strengths))}."
@@ -345,6 +342,11 @@ class CandidateMaker:
         }  # fmt: skip
 
 
+def _check_downsampling(method):
+    if method not in DOWNSAMPLING:
+        raise ValueError(f"Unknown downsampling {method!r}. Choose one of {', '.join(DOWNSAMPLING)}.")
+
+
 def downsample(images, method="area"):
     """Reduce images to 32x32 pixels with antialiasing.
 
@@ -363,8 +365,7 @@ def downsample(images, method="area"):
     ValueError
         For an unknown method.
     """
-    if method not in DOWNSAMPLING:
-        raise ValueError(f"Unknown downsampling {method!r}. Choose one of {', '.join(DOWNSAMPLING)}.")
+    _check_downsampling(method)
     small = [np.asarray(im.convert("RGB").resize((SMALL, SMALL), DOWNSAMPLING[method])) for im in images]
     return np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), dtype=np.uint8)
 

@@ -80,9 +80,8 @@ def micro_batches(model, sizes, tracked, compiled=False):
     for norm in norms:
         momenta = [norm.momentum if follow else 0.0 for follow in tracked]
         norm.parts = tuple(zip(sizes, momenta, strict=True))
-        norm.scales_and_shifts = (
-            None  # in the layer itself: torch.compile compiles again when it appears there
-        )
+        # In the layer itself, because torch.compile compiles again when it appears there.
+        norm.scales_and_shifts = None
     if len(sizes) > 1 and not compiled:
         _give_each_part_its_own(norms, len(sizes))
     if norms:

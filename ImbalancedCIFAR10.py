@@ -463,8 +463,8 @@ def long_tailed_split(y, class_names=CIFAR10_CLASSES, imbalance_factor=100, draw
         Labels of the whole training set.
     class_names : sequence of str
     imbalance_factor : float, at least 1
-        Images of the first class per image of the last, for classes that were equally large. With 100, the classes of CIFAR-10 keep 5000, 2997,
-        1796, ..., 83, 50.
+        Images of the first class per image of the last, for classes that were equally large. With 100, the classes of
+        CIFAR-10 keep 5000, 2997, 1796, ..., 83, 50.
     draw : int
         Seed of the choice of images.
 

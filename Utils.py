@@ -142,11 +142,10 @@ def classification_metrics(y_true, y_pred, class_names, minority_classes):
         "majority_recall": float(recall[majority].mean()) if majority.size else None,
         "per_class": {
             class_names[c]: {
-                "recall": float(recall[c]) if support[c] else None,
-                "precision": float(precision[c]) if support[c] else None,
-                "f1": float(f1[c]) if support[c] else None,
-                "support": int(support[c]),
+                score: float(values[c]) if support[c] else None
+                for score, values in (("recall", recall), ("precision", precision), ("f1", f1))
             }
+            | {"support": int(support[c])}
             for c in labels
         },
         "confusion_matrix": confusion_matrix(y_true, y_pred, labels=labels).tolist(),

@@ -134,29 +134,30 @@ def test_samplers_and_splits_on_ones_own_labels():
     assert np.bincount(names["y_res"]).tolist() == [28, 10, 4]
 
 
-def needed_modules(name, found):
-    """Add to ``found`` a module and all modules of the repository that it imports, directly or not."""
-    if name in found or not (REPOSITORY / f"{name}.py").exists():
-        return found
-    found.add(name)
+def imports_of(name):
+    """The modules that a module of the repository imports, anywhere in it: a set."""
+    found = set()
     for node in ast.walk(ast.parse((REPOSITORY / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            needed_modules(node.module, found)
+            found.add(node.module)
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                needed_modules(alias.name, found)
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def needed_modules(name, found):
+    """Add to ``found`` a module and all modules of the repository that it imports, directly or not."""
+    if name not in found and (REPOSITORY / f"{name}.py").exists():
+        found.add(name)
+        for module in imports_of(name):
+            needed_modules(module, found)
     return found
 
 
 def packages_of(names):
     """What modules import from elsewhere, by the names on PyPI."""
     on_pypi = {"PIL": "pillow", "imblearn": "imbalanced-learn", "sklearn": "scikit-learn"}
-    found = set()
-    for name in names:
-        for node in ast.walk(ast.parse((REPOSITORY / f"{name}.py").read_text(encoding="utf-8"))):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            found |= {module.split(".")[0] for module in modules}
+    found = {module.split(".")[0] for name in names for module in imports_of(name)}
     ours = {path.stem for path in REPOSITORY.glob("*.py")}
     return {on_pypi.get(name, name) for name in found - ours - sys.stdlib_module_names}
 
