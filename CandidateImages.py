@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ from ImageSelection import CLIP_MODEL, ClipFilter
 from Precision import dtype_name
 from Prompts import fingerprint_of_prompts, make_prompts
 from Repeatability import derive_seed
-from Runtime import choose_device, start_processes
+from Runtime import choose_device, decide_in_main_process, start_processes
 
 SHARDS = Path("datasets/stable_diffusion_shards")
 SHARD_SIZE = 64  # candidates in a file; a killed process loses at most so many
@@ -503,15 +503,9 @@ def draw_candidates(maker, job, sources, wanted, processes):
     processes : accelerate.PartialState
         All its processes must call this function.
 
-    Returns
-    -------
-    dict of ndarray
-        The candidates with indices below ``wanted``, as :meth:`CandidateMaker.make` returns them.
     """
     folder = maker.shards / name_job(job)
-    processes.wait_for_everyone()  # no process may write a shard before all have listed what is missing
-    groups = find_missing(folder, wanted)
-    processes.wait_for_everyone()
+    groups = decide_in_main_process(partial(find_missing, folder, wanted), processes)
     if groups:
         # One download per machine; the others read its cache.
         with processes.local_main_process_first(), device_faults("Loading the models"):
@@ -525,5 +519,36 @@ def draw_candidates(maker, job, sources, wanted, processes):
             write_shard(folder, maker.make(job["class"], job["label"], indices, sources))
             progress.update(len(indices))
     processes.wait_for_everyone()
+
+
+def read_candidates(folder, count):
+    """Read the first candidates of a job.
+
+    Parameters
+    ----------
+    folder : path
+        Of the job.
+    count : int
+        How many: those with indices below this number.
+
+    Returns
+    -------
+    dict of ndarray
+        As :meth:`CandidateMaker.make` returns them.
+
+    Raises
+    ------
+    OSError
+        If some of them are not there.
+    ValueError
+        If a shard is damaged.
+    """
     candidates = read_shards(folder)
-    return {name: column[candidates["index"] < wanted] for name, column in candidates.items()}
+    first = {name: column[candidates["index"] < count] for name, column in candidates.items()}
+    found = len(first.get("index", ()))
+    if found < count:
+        raise OSError(
+            f"{folder} has {found:,} of the {count:,} candidates that were drawn. All processes must see the same disk: "
+            "put --shards on one and run again. What is there is not drawn again."
+        )
+    return first

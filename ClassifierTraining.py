@@ -421,7 +421,12 @@ class _Training:
 
     def resume(self, store):
         """Continue from the checkpoint, if there is one, and return its history."""
-        content = store.load("history", "states")
+        # One process reads for all: if they saw the disk differently, they would train different steps together.
+        content = store.load("history", "states") if self.rank == 0 else None
+        if self.world_size > 1:
+            contents = [content]
+            dist.broadcast_object_list(contents, src=0)
+            [content] = contents
         if content is None:
             return []
         states = content["states"]

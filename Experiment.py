@@ -25,7 +25,7 @@ from ImageOverSampler import source_balanced_strategy
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, load_data, split_from_name
 from Results import Study
-from Runtime import choose_device, start_processes
+from Runtime import agree_on_error, choose_device, decide_in_main_process, start_processes
 
 # --- Training sets ------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ def _check_arm(study, data, arm_name):
 
 
 def _run(study, data, arm_name, seed, device, processes):
-    if _is_finished(study.result_path(arm_name, seed), processes):
+    if decide_in_main_process(study.result_path(arm_name, seed).exists, processes):
         return finished_result(study, data, arm_name, seed)
     method = find_arm(arm_name).method
     if processes is not None and (method.batches or method.choose):
@@ -198,17 +198,15 @@ def _run(study, data, arm_name, seed, device, processes):
         )
     checkpoint = study.checkpoint_path(f"{arm_name}-seed{seed}")
     with device_faults(f"The run {arm_name}, {study.split}, seed {seed}", checkpoint):
-        X, y = make_training_set(study, data, arm_name, seed, device)
+        unavailable = None
+        try:
+            X, y = make_training_set(study, data, arm_name, seed, device)
+        except ArmUnavailableError as error:
+            unavailable = error
+        unavailable = agree_on_error(unavailable, processes)  # none may begin to train without the others
+        if unavailable is not None:
+            raise unavailable
         return run_arm(study, data, arm_name, X, y, seed=seed, device=device, processes=processes)
-
-
-def _is_finished(path, processes):
-    finished = [path.exists()]
-    if processes is not None:  # all processes must decide alike, or one would wait for the others forever
-        from accelerate.utils import broadcast_object_list  # imported here because it takes seconds
-
-        broadcast_object_list(finished)
-    return finished[0]
 
 
 # --- Command line -------------------------------------------------------------------------------

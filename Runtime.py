@@ -6,6 +6,7 @@ Nothing here knows about CIFAR-10, a generator or a classifier.
     describe_hardware(device)         # {"device": "cpu", "name": "AMD EPYC", "cpu_threads": 2}
 """
 
+import atexit
 import datetime
 import os
 import platform
@@ -67,7 +68,57 @@ def start_processes(device=None):
 
     # accelerate joins CPU processes only if told to. One process may wait while another computes alone,
     # which can take longer than the default timeout.
-    return PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
+    processes = PartialState(cpu=choose_device(device).type == "cpu", timeout=datetime.timedelta(days=7))
+    if processes.use_distributed:
+        # A process that ends while its threads of communication run is sometimes aborted, after all its work is done.
+        atexit.register(processes.destroy_process_group)
+    return processes
+
+
+def decide_in_main_process(decide, processes):
+    """Return in every process what ``decide()`` returns in the main one, or raise the error that it raises there.
+
+    Processes that look at a disk by themselves can see it at different moments. One that decides otherwise than the
+    others would let them wait for days.
+
+    Parameters
+    ----------
+    decide : callable
+        It takes no argument. Its return value, or its error, must be picklable.
+    processes : accelerate.PartialState or None
+        All of them must call this function. None is this process alone.
+    """
+    if processes is None or processes.num_processes == 1:
+        return decide()
+    from accelerate.utils import broadcast_object_list  # imported here because it takes seconds
+
+    decision, error = None, None
+    if processes.is_main_process:
+        try:
+            decision = decide()
+        except Exception as raised:
+            error = raised
+    decision, error = broadcast_object_list([decision, error])
+    if error is not None:
+        raise error
+    return decision
+
+
+def agree_on_error(error, processes):
+    """Return in every process the error that any of them has, or None if none has one.
+
+    Parameters
+    ----------
+    error : Exception or None
+        Of this process.
+    processes : accelerate.PartialState or None
+        All of them must call this function. None is this process alone.
+    """
+    if processes is None or processes.num_processes == 1:
+        return error
+    from accelerate.utils import gather_object
+
+    return next((each for each in gather_object([error]) if each is not None), None)
 
 
 class TooLittleMemoryError(MemoryError, ValueError):

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from CandidateImages import (
     draw_candidates,
     name_job,
     open_shards,
+    read_candidates,
 )
 from Checks import check_pixels
 from DiffusionPipelines import PRESETS, SIZE
@@ -39,7 +41,7 @@ from ImageStatistics import image_statistics, match_statistics
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
 from LoRATraining import images_of_adapter
 from Prompts import GRAMMARS, find_grammar
-from Runtime import start_processes
+from Runtime import decide_in_main_process, start_processes
 
 
 def generate_images(
@@ -111,18 +113,23 @@ def generate_images(
     seen = _real_images_behind(maker.settings, selection, real_images)
     processes = processes or start_processes(maker.device)
     folder = maker.shards / name_job(job)
+
+    def keep(candidates, rows, report):
+        images = candidates["image"][rows]
+        if selection.match:
+            images, report["statistics"] = _match(images, real_images)
+        save_json(folder / "report.json", report)
+        metadata = _describe_candidates(candidates, rows, job, seen)
+        replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
+
+    wanted, report = count, None
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:  # the other processes wait for it in draw_candidates
             stack.enter_context(open_shards(folder, job))
-        candidates, rows, report = _draw_until_enough(maker, job, sources, selection, count, processes)
-        if processes.is_main_process:
-            images = candidates["image"][rows]
-            if selection.match:
-                images, report["statistics"] = _match(images, real_images)
-            save_json(folder / "report.json", report)
-            metadata = _describe_candidates(candidates, rows, job, seen)
-            replace_class(job["label"], images, metadata, path, job=None if replace else name_job(job))
-    processes.wait_for_everyone()
+        while report is None:
+            draw_candidates(maker, job, sources, wanted, processes)
+            select = partial(_keep_or_ask_for_more, folder, job, wanted, selection, count, keep)
+            wanted, report = decide_in_main_process(select, processes)
     return report
 
 
@@ -180,26 +187,27 @@ def _check_cache(maker, job, count, path, replace):
         require_free_space(place, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
 
 
-def _draw_until_enough(maker, job, sources, selection, count, processes):
-    """Draw candidates in rounds until ``count`` pass. Returns them with what select_candidates returns."""
-    folder = maker.shards / name_job(job)
-    wanted = count
-    while True:
-        candidates = draw_candidates(maker, job, sources, wanted, processes)
-        _check_margins(candidates, job, folder)
-        rows, report = select_candidates(candidates, count, selection)
-        if len(rows) == count:
-            return candidates, rows, report
-        if wanted >= 4 * count:
-            reasons = ", ".join(f"{name}: {number:,}" for name, number in report["rejected"].items())
-            raise SelectionError(
-                f"Only {len(rows):,} of {wanted:,} candidates of {job['class']} pass the selection, but "
-                f"{count:,} are asked for ({reasons}). The candidates stay in {folder}. Ask for fewer images, "
-                "lower --margin or raise --similarity. None of these draws a candidate again."
-            )
-        # Estimates from the acceptance rate how many more are needed. The next round corrects the estimate.
-        acceptance_rate = max(len(rows) / wanted, 0.1)
-        wanted = min(4 * count, wanted + math.ceil((count - len(rows)) / acceptance_rate))
+def _keep_or_ask_for_more(folder, job, wanted, selection, count, keep):
+    """Keep ``count`` of the ``wanted`` candidates if so many pass.
+
+    Returns how many candidates there shall be, and the report, which is None as long as they are too few.
+    """
+    candidates = read_candidates(folder, wanted)
+    _check_margins(candidates, job, folder)
+    rows, report = select_candidates(candidates, count, selection)
+    if len(rows) == count:
+        keep(candidates, rows, report)
+        return wanted, report
+    if wanted >= 4 * count:
+        reasons = ", ".join(f"{name}: {number:,}" for name, number in report["rejected"].items())
+        raise SelectionError(
+            f"Only {len(rows):,} of {wanted:,} candidates of {job['class']} pass the selection, but "
+            f"{count:,} are asked for ({reasons}). The candidates stay in {folder}. Ask for fewer images, "
+            "lower --margin or raise --similarity. None of these draws a candidate again."
+        )
+    # Estimates from the acceptance rate how many more are needed. The next round corrects the estimate.
+    acceptance_rate = max(len(rows) / wanted, 0.1)
+    return min(4 * count, wanted + math.ceil((count - len(rows)) / acceptance_rate)), None
 
 
 def _check_margins(candidates, job, folder):

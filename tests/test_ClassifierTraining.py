@@ -566,13 +566,13 @@ DISTRIBUTED_PROGRAM = """
 import json, sys
 import numpy as np
 import torch
-from accelerate import PartialState
 import Precision
 from ClassifierNetwork import EpochEvaluator, channel_statistics, create_classifier, evaluate_classifier
 from ClassifierTraining import Recipe, train_classifier
 from Losses import LogitAdjustedLoss
+from Runtime import start_processes
 
-state = PartialState(cpu=True)
+state = start_processes("cpu")
 torch.set_num_threads(1)
 Precision.half_precision = lambda device: None
 data = np.load("data.npz")
@@ -583,7 +583,7 @@ history = train_classifier(
     model, X, y, recipe, seed=0, loss=LogitAdjustedLoss(y, 10, y % 2),
     batches=recipe.batches(X, 0, torch.device("cpu"), state.process_index, state.num_processes),
     after_epoch=EpochEvaluator(X, y, [], steps=recipe.steps, evaluations=4),
-    checkpoint=f"run-{state.num_processes}.pt",
+    checkpoint=f"run-{state.num_processes}.pt" if state.is_main_process or sys.argv[1:] == [] else "elsewhere.pt",
 )
 accuracy = float((evaluate_classifier(model, X, y).predictions == y).mean())
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
@@ -592,7 +592,7 @@ with open(f"outcome-{state.num_processes}-{state.process_index}.json", "w") as f
 """
 
 
-def test_two_processes_train_as_one_process_does_with_the_same_batch():
+def test_two_processes_train_as_one_process_does_and_continue_from_one_checkpoint():
     np.savez("data.npz", X=X, y=y)
     Path("program.py").write_text(DISTRIBUTED_PROGRAM)
     environment = os.environ | {
@@ -618,6 +618,13 @@ def test_two_processes_train_as_one_process_does_with_the_same_batch():
             assert epoch["step"] == expected["step"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=2e-3)
     assert torch.load("run-2.pt", weights_only=True)["history"] == first["history"], "one process writes it"
+    answer = subprocess.run(
+        [*launch, "program.py", "again"], env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert answer.returncode == 0, answer.stderr
+    for rank in range(2):
+        again = json.loads(Path(f"outcome-2-{rank}.json").read_text())
+        assert again["weights"] == first["weights"], "and one reads it, the other need not see it"
 
 
 # --- Parts that can be replaced -----------------------------------------------------------------

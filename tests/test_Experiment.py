@@ -179,8 +179,8 @@ def test_in_data_parallel_every_process_takes_part_in_every_run(tiny_data, monke
     assert seen == [processes] * len(STORY)
 
 
-def launch(*arguments):
-    """Run Experiment.py on the digits in two processes."""
+def launch(*arguments, before=""):
+    """Run Experiment.py on the digits in two processes, after the lines ``before``."""
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
@@ -192,8 +192,7 @@ def launch(*arguments):
         "def logged(path, content):\n"
         "    print(f'{path.name} written by process {os.environ[\"RANK\"]}')\n"
         "    save_json(path, content)\n"
-        "ArmTraining.save_json = logged\n"
-        "Experiment.main()\n"
+        f"ArmTraining.save_json = logged\n{before}Experiment.main()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
@@ -224,6 +223,24 @@ def test_two_processes_train_one_run_together_and_one_writes_it(digits, move_to_
         expected = [epoch.get(key) for epoch in alone["history"]]
         assert [epoch.get(key) for epoch in together["history"]] == pytest.approx(expected, rel=1e-3), key
     assert together["configuration"]["processes"] == 2 and alone["configuration"]["processes"] == 1
+
+
+def test_an_arm_that_one_process_cannot_run_is_skipped_by_all():
+    """The other one would wait for it in the first training step."""
+    before = """
+make_training_set = Experiment.make_training_set
+def make(study, data, arm_name, *arguments):
+    if os.environ["RANK"] == "1" and arm_name == "logit-adjusted":
+        raise Experiment.ArmUnavailableError("the cache is not on this machine")
+    return make_training_set(study, data, arm_name, *arguments)
+Experiment.make_training_set = make
+"""
+    answer = launch("--arm", "logit-adjusted", "imbalanced", "--data-parallel", before=before)
+    assert answer.returncode == 0, answer.stderr
+    assert (
+        answer.stdout.count("logit-adjusted, 8-0.01, seed 0: skipped, the cache is not on this machine") == 2
+    )
+    assert answer.stdout.count("imbalanced, 8-0.01, seed 0: minority recall") == 2
 
 
 def test_data_parallel_without_several_processes_is_one_line(digits, monkeypatch, capsys):

@@ -1,7 +1,10 @@
 """What a machine has, how it is described, and the code's version."""
 
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ import torch
 import Runtime
 from Runtime import (
     TooLittleMemoryError,
+    agree_on_error,
     choose_device,
     code_version,
+    decide_in_main_process,
     describe_hardware,
     hardware_text,
     require_memory,
@@ -33,6 +38,44 @@ def test_hardware_is_described_for_a_sentence():
     assert (
         hardware_text({"device": "cuda", "name": "H100", "cpu_threads": 16}) == "CUDA (H100, 16 CPU threads)"
     )
+
+
+PROGRAM = """
+import sys
+from Runtime import agree_on_error, decide_in_main_process, start_processes
+
+processes = start_processes("cpu")
+rank = processes.process_index
+assert processes.num_processes == 2
+assert decide_in_main_process(lambda: f"seen by {rank}", processes) == "seen by 0"
+try:
+    decide_in_main_process(lambda: [][0] if rank == 0 else "fine", processes)
+except IndexError as error:
+    assert str(error) == "list index out of range"
+else:
+    sys.exit("the error was lost")
+assert agree_on_error(None, processes) is None
+assert str(agree_on_error(ValueError("no images") if rank == 1 else None, processes)) == "no images"
+"""
+
+
+def test_processes_do_what_the_main_one_decides_and_stop_for_the_error_of_any():
+    Path("program.py").write_text(PROGRAM)
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(Runtime.__file__).parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    answer = subprocess.run(
+        [*command, "program.py"], env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_a_process_alone_decides_for_itself():
+    assert decide_in_main_process(lambda: 3, None) == 3
+    assert agree_on_error(None, None) is None
+    error = ValueError("no images")
+    assert agree_on_error(error, None) is error
 
 
 def test_more_memory_than_the_machine_has_is_refused():

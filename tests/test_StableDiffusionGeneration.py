@@ -31,6 +31,7 @@ from CandidateImages import (
     GenerationSettings,
     find_missing,
     name_job,
+    read_candidates,
     read_shards,
     write_shard,
 )
@@ -912,6 +913,15 @@ def test_a_shard_that_does_not_fit_the_others_is_named(loaded, damage, small_sha
     write_shard(shards_of(), damage({name: column[4:] for name, column in whole.items()}))
     with pytest.raises(ValueError, match=r"shard .*000004-000007\.npz is truncated or damaged"):
         read_shards(shards_of())
+
+
+def test_candidates_that_another_process_wrote_elsewhere_are_missed(loaded, small_shards):
+    generate(loaded, 8)
+    assert len(read_candidates(shards_of(), 6)["index"]) == 6
+    with pytest.raises(OSError, match="has 8 of the 9 candidates .* must see the same disk"):
+        read_candidates(shards_of(), 9)
+    with pytest.raises(OSError, match="has 0 of the 4 candidates"):
+        read_candidates("nowhere", 4)
 
 
 # --- Several processes, and kills ---------------------------------------------------------------
