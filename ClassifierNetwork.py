@@ -2,6 +2,7 @@
 
     model = create_classifier(num_classes=10, width=64, mean_std=channel_statistics(X), seed=0)
     evaluation = evaluate_classifier(model, X_test, y_test)
+    classes = predict_logits(model, X_new).argmax(axis=1)
     save_classifier(model, "models/resnet.pt")
 
 The network takes uint8 images as they are. Normalisation is its first layer, so a saved network cannot get
@@ -329,15 +330,42 @@ def evaluate_classifier(model, X, y, *, batch_size=128):
     TypeError, ValueError
         If ``X`` and ``y`` are not images with labels (see :func:`Checks.check_images`), or a logit is not finite.
     """
-    X, y = map(np.ascontiguousarray, check_images(X, y))
+    X, y = check_images(X, y)
     check_labels(y, model.num_classes)
+    logits = predict_logits(model, X, batch_size=batch_size)
+    loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(np.ascontiguousarray(y))).item()
+    return Evaluation(loss, logits.argmax(axis=1), logits)
+
+
+def predict_logits(model, X, *, batch_size=128):
+    """Compute the logits of images whose classes need not be known, on the device that the model is on.
+
+    ``predict_logits(model, X).argmax(axis=1)`` are the predicted classes.
+
+    Parameters
+    ----------
+    model : ResNet18
+        It is put into channels_last order. Its training or evaluation mode is left as it was.
+    X : ndarray of uint8, shape (n, height, width, 3)
+    batch_size : int, default 128
+        Images that pass through the network at once. Small batches fit a CPU's cache.
+
+    Returns
+    -------
+    ndarray of float32, shape (n, num_classes)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``X`` are not images (see :func:`Checks.check_pixels`), or a logit is not finite.
+    """
+    X = np.ascontiguousarray(check_pixels(X))
     model.to(memory_format=torch.channels_last)
     images = torch.from_numpy(X).to(next(model.parameters()).device)
     logits = _outputs(model, model, images, batch_size)
     cure = "Its weights may be damaged: train or load it again."
     require_finite(logits, "Logits of the classifier", cure)  # argmax takes NaN for class 0
-    loss = F.cross_entropy(logits, torch.from_numpy(y)).item()
-    return Evaluation(loss, logits.argmax(1).numpy(), logits.numpy())
+    return logits.numpy()
 
 
 def extract_features(model, X, *, batch_size=128):

@@ -17,6 +17,7 @@ from Arms import ARMS, PROFILES, QUESTIONS
 from Results import Study, minority_of, predictions_of
 from Significance import (
     bootstrap_weights,
+    half_width_over_seeds_and_images,
     holm,
     mcnemar_over_seeds,
     mean_interval,
@@ -50,6 +51,8 @@ class ArmComparison:
         Score -> the 95 % bootstrap interval of the difference, second minus first, over test images: low and high.
     over_seeds : dict
         Score -> half the width of the 95 % interval of the difference over seeds; None with fewer than three.
+    f1_over_both : float or None
+        The same for F1, over seeds and test images.
     p_value : float
         Of an exact sign-flip test on the minority's test images, all seeds together (McNemar's test if there is one seed).
         It takes the trained networks as given.
@@ -69,6 +72,7 @@ class ArmComparison:
     means: Mapping
     bootstrap: Mapping
     over_seeds: Mapping
+    f1_over_both: float | None
     p_value: float
     corrected_p_value: float
     p_over_seeds: Mapping
@@ -181,6 +185,8 @@ def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_val
         interval = np.quantile(resampled, [0.025, 0.975]).tolist() if resampled.size else (np.nan, np.nan)
         bootstrap[key] = tuple(interval)
         over_seeds[key] = mean_interval(differences[:, 0])[1]
+        if key == "f1":
+            f1_over_both = half_width_over_seeds_and_images(differences[:, 0], resampled)
     return ArmComparison(
         question=question,
         titles=tuple(ARMS[name].title for name in pair),
@@ -188,6 +194,7 @@ def _comparison(question, pair, seeds, by_seed, scores, p_value, corrected_p_val
         means=means,
         bootstrap=bootstrap,
         over_seeds=over_seeds,
+        f1_over_both=f1_over_both,
         p_value=p_value,
         corrected_p_value=corrected_p_value,
         p_over_seeds=p_over_seeds,
@@ -291,8 +298,11 @@ def _f1_over_seeds(comparison):
     difference, half_width = comparison.difference("f1"), comparison.over_seeds["f1"]
     if half_width is None or np.isnan(difference):
         return ""
-    seeds = len(comparison.seeds)
-    return f" Difference in F1 over the {seeds} seeds: {_points(difference)}{_plus_minus(half_width)} points."
+    both, seeds = comparison.f1_over_both, len(comparison.seeds)
+    return (
+        f" Difference in F1 over the {seeds} seeds: {_points(difference)}{_plus_minus(half_width)} points; "
+        f"over seeds and test images: {_points(difference)}{_plus_minus(both)}."
+    )
 
 
 def paired_table(comparisons):
@@ -354,8 +364,8 @@ def findings(comparisons):
     """The study's questions, each answered from the results: a markdown list.
 
     Each line has the answer (see :meth:`ArmComparison.answer`) with the number of seeds, the scores of both arms as means over the seeds
-    that both have, and the corrected p-value. With three seeds or more, the difference in F1 and its 95 % interval over seeds follow:
-    recall can be bought with precision, F1 less so.
+    that both have, and the corrected p-value. With three seeds or more, the difference in F1 and its 95 % intervals over seeds alone and
+    over seeds and test images follow: recall can be bought with precision, F1 less so.
 
     Parameters
     ----------

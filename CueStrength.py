@@ -17,7 +17,7 @@ from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
 from BusyMachine import start_again_if_busy
-from ClassifierNetwork import channel_statistics, create_classifier, evaluate_classifier
+from ClassifierNetwork import channel_statistics, create_classifier, predict_logits
 from ClassifierTraining import Recipe, train_classifier
 from DevelopmentReport import CUE, CUES, cue_table
 from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
@@ -97,7 +97,7 @@ def cue_strength(
     train_classifier(model, X[training], added[training].astype(np.int64), recipe, seed=seed)
     images = np.concatenate([X[rare_added[:tested]], unseen[rare_real[:tested]]])
     labels = np.repeat([1, 0], tested)
-    logits = evaluate_classifier(model, images, labels).logits
+    logits = predict_logits(model, images)
     return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
 
 

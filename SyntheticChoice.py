@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ClassifierNetwork import evaluate_classifier, extract_features
+from ClassifierNetwork import extract_features, predict_logits
 
 
 def nearest_to_prototypes(model, X, y, real_rows, fraction=0.5):
@@ -63,7 +63,7 @@ def most_uncertain(model, X, y, real_rows, fraction=0.5):
 
     Parameters, returns and errors are those of :func:`nearest_to_prototypes`; a class without real images is allowed.
     """
-    logits = torch.from_numpy(evaluate_classifier(model, X[real_rows:], y[real_rows:]).logits)
+    logits = torch.from_numpy(predict_logits(model, X[real_rows:]))
     log_p = logits.log_softmax(dim=1)
     entropy = -(log_p.exp() * log_p).sum(dim=1).numpy()
     plausible = (logits.topk(2).indices == torch.from_numpy(y[real_rows:, None])).any(dim=1).numpy()

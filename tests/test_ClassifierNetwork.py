@@ -14,6 +14,7 @@ from ClassifierNetwork import (
     create_classifier,
     evaluate_classifier,
     load_classifier,
+    predict_logits,
     save_classifier,
 )
 from Muon import KernelMuon
@@ -288,6 +289,15 @@ def test_evaluation_equals_a_direct_computation(float32):
     assert evaluation.loss == pytest.approx(-np.log(probability).mean(), rel=1e-3)
     assert np.array_equal(evaluation.predictions, evaluation.logits.argmax(axis=1))
     assert evaluation.predictions.dtype == np.int64
+
+
+def test_images_of_unknown_classes_have_the_same_logits():
+    model = used_model()
+    logits = predict_logits(model, X[::-1], batch_size=7)
+    assert logits.dtype == np.float32
+    assert np.array_equal(logits, evaluate_classifier(model, X[::-1], y[::-1], batch_size=7).logits)
+    with pytest.raises(TypeError, match="X must hold uint8 pixels"):
+        predict_logits(model, X / 255)
 
 
 @pytest.mark.parametrize("training", [True, False])

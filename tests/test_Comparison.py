@@ -123,7 +123,13 @@ def test_the_table_shows_differences_intervals_and_corrected_p_values(results, t
     assert [float(there[key]) for key in ("p, recall", "p, corrected")] == pytest.approx([p, 2 * p], abs=1e-4)
     f1 = 2 * 0.8 / 1.8 - 2 * 0.2 / 1.2  # with a precision of 1
     line = findings(compare_arms(results, QUESTION)).splitlines()[-1]
-    assert line.endswith(f" Difference in F1 over the 3 seeds: +{100 * f1:.1f} ± 0.0 points.")
+    assert (
+        f" Difference in F1 over the 3 seeds: +{100 * f1:.1f} ± 0.0 points; over seeds and test images: "
+        in line
+    )
+    low, high = compare_arms(results, QUESTION)[0].bootstrap["f1"]  # all that varies are the test images
+    half_width = float(line.rpartition("±")[2].rstrip("."))
+    assert half_width == pytest.approx(100 * (high - low) / 2, rel=0.1)
 
 
 def test_the_table_shows_how_much_better_the_minority_is_ranked(results, tiny_data):

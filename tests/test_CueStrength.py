@@ -8,7 +8,6 @@ import pytest
 from imblearn.over_sampling import RandomOverSampler
 
 import CueStrength
-from ClassifierNetwork import Evaluation
 from ClassifierTraining import Recipe
 from CueStrength import SAMPLERS, cue_strength
 from DevelopmentReport import cue_table
@@ -82,13 +81,14 @@ def test_no_image_that_is_tested_on_is_trained_on_and_the_difference_of_logits_r
     def train(model, X, y, recipe, seed):
         seen["trained"] = {image.tobytes() for image in X}
 
-    def evaluate(model, X, y):
+    def predict(model, X):
         seen["tested"] = [image.tobytes() for image in X]
+        added = np.repeat([1, 0], len(X) // 2)
         # An added image has the larger difference, and the smaller second logit.
-        return Evaluation(0.0, None, np.stack([-2.0 * y, -1.0 * y], axis=1))
+        return np.stack([-2.0 * added, -1.0 * added], axis=1)
 
     monkeypatch.setattr(CueStrength, "train_classifier", train)
-    monkeypatch.setattr(CueStrength, "evaluate_classifier", evaluate)
+    monkeypatch.setattr(CueStrength, "predict_logits", predict)
     unseen = development.X_val[development.y_val == 2]
     options = SHORT | {"tested": 15}
     assert cue_strength(development.X, development.y, unseen, rare, NewNoise(), **options) == 1

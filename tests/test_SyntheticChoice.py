@@ -6,7 +6,6 @@ import torch
 from test_ClassifierNetwork import noise, small_model
 
 import SyntheticChoice
-from ClassifierNetwork import Evaluation
 from ClassifierTraining import Recipe
 from Methods import METHODS, Method, adjusted
 from SyntheticChoice import most_uncertain, nearest_to_prototypes
@@ -27,7 +26,7 @@ def test_the_uncertain_are_kept_but_not_those_of_another_class(monkeypatch):
     logits = np.array(
         [[9, 0, 0], [1, 0, 0], [0, 3, 4], [0, 9, 0], [0, 0.5, 0.4], [2, 2, 2.1]], dtype=np.float32
     )
-    monkeypatch.setattr(SyntheticChoice, "evaluate_classifier", lambda *a: Evaluation(0.0, None, logits))
+    monkeypatch.setattr(SyntheticChoice, "predict_logits", lambda *a: logits)
     # Of class 0: the second is the least certain; the third is taken for another class. Of class 1: the last one has it
     # in the first two places or not, by the order of equal numbers, so it is not asked about.
     X = np.zeros((10, 1))
