@@ -1,4 +1,4 @@
-"""Candidates for a generated data set: drawn, checked, reduced to 32x32, and kept in shards on disk.
+"""Candidates for a generated data set: drawn, checked, reduced, and kept in shards on disk.
 
     maker = CandidateMaker(GenerationSettings("turbo"))
     candidates = maker.make("cat", 3, range(64))     # a dict of arrays with one row per candidate
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,7 +53,8 @@ MOST_DRAWS = 5  # of one candidate that the safety checker keeps flagging
 # strengths instead of tuning one.
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 DTYPES = ("float16", "bfloat16", "float32")
-SMALL = 32  # pixels, as in CIFAR-10
+PIXELS = 32  # as in CIFAR-10
+PATIENCE = 60  # seconds; a network's disk may show what another machine wrote only after so long
 # Both methods average over all pixels that a small one covers, so neither aliases. Area is the plain mean.
 # Lanczos keeps edges a little sharper.
 DOWNSAMPLING = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
@@ -86,11 +88,13 @@ class GenerationSettings:
         Hub id or local folder of the CLIP model that judges the images. ``'auto'``:
         :data:`ImageSelection.CLIP_MODEL` if the preset uses CLIP. ``'none'``: images are not judged.
     downsampling : {'area', 'lanczos'}
-        How images are reduced to 32x32 pixels, see :func:`downsample`.
+        How images are reduced, see :func:`downsample`.
     seed : int
         Not negative. It decides the prompts, and the noise that images start from.
     dtype : {None, 'float16', 'bfloat16', 'float32'}
         Data type of the weights. None: :func:`DiffusionPipelines.choose_dtype`.
+    pixels : int
+        Height and width of the reduced images, from 1 to ``size``.
     """
 
     preset: str = "fast"
@@ -104,6 +108,7 @@ class GenerationSettings:
     downsampling: str = "area"
     seed: int = 0
     dtype: str | None = None
+    pixels: int = PIXELS
 
     def completed(self):
         """Return these settings with None and ``'auto'`` replaced by the preset's values, and ``~`` by the home folder.
@@ -129,12 +134,17 @@ class GenerationSettings:
             raise ValueError(f"Unknown dtype {self.dtype!r}. Choose one of {', '.join(DTYPES)}.")
         steps = preset.steps if self.steps is None else self.steps
         check_drawing(steps, self.size)
+        if not 1 <= self.pixels <= self.size:
+            raise ValueError(
+                f"Images of {self.size} pixels can be reduced to 1 to {self.size} pixels, not to {self.pixels}."
+            )
         auto = CLIP_MODEL if preset.clip_filter else "none"
         return replace(
             self,
             model=os.path.expanduser(self.model or preset.model),
             steps=int(steps),  # plain numbers, because NumPy's have no place in settings.json
             size=int(self.size),
+            pixels=int(self.pixels),
             seed=int(self.seed),
             prompts=self.prompts or preset.prompts,
             lora=None if self.lora is None else os.path.expanduser(self.lora),
@@ -262,6 +272,8 @@ class CandidateMaker:
         settings = self.settings
         preset = find_preset(settings.preset)
         job = {"class": class_name, "label": int(label)} | asdict(settings)
+        if job["pixels"] == PIXELS:  # as in jobs from before there was a choice
+            del job["pixels"]
         job |= {
             name: getattr(preset, name)
             for name in ("guidance_scale", "guidance_interval", "solver", "tiny_decoder")
@@ -295,7 +307,7 @@ class CandidateMaker:
         Returns
         -------
         dict of ndarray
-            One row per candidate: ``image`` (uint8, 32x32x3), ``index``, ``prompt``, ``seed`` (of the last
+            One row per candidate: ``image`` (uint8, pixels x pixels x 3), ``index``, ``prompt``, ``seed`` (of the last
             draw), ``flagged`` (number of draws that were flagged), ``usable`` (False if the last draw was
             flagged), ``margin`` (:meth:`ImageSelection.ClipFilter.margins`; NaN without a CLIP model),
             ``source`` (row in ``sources``; -1 without sources) and ``strength`` (NaN without sources).
@@ -336,7 +348,7 @@ class CandidateMaker:
         if self.clip_filter is not None:
             margin = self.clip_filter.margins(images, class_name)
         return {
-            "image": downsample(images, settings.downsampling), "index": indices,
+            "image": downsample(images, settings.downsampling, settings.pixels), "index": indices,
             "prompt": np.array(prompts), "seed": seeds, "flagged": flagged, "usable": usable,
             "margin": margin, "source": source, "strength": strength,
         }  # fmt: skip
@@ -347,18 +359,20 @@ def _check_downsampling(method):
         raise ValueError(f"Unknown downsampling {method!r}. Choose one of {', '.join(DOWNSAMPLING)}.")
 
 
-def downsample(images, method="area"):
-    """Reduce images to 32x32 pixels with antialiasing.
+def downsample(images, method="area", pixels=PIXELS):
+    """Reduce images with antialiasing.
 
     Parameters
     ----------
     images : sequence of PIL.Image.Image
     method : {'area', 'lanczos'}
         A key of :data:`DOWNSAMPLING`: the mean of the covered pixels, or Lanczos' filter.
+    pixels : int, default 32
+        Height and width of the result.
 
     Returns
     -------
-    ndarray of uint8, shape (n, 32, 32, 3)
+    ndarray of uint8, shape (n, pixels, pixels, 3)
 
     Raises
     ------
@@ -366,8 +380,8 @@ def downsample(images, method="area"):
         For an unknown method.
     """
     _check_downsampling(method)
-    small = [np.asarray(im.convert("RGB").resize((SMALL, SMALL), DOWNSAMPLING[method])) for im in images]
-    return np.stack(small) if small else np.empty((0, SMALL, SMALL, 3), dtype=np.uint8)
+    small = [np.asarray(im.convert("RGB").resize((pixels, pixels), DOWNSAMPLING[method])) for im in images]
+    return np.stack(small) if small else np.empty((0, pixels, pixels, 3), dtype=np.uint8)
 
 
 # --- Shards -------------------------------------------------------------------------------------
@@ -522,7 +536,7 @@ def draw_candidates(maker, job, sources, wanted, processes):
 
 
 def read_candidates(folder, count):
-    """Read the first candidates of a job.
+    """Read the first candidates of a job. Waits up to a minute for those that another machine has just written.
 
     Parameters
     ----------
@@ -539,16 +553,18 @@ def read_candidates(folder, count):
     Raises
     ------
     OSError
-        If some of them are not there.
+        If some of them do not appear.
     ValueError
         If a shard is damaged.
     """
-    candidates = read_shards(folder)
-    first = {name: column[candidates["index"] < count] for name, column in candidates.items()}
-    found = len(first.get("index", ()))
-    if found < count:
+    deadline = time.monotonic() + PATIENCE
+    while (found := sum(read_shards(folder, ["index"]).get("index", np.empty(0)) < count)) < count:
+        if time.monotonic() < deadline:
+            time.sleep(1)
+            continue
         raise OSError(
             f"{folder} has {found:,} of the {count:,} candidates that were drawn. All processes must see the same disk: "
             "put --shards on one and run again. What is there is not drawn again."
         )
-    return first
+    candidates = read_shards(folder)
+    return {name: column[candidates["index"] < count] for name, column in candidates.items()}

@@ -27,11 +27,15 @@ from Files import atomic_path, one_process_at_a_time, require_writable, save_arr
 from Repeatability import checksum
 
 CACHE = Path("datasets/stable_diffusion_dataset.npy")
-RECORD = np.dtype([("image", np.uint8, (32, 32, 3)), ("label", np.int64)])
 METADATA = (
     "class", "label", "index", "prompt", "seed", "model", "preset", "steps", "guidance_scale", "lora",
     "source", "strength", "real_images", "clip_margin", "job", "crc32",
 )  # fmt: skip
+
+
+def record_type(height, width):
+    """The dtype of a cache's records: an image of so many pixels, uint8, and its class number, int64."""
+    return np.dtype([("image", np.uint8, (height, width, 3)), ("label", np.int64)])
 
 
 def fingerprint(images):
@@ -86,7 +90,7 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
 
     Parameters
     ----------
-    images : ndarray of uint8, shape (n, 32, 32, 3)
+    images : ndarray of uint8, shape (n, height, width, 3)
     labels : ndarray of int, shape (n,)
         Class numbers.
     path : path
@@ -122,11 +126,9 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
 
 def _make_records(images, labels):
     images, labels = check_images(images, labels)
-    if images.shape[1:] != RECORD["image"].shape:
-        raise ValueError(f"The cache holds images of 32x32 pixels, but these have the shape {images.shape}.")
     if (labels < 0).any():
         raise ValueError(f"The labels must be class numbers, 0 or more: got {labels.min()}.")
-    records = np.empty(len(images), dtype=RECORD)
+    records = np.empty(len(images), dtype=record_type(*images.shape[1:3]))
     records["image"], records["label"] = images, labels
     return records
 
@@ -167,7 +169,7 @@ def load_generated_images(path=CACHE):
 
     Returns
     -------
-    images : ndarray of uint8, shape (n, 32, 32, 3)
+    images : ndarray of uint8, shape (n, height, width, 3)
     labels : ndarray of int64, shape (n,)
         Class numbers.
 
@@ -271,7 +273,7 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
     ----------
     label : int
         Class number.
-    images : ndarray of uint8, shape (n, 32, 32, 3)
+    images : ndarray of uint8, shape (n, height, width, 3)
         All images that the cache shall hold of the class.
     metadata : list of dict, length n
         How each image was made, see :func:`save_generated_images`.
@@ -282,7 +284,8 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
     Raises
     ------
     ValueError
-        If the class has images from elsewhere that must not be replaced. See also :func:`save_generated_images`.
+        If the class has images from elsewhere that must not be replaced, or the cache holds images of another size. See
+        also :func:`save_generated_images`.
     """
     new = _make_records(images, np.full(len(images), label, dtype=np.int64))
     check_cache_path(path)
@@ -291,6 +294,7 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
     with one_process_at_a_time(path, "writes this cache"):
         if job is not None:
             refuse_foreign_images(metadata[0]["class"], label, job, path)
+        refuse_other_sizes(*new["image"].shape[1:3], path)
         if path.exists():
             old = _open_cache(path)
             kept = np.flatnonzero(old["label"] != label)
@@ -320,6 +324,18 @@ def refuse_foreign_images(class_name, label, job, path=CACHE, *, replace=False):
         raise ValueError(
             f"{path} already has {foreign:,} images of {class_name} that were imported or made with other "
             "settings. Pass --replace (replace=True) to replace them, or --output (path=) for another file."
+        )
+
+
+def refuse_other_sizes(height, width, path=CACHE):
+    """Raise ValueError if there is a cache and its images have another size than ``height`` x ``width`` pixels."""
+    if not user_path(path).exists():
+        return
+    found = _open_cache(path)["image"].shape[1:3]
+    if found != (height, width):
+        raise ValueError(
+            f"{path} holds images of {found[0]}x{found[1]} pixels, so none of {height}x{width} can be added. Pass "
+            "--output (path=) for another file."
         )
 
 
@@ -387,11 +403,10 @@ def _open_cache(path):
             f"{path} is truncated, damaged, or no plain NumPy array ({type(error).__name__}: {reason}). Remove it "
             "and make it again."
         ) from error
-    if not isinstance(records, np.memmap) or records.dtype != RECORD or records.ndim != 1:
+    if not (isinstance(records, np.memmap) and records.ndim == 1 and _is_record_type(records.dtype)):
         found = getattr(records, "dtype", type(records).__name__)
         raise ValueError(
-            f"{path} must hold one record of {RECORD} for each image, but it holds {found}. "
-            "Choose a file that save_generated_images wrote, or remove it and make it again."
+            f"{path} must hold one record for each image, such as {record_type(32, 32)}, but it holds {found}. Choose a file that save_generated_images wrote, or remove it and make it again."
         )
     if records.offset + records.nbytes != path.stat().st_size:
         raise ValueError(
@@ -399,3 +414,10 @@ def _open_cache(path):
             "Remove it and make it again."
         )
     return records
+
+
+def _is_record_type(dtype):
+    if dtype.names != ("image", "label") or len(dtype["image"].shape) != 3:
+        return False
+    height, width, _ = dtype["image"].shape
+    return dtype == record_type(height, width)

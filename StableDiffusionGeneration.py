@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from CandidateImages import (
+    PIXELS,
     SHARDS,
     STRENGTHS,
     CandidateMaker,
@@ -35,7 +36,14 @@ from CandidateImages import (
 from Checks import check_pixels
 from DiffusionPipelines import PRESETS, SIZE
 from Files import require_free_space, save_json
-from ImageCache import CACHE, check_cache_path, fingerprint, refuse_foreign_images, replace_class
+from ImageCache import (
+    CACHE,
+    check_cache_path,
+    fingerprint,
+    refuse_foreign_images,
+    refuse_other_sizes,
+    replace_class,
+)
 from ImageSelection import Selection, SelectionError, select_candidates
 from ImageStatistics import image_statistics, match_statistics
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, class_number, load_cifar10, split_from_name
@@ -73,9 +81,10 @@ def generate_images(
         maker for several classes, so that its models are loaded once. Default: the preset ``'fast'``.
     selection : ImageSelection.Selection, optional
         Which candidates are used. Default: ``Selection()``.
-    real_images : ndarray of uint8, shape (n, 32, 32, 3), optional
+    real_images : ndarray of uint8, shape (n, height, width, 3), optional
         The class's real images that the split kept. Never pass others. They are required, and used, only if
-        the maker's settings have strengths or the selection matches statistics.
+        the maker's settings have strengths or the selection matches statistics. For the latter they must be as large
+        as the settings' ``pixels``.
     label : int, optional
         Class number in the cache, not negative. Default: that of CIFAR-10.
     path : path
@@ -94,8 +103,9 @@ def generate_images(
     Raises
     ------
     ValueError
-        If the class has no prompts, a shard or the checkpoint beside the adapter is damaged, real images are missing,
-        or the cache cannot be written or has images of this class from elsewhere.
+        If the class has no prompts, a shard or the checkpoint beside the adapter is damaged, real images are missing or
+        of another size, or the cache cannot be written, holds images of another size or has images of this class from
+        elsewhere.
     SelectionError
         If too few candidates pass the selection.
     FloatingPointError
@@ -175,6 +185,12 @@ def _check_real_images(settings, selection, real_images):
     if real_images is None:
         return None
     real_images = check_pixels(real_images)
+    pixels = (settings.pixels, settings.pixels)
+    if selection.match and real_images.shape[1:3] != pixels:
+        raise ValueError(
+            f"Statistics can be matched to real images of {pixels[0]}x{pixels[1]} pixels (--pixels), but these have the shape "
+            f"{real_images.shape}."
+        )
     return real_images if settings.strengths else None
 
 
@@ -183,8 +199,12 @@ def _check_cache(maker, job, count, path, replace):
     path = os.path.expanduser(path)
     check_cache_path(path)
     refuse_foreign_images(job["class"], job["label"], name_job(job), path, replace=replace)
+    pixels = maker.settings.pixels
+    refuse_other_sizes(pixels, pixels, path)
     for place in (maker.shards, Path(path).absolute().parent):
-        require_free_space(place, 0.05 + count * 8e-6)  # shard and cache take 3 kB an image each
+        require_free_space(
+            place, 0.05 + count * 8e-9 * pixels**2
+        )  # shard and cache take 3 bytes a pixel each
 
 
 def _keep_or_ask_for_more(folder, job, wanted, selection, count, keep):
@@ -289,7 +309,7 @@ def _check_options(options, classes):
     strengths = options.from_images if options.from_images is None else options.from_images or STRENGTHS
     settings = GenerationSettings(
         options.preset, options.model, options.steps, options.size, options.prompts, options.lora,
-        tuple(strengths or ()), options.clip_model, options.downsampling, options.seed, options.dtype,
+        tuple(strengths or ()), options.clip_model, options.downsampling, options.seed, options.dtype, options.pixels,
     )  # fmt: skip
     maker = CandidateMaker(
         settings, device=options.device, batch_size=options.batch_size, shards=options.shards
@@ -340,6 +360,8 @@ def _make_parser():
         help="lowest correlation at which an image counts as a repetition of another "
         f"(default: {Selection.similarity}; above 1: none does)")  # fmt: skip
     add("--downsampling", default="area", help="area or lanczos (default: area)")
+    add("--pixels", type=int, default=PIXELS,
+        help=f"height and width of the images in the cache (default: {PIXELS}, as in CIFAR-10)")  # fmt: skip
     add("--seed", type=int, default=0, help="another seed makes other images (default: 0)")
     add(
         "--label",

@@ -40,7 +40,7 @@ class StableDiffusionOverSampler(ImageOverSampler):
     FileNotFoundError
         In ``fit_resample``, if there is no cache.
     ValueError
-        In ``fit_resample``, if the images do not have 32x32 pixels or the cache is damaged.
+        In ``fit_resample``, if the images are not as large as those of the cache, or the cache is damaged.
     TooFewImagesError
         In ``fit_resample``, if the cache has fewer images of a class than are needed.
 
@@ -54,17 +54,14 @@ class StableDiffusionOverSampler(ImageOverSampler):
         super().__init__(sampling_strategy=sampling_strategy, random_state=random_state, match=match)
         self.path = path
 
-    def _check_X_y(self, X, y):
-        X, y, binarize = super()._check_X_y(X, y)
-        if X.shape[1:] != (32, 32, 3):
-            raise ValueError(
-                f"The cache {self.path} holds images of 32x32 pixels, but X has the shape {X.shape}. Resize X, or "
-                "choose AugmentationOverSampler, which takes every size."
-            )
-        return X, y, binarize
-
     def _fit_resample(self, X, y):
         self._images, self._labels = load_generated_images(self.path)
+        if X.shape[1:] != self._images.shape[1:]:
+            height, width = self._images.shape[1:3]
+            raise ValueError(
+                f"The cache {self.path} holds images of {height}x{width} pixels, but X has the shape {X.shape}. Resize X, or "
+                f"make images of {X.shape[1]} pixels (--pixels)."
+            )
         if self._labels.min() < y.min():
             warnings.warn(
                 f"The classes in {self.path} begin at {self._labels.min()}, those in y at {y.min()}. If they are numbered "

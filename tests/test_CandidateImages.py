@@ -22,6 +22,11 @@ def test_stripes_too_fine_for_the_small_image_become_grey_instead_of_aliasing(me
     assert np.abs(downsample([Image.fromarray(stripes)], method).astype(int) - 127).max() <= 4
 
 
+def test_images_are_reduced_to_the_size_that_is_asked_for():
+    halves = np.repeat(np.uint8([[[10] * 3], [[30] * 3]]), 64, axis=0).repeat(128, axis=1)
+    assert downsample([Image.fromarray(halves)], pixels=2)[0, :, :, 0].tolist() == [[10, 10], [30, 30]]
+
+
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="Unknown downsampling 'nearest'. Choose one of area, lanczos"):
         downsample([], "nearest")

@@ -118,6 +118,30 @@ def test_from_prompts_to_a_balanced_training_set(loaded, tiny_data):
     assert {x.tobytes() for x in X_res[len(X) :]} == {x.tobytes() for x in images}
 
 
+def test_images_of_another_size_get_candidates_and_a_cache_of_their_own(loaded, models):
+    usual = loaded.describe_job("cat", 3)
+    assert "pixels" not in usual, "or candidates from before there was a choice would be drawn again"
+    main(command_line(models, "--count", "5", "--pixels", "16"))
+    images, _ = load_generated_images()
+    assert images.shape == (5, 16, 16, 3)
+    folder = shards_of()
+    assert (
+        folder.name != name_job(usual) and json.loads((folder / "settings.json").read_text())["pixels"] == 16
+    )
+    with pytest.raises(
+        ValueError, match="holds images of 16x16 pixels, so none of 32x32 can be added.*--output"
+    ):
+        generate(loaded, 4, class_name="dog")
+    assert not list(SHARDS.glob("dog-*")), "that is noticed before anything is drawn"
+    with pytest.raises(
+        ValueError, match=r"16x16 pixels \(--pixels\), but these have the shape \(3, 32, 32, 3\)"
+    ):
+        generate(make_maker(loaded, pixels=16), 4, real_images=real(), match=True)
+    for pixels in (0, 65):
+        with pytest.raises(ValueError, match=f"64 pixels can be reduced to 1 to 64 pixels, not to {pixels}"):
+            make_maker(loaded, pixels=pixels)
+
+
 def test_the_table_beside_the_cache_says_how_each_image_was_made(loaded, models):
     generate(loaded, 5)
     with open(CACHE.with_suffix(".csv"), newline="") as file:
@@ -915,7 +939,18 @@ def test_a_shard_that_does_not_fit_the_others_is_named(loaded, damage, small_sha
         read_shards(shards_of())
 
 
-def test_candidates_that_another_process_wrote_elsewhere_are_missed(loaded, small_shards):
+def test_candidates_of_another_machine_may_appear_late(loaded, small_shards, monkeypatch):
+    generate(loaded, 8)
+    late = next(shards_of().glob("000004-*.npz"))
+    hidden = late.rename("hidden.npz")
+    monkeypatch.setattr(
+        CandidateImages.time, "sleep", lambda seconds: hidden.exists() and hidden.rename(late)
+    )
+    assert len(read_candidates(shards_of(), 8)["index"]) == 8
+
+
+def test_candidates_that_another_process_wrote_elsewhere_are_missed(loaded, small_shards, monkeypatch):
+    monkeypatch.setattr(CandidateImages, "PATIENCE", 0)
     generate(loaded, 8)
     assert len(read_candidates(shards_of(), 6)["index"]) == 6
     with pytest.raises(OSError, match="has 8 of the 9 candidates .* must see the same disk"):

@@ -437,10 +437,15 @@ def test_a_class_that_the_cache_lacks_is_refused(tiny_cache, X, y):
 @pytest.mark.parametrize("size", [16, 64])
 def test_images_of_another_size_than_the_caches_are_refused(tiny_cache, y, size):
     X = np.zeros((20, size, size, 3), dtype=np.uint8)
-    sampler = StableDiffusionOverSampler(random_state=0)
-    for method in (sampler.fit_resample, sampler.fit):
-        with pytest.raises(ValueError, match=rf"32x32 pixels, but X has the shape \(20, {size}, {size}, 3\)"):
-            method(X, y)
+    with pytest.raises(ValueError, match=rf"32x32 pixels, but X has the shape \(20, {size}, {size}, 3\)"):
+        StableDiffusionOverSampler(random_state=0).fit_resample(X, y)
+
+
+def test_the_cache_may_hold_images_of_the_size_of_ones_own(y):
+    X = np.zeros((20, 16, 24, 3), dtype=np.uint8)
+    save_generated_images(np.full((30, 16, 24, 3), 7, np.uint8), np.repeat([0, 1, 2], 10), "x.npy")
+    X_res, _ = StableDiffusionOverSampler(path="x.npy").fit_resample(X, y)
+    assert X_res.shape == (36, 16, 24, 3) and np.all(X_res[20:] == 7)
 
 
 def test_a_tilde_in_the_path_of_the_cache_is_the_home_folder(X, y, monkeypatch, tmp_path):
