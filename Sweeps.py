@@ -160,7 +160,8 @@ def splits_table(study):
         for name, runs in results.items():
             if split in of_counts and name in ARM_COLOURS:  # it is in the other table
                 continue
-            minority = ", ".join(runs[0]["minority_classes"])
+            rare = runs[0]["minority_classes"]
+            minority = ", ".join(rare) if len(rare) < 4 else f"{len(rare)} classes"
             rows.append((split, minority, ARMS[name].title, *(cell(runs) for cell in COLUMNS.values())))
     return markdown_table(("split", "minority", "arm", *COLUMNS), rows) if rows else ""
 
