@@ -141,7 +141,7 @@ PROFILES = {
         steps=2000,
         gan=CPU_GAN,
         evidence=True,
-        purpose="evidence from a CPU: about 10 minutes an arm on one core",
+        purpose="evidence from a CPU: 10 to 45 minutes an arm on one core",
     ),
     "full": Profile(
         width=64,

@@ -360,6 +360,62 @@ def strictness(comparisons):
     )
 
 
+def _have_three_seeds(comparisons):
+    return any(len(comparison.seeds) >= 3 for comparison in comparisons)
+
+
+def about_differences(results, comparisons):
+    """What :func:`paired_table` shows: a str. Of the seeds it speaks only if a comparison has three or more.
+
+    Parameters
+    ----------
+    results : dict
+        Arm name -> list of results of one study.
+    comparisons : list of ArmComparison
+        See :func:`compare_arms`.
+    """
+    over_seeds = _have_three_seeds(comparisons)
+    text = (
+        "The second arm's score minus the first's, in percentage points, on the seeds that both arms have. So a mean here may differ "
+        "from the table above. In brackets: the 95 % bootstrap interval over test images. "
+    )
+    if over_seeds:
+        text += "The number after ± is half the width of the 95 % interval over seeds (three seeds or more). "
+    text += (
+        "The average precision does not depend on a threshold, so it tells whether the minority is ranked better. The p-value is of an "
+        "exact sign-flip test on the minority's images, all seeds together (McNemar's test if there is one seed), then corrected for "
+        f"the number of questions (Holm 1979). It takes the trained networks as given{between_seeds_in_words(results)}"
+    )
+    if over_seeds:
+        text += (
+            ". The p-values over seeds do not: they are of Student's t-test on the differences of three seeds or more, corrected for "
+            "the number of questions that have so many"
+        )
+    return f"{text}:"
+
+
+def about_answers(comparisons):
+    """How :func:`findings` answers the study's questions: a str.
+
+    Parameters
+    ----------
+    comparisons : list of ArmComparison
+        See :func:`compare_arms`.
+    """
+    few = "the answer is only *higher* or *lower*: these networks differ, which may be the seed's doing:"
+    if not _have_three_seeds(comparisons):
+        return (
+            "The study's questions, answered by the recall of the minority. With one or two seeds an answer needs a corrected p-value "
+            f"below 0.05, else it is *undecided*, and {few}"
+        )
+    return (
+        "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
+        "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and a 95 % interval over seeds without zero. "
+        "Else the answer is *undecided*. The interval is not corrected for the number of questions; the p-values over seeds "
+        f"are. With one or two seeds {few}"
+    )
+
+
 def findings(comparisons):
     """The study's questions, each answered from the results: a markdown list.
 

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from Arms import ARMS, PROFILES, REFERENCE_SPLIT, find_arm
 from Calibration import plot_reliability
-from Comparison import between_seeds_in_words, compare_arms, findings, paired_table, strictness
+from Comparison import about_answers, about_differences, compare_arms, findings, paired_table, strictness
 from Documents import NOT_RUN, report_parser, run_report
 from Files import describe_differences
 from ModelCard import CLASSIFIERS, DISCRIMINATOR, GENERATOR
@@ -476,17 +476,9 @@ def arms_report(results):
     parts = (
         conditions(results),
         results_table(results, COLUMNS | MORE_COLUMNS),
-        "The second arm's score minus the first's, in percentage points. In brackets: the 95 % bootstrap interval over test images. "
-        "The number after ± is half the width of the 95 % interval over seeds (three seeds or more). The average precision does not "
-        "depend on a threshold, so it tells whether the minority is ranked better. The p-value is of an exact sign-flip test on the "
-        "minority's images, all seeds together (McNemar's test if there is one seed), then corrected for the number of questions "
-        f"(Holm 1979). It takes the trained networks as given{between_seeds_in_words(results)}. The p-values over seeds do not: they are of "
-        "Student's t-test on the differences of three seeds or more, corrected for the number of questions that have so many:",
+        about_differences(results, comparisons),
         paired_table(comparisons),
-        "The study's questions, answered by the recall of the minority. *Yes* means that the arm in question finds more of the "
-        "minority, *no* that it finds fewer. Both need a corrected p-value below 0.05 and a 95 % interval over seeds without zero. "
-        "Else the answer is *undecided*. The interval is not corrected for the number of questions; the p-values over seeds "
-        "are. With one or two seeds the answer is only *higher* or *lower*: these networks differ, which may be the seed's doing:",
+        about_answers(comparisons),
         findings(comparisons),
         strictness(comparisons),
     )

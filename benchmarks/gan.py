@@ -189,7 +189,7 @@ def table(result):
     ]  # fmt: skip
     rounds = ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_each_turn"])
     return markdown_table(("training step", "images/s", "GFLOPs an image"), rows) + (
-        f"\n\nOurs does **{result['ratio']:.2f} times** as many images a second (turns: {rounds}); "
+        f"\n\nOurs does **{result['ratio']:.2f} times** as many images a second (ratio of the median speeds; of each turn: {rounds}); "
         f"{hardware_text(hardware)}, "
         f"PyTorch {result['torch']}."
     )
