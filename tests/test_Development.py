@@ -25,6 +25,7 @@ from Methods import IMAGE_FREE, METHODS, Method, find_method
 from MethodTraining import Budget, run_method
 
 TINY = Budget(width=4, steps=2)
+REAL_GAN = DevelopmentSplits.DEVELOPMENT_GAN  # the tests train a smaller one
 
 
 @pytest.fixture
@@ -40,7 +41,10 @@ def few(cifar10):
 def small(monkeypatch):
     for module in (Development, MethodTraining):
         monkeypatch.setattr(module, "held_out_set", lambda data: held_out_set(data, 40))
-    monkeypatch.setattr(DevelopmentSplits, "COMMITTED_PROFILE", "smoke")  # of the GAN
+    monkeypatch.setattr(DevelopmentSplits, "COMMITTED_PROFILE", "smoke")  # of the features that judge the GAN
+    monkeypatch.setattr(
+        DevelopmentSplits, "DEVELOPMENT_GAN", dataclasses.replace(PROFILES["smoke"].gan, steps=4)
+    )
 
 
 @pytest.fixture
@@ -48,6 +52,16 @@ def cache():
     """Generated images enough for a source-balanced training set of ``few``."""
     images = np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8)
     save_generated_images(images, np.repeat(np.arange(10), 120))
+
+
+def test_the_gan_of_a_development_split_is_trained_as_the_studys_for_half_of_the_steps(few):
+    path = DevelopmentSplits.development_generator(held_out_set(few, 40), "dog-10", "cpu")
+    record = json.loads(Path("results/smoke/development-dog-10/gan.json").read_text())
+    assert path.exists() and path.is_relative_to("models/smoke/development-dog-10")
+    assert record["settings"]["steps"] == 4
+    study = PROFILES["cpu"].gan
+    assert (2 * REAL_GAN.steps, 2 * REAL_GAN.records) == (study.steps, study.records)
+    assert dataclasses.replace(REAL_GAN, steps=study.steps, records=study.records) == study
 
 
 # --- Data ---------------------------------------------------------------------------------------
