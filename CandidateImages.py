@@ -516,7 +516,6 @@ def draw_candidates(maker, job, sources, wanted, processes):
         Number of candidates that there shall be in all.
     processes : accelerate.PartialState
         All its processes must call this function.
-
     """
     folder = maker.shards / name_job(job)
     groups = decide_in_main_process(partial(find_missing, folder, wanted), processes)
@@ -558,13 +557,13 @@ def read_candidates(folder, count):
         If a shard is damaged.
     """
     deadline = time.monotonic() + PATIENCE
-    while (found := sum(read_shards(folder, ["index"]).get("index", np.empty(0)) < count)) < count:
-        if time.monotonic() < deadline:
-            time.sleep(1)
-            continue
-        raise OSError(
-            f"{folder} has {found:,} of the {count:,} candidates that were drawn. All processes must see the same disk: "
-            "put --shards on one and run again. What is there is not drawn again."
-        )
+    while missing := find_missing(folder, count):
+        if time.monotonic() >= deadline:
+            found = count - sum(map(len, missing))
+            raise OSError(
+                f"{folder} has {found:,} of the {count:,} candidates that were drawn. All processes must see the same disk: "
+                "put --shards on one and run again. What is there is not drawn again."
+            )
+        time.sleep(1)
     candidates = read_shards(folder)
     return {name: column[candidates["index"] < count] for name, column in candidates.items()}

@@ -76,9 +76,9 @@ def half_width_over_seeds_and_images(differences, resampled):
         None if there are fewer than three seeds, as in :func:`mean_interval`.
     """
     of_seeds = mean_interval(differences)[1]
-    return (
-        None if of_seeds is None else float(np.hypot(of_seeds, norm.ppf(0.975) * np.std(resampled, ddof=1)))
-    )
+    if of_seeds is None:
+        return None
+    return float(np.hypot(of_seeds, norm.ppf(0.975) * np.std(resampled, ddof=1)))
 
 
 def t_test_over_seeds(differences):

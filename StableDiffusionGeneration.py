@@ -201,10 +201,9 @@ def _check_cache(maker, job, count, path, replace):
     refuse_foreign_images(job["class"], job["label"], name_job(job), path, replace=replace)
     pixels = maker.settings.pixels
     refuse_other_sizes(pixels, pixels, path)
+    needed = 0.05 + count * 8e-9 * pixels**2  # shard and cache take 3 bytes a pixel each
     for place in (maker.shards, Path(path).absolute().parent):
-        require_free_space(
-            place, 0.05 + count * 8e-9 * pixels**2
-        )  # shard and cache take 3 bytes a pixel each
+        require_free_space(place, needed)
 
 
 def _keep_or_ask_for_more(folder, job, wanted, selection, count, keep):
