@@ -250,6 +250,18 @@ def _plus_minus(half_width):
     return "" if half_width is None else f" ± {100 * half_width:.1f}"
 
 
+def mean_in_words(differences):
+    """A cell: the mean of differences in percentage points, with three or more ± half the width of its 95 % interval.
+
+    Parameters
+    ----------
+    differences : sequence of float
+        Fractions, such as one for each seed. A dash stands for a mean that is not defined.
+    """
+    mean, half_width = mean_interval(differences)
+    return "–" if np.isnan(mean) else f"{_points(mean)}{_plus_minus(half_width)}"
+
+
 def difference_in_words(comparison, key):
     """A cell: second minus first in percentage points, ± over seeds, and in brackets the interval over test images.
 
@@ -276,10 +288,9 @@ def ranking_in_words(comparison):
     differences = comparison.average_precision
     if not differences:
         return ""
-    mean, half_width = mean_interval(differences)
     lacking = len(differences) < len(comparison.seeds)
     seeds = f" ({len(differences)} of {len(comparison.seeds)} seeds)" if lacking else ""
-    return f"{_points(mean)}{_plus_minus(half_width)}{seeds}"
+    return mean_in_words(differences) + seeds
 
 
 def _p_value(p):

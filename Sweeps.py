@@ -3,7 +3,7 @@
     python Experiment.py --profile cpu --arm stable@500 stable-source-aware@500      # fewer synthetic images
     python Experiment.py --profile cpu --arm stable --split cat-250                  # more real ones
     python Experiment.py --profile cpu --arm stable --split truck-50 long-tailed-100 cat-50@1
-    python Sweeps.py            # draw images/number_of_images.png, write the tables of docs/results.md
+    python Sweeps.py            # draw images/number_of_images.png, images/other_splits.png, the tables of docs/results.md
     python Sweeps.py --check    # write nothing; fail if a table is not current
 
 Nothing here trains. What was not run yet is left out.
@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from Arms import ARMS, BEST_WITH_STABLE_DIFFUSION, BEST_WITHOUT_IMAGES
 from Comparison import SCORES as COMPARED_SCORES
-from Comparison import compare_arms, difference_in_words, ranking_in_words
+from Comparison import compare_arms, difference_in_words, mean_in_words, ranking_in_words
 from Documents import NOT_RUN, report_parser, run_report
 from Report import COLUMNS, minority_precisions, percent
 from Results import COMMITTED, Study, minority_of
@@ -25,6 +25,7 @@ from Utils import COLOURS, markdown_table, save_figure
 
 DOCUMENT = Path("docs", "results.md")
 PICTURE = "number_of_images.png"
+SPLITS_PICTURE = "other_splits.png"
 ARM_COLOURS = {
     "stable": COLOURS["synthetic"],
     BEST_WITHOUT_IMAGES: COLOURS["real"],
@@ -34,6 +35,8 @@ WITHOUT_IMAGES = {
     "stable": "imbalanced",
     BEST_WITH_STABLE_DIFFUSION: BEST_WITHOUT_IMAGES,
 }  # same loss, no image
+PAIR = (BEST_WITHOUT_IMAGES, BEST_WITH_STABLE_DIFFUSION)
+FIRST, SECOND = (ARMS[name].title for name in PAIR)
 REAL_COUNTS = (5, 10, 25, 50, 100, 250, 500)
 SCORES = {  # list of results -> one value each
     "minority recall": lambda runs: [run["metrics"]["minority"]["recall"] for run in runs],
@@ -166,27 +169,111 @@ def splits_table(study):
     return markdown_table(("split", "minority", "arm", *COLUMNS), rows) if rows else ""
 
 
-def gains_table(study):
-    """Markdown table of what the best arm with images has more than the best without, on each split with both.
+def gains(study):
+    """What the best arm with images has more than the best without, on each split with both.
 
     Parameters
     ----------
     study : Results.Study
-        Its own split is the first row.
+        Its own split comes first.
+
+    Returns
+    -------
+    dict
+        Name of the split -> :class:`Comparison.ArmComparison` on the seeds that both arms have.
+    """
+    return {
+        split: comparison
+        for split, results in [(study.split, study.load_results()), *_other_splits(study)]
+        for comparison in compare_arms(results, {PAIR: ""})
+    }
+
+
+def gains_by_choice(study, seed=0):
+    """What :func:`gains` says of one seed, on the study's split and on other choices of its kept images.
+
+    Parameters
+    ----------
+    study : Results.Study
+    seed : int, default 0
+
+    Returns
+    -------
+    list of Comparison.ArmComparison
+        One for each choice (``cat-50``, ``cat-50@1``, ...) that has this seed of both arms.
+    """
+    choices = [study.load_results()]
+    choices += [results for split, results in _other_splits(study) if split.startswith(f"{study.split}@")]
+    of_seed = [
+        {name: [run for run in runs if run["seed"] == seed] for name, runs in results.items()}
+        for results in choices
+    ]
+    return [comparison for results in of_seed for comparison in compare_arms(results, {PAIR: ""})]
+
+
+def gains_table(comparisons, by_choice):
+    """Markdown table of what :func:`gains` returns, and a last row for the mean of what :func:`gains_by_choice` returns.
+
+    Parameters
+    ----------
+    comparisons : dict
+    by_choice : list of Comparison.ArmComparison
 
     Returns
     -------
     str
-        Differences on the seeds that both arms have; an empty string without another split.
+        Differences in percentage points. The last row is left out if there is only one choice.
     """
-    pair = (BEST_WITHOUT_IMAGES, BEST_WITH_STABLE_DIFFUSION)
     rows = []
-    for split, results in [(study.split, study.load_results()), *_other_splits(study)]:
-        for comparison in compare_arms(results, {pair: ""}):
-            differences = (difference_in_words(comparison, key) for key in COMPARED_SCORES)
-            rows.append((split, str(len(comparison.seeds)), *differences, ranking_in_words(comparison)))
-    head = ("split", "seeds", *COMPARED_SCORES.values(), "average precision")
-    return markdown_table(head, rows) if len(rows) > 1 else ""
+    for split, comparison in comparisons.items():
+        differences = (difference_in_words(comparison, key) for key in COMPARED_SCORES)
+        rows.append((split, str(len(comparison.seeds)), *differences, ranking_in_words(comparison)))
+    if len(by_choice) > 1:
+        means = (mean_in_words([each.difference(key) for each in by_choice]) for key in COMPARED_SCORES)
+        ranking = [difference for each in by_choice for difference in each.average_precision]
+        ranks = mean_in_words(ranking) if len(ranking) == len(by_choice) else ""
+        rows.append((f"{len(by_choice)} choices of the kept images", "1 each", *means, ranks))
+    return markdown_table(("split", "seeds", *COMPARED_SCORES.values(), "average precision"), rows)
+
+
+def gains_figure(comparisons, title):
+    """What :func:`gains` returns as a picture: a panel a score, a row a split.
+
+    Parameters
+    ----------
+    comparisons : dict
+        Name of the split -> :class:`Comparison.ArmComparison`.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Dots are differences, wide bars their 95 % bootstrap intervals over test images, thin bars their 95 % intervals over
+        seeds (three seeds or more).
+    """
+    names = [
+        f"{split} ({len(comparison.seeds)} seed{'s' if len(comparison.seeds) > 1 else ''})"
+        for split, comparison in comparisons.items()
+    ]
+    rows = np.arange(len(names))
+    size = (12, 2 + 0.4 * len(names))
+    figure, axes = plt.subplots(1, len(COMPARED_SCORES), figsize=size, sharey=True, layout="constrained")
+    colour = ARM_COLOURS[BEST_WITH_STABLE_DIFFUSION]
+    for ax, (key, score) in zip(axes, COMPARED_SCORES.items(), strict=True):
+        for row, comparison in zip(rows, comparisons.values(), strict=True):
+            difference, over_seeds = 100 * comparison.difference(key), comparison.over_seeds[key]
+            low, high = (100 * bound for bound in comparison.bootstrap[key])
+            ax.plot([low, high], [row, row], color=colour, linewidth=6, alpha=0.4, solid_capstyle="butt")
+            if over_seeds is not None:
+                ax.errorbar(difference, row, xerr=100 * over_seeds, color=colour, capsize=4)
+            ax.plot(difference, row, "o", color=colour)
+        ax.axvline(0, color="black", linewidth=1)
+        ax.set(xlabel=f"{score} (points)")
+        ax.grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(rows, names)
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    return figure
 
 
 def _other_splits(study):
@@ -217,20 +304,32 @@ def generated_parts():
     if sweeps := _sweeps():
         counts = f"{counts_table(sweeps)}\n\n![Scores against numbers of images](../images/{PICTURE})"
     splits = splits_table(COMMITTED) or NOT_RUN
-    if gains := gains_table(COMMITTED):
-        first, second = (ARMS[name].title for name in (BEST_WITHOUT_IMAGES, BEST_WITH_STABLE_DIFFUSION))
+    if len(comparisons := gains(COMMITTED)) > 1:
+        by_choice = gains_by_choice(COMMITTED)
+        table = gains_table(comparisons, by_choice)
+        last_row = ""
+        if len(by_choice) > 1:
+            last_row = (
+                " The last row is the mean of seed 0 over the choices of the kept images; "
+                "the number after ± (three choices or more) covers that choice."
+            )
         splits += (
-            f"\n\n*{second}* minus *{first}*, in percentage points. The number after ± covers the choice of seed (three "
-            f"seeds or more), the bootstrap interval in brackets that of test images:\n\n{gains}"
+            f"\n\n*{SECOND}* minus *{FIRST}*, in percentage points. The number after ± covers the choice of seed (three "
+            f"seeds or more), the bootstrap interval in brackets that of test images.{last_row}\n\n{table}\n\n"
+            f"![What the images add on each split](../images/{SPLITS_PICTURE})\n\n"
+            "Wide bars are the 95 % intervals over test images, thin ones those over seeds (three seeds or more)."
         )
     return {DOCUMENT: {"counts": counts, "splits": splits}}
 
 
 def draw_plots():
-    """Draw the picture of the numbers of images, if there are such runs."""
+    """Draw the pictures of the numbers of images and of other splits, if there are such runs."""
     if sweeps := _sweeps():
         title = f"How many images? {COMMITTED.split.rpartition('-')[0]}, profile {COMMITTED.profile}"
         plt.close(save_figure(counts_figure(sweeps, title), COMMITTED.image_path(PICTURE)))
+    if len(comparisons := gains(COMMITTED)) > 1:
+        title = f"{SECOND}, minus: {FIRST}. Profile {COMMITTED.profile}"
+        plt.close(save_figure(gains_figure(comparisons, title), COMMITTED.image_path(SPLITS_PICTURE)))
 
 
 def main(arguments=None):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import Report
@@ -116,8 +117,48 @@ def test_each_split_with_both_best_arms_shows_what_images_add(tiny_data, tiny_ca
             for name in ("logit-adjusted", "stable-source-aware")
         )
         assert row[5].split()[0] == f"{100 * (second - first) + 0.0:+.1f}"
+    assert Path("images/smoke/cat-5/other_splits.png").exists()
 
 
-def test_without_another_split_there_are_no_gains(tiny_data, tiny_cache):
+def test_the_picture_of_the_splits_shows_differences_and_both_intervals(tiny_data, tiny_cache):
+    run_arms([STUDY], tiny_data, ["logit-adjusted", "stable-source-aware"], [0, 1, 2])
+    run_arms([Study("smoke", "cifar10", "dog-5")], tiny_data, ["logit-adjusted", "stable-source-aware"])
+    comparisons = Sweeps.gains(STUDY)
+    figure = Sweeps.gains_figure(comparisons, "title")
+    accuracy = figure.axes[-1]
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [
+        "cat-5 (3 seeds)", "dog-5 (1 seed)",
+    ]  # fmt: skip
+    dots = [list(line.get_xdata()) for line in accuracy.lines if line.get_marker() == "o"]
+    assert dots == [[pytest.approx(100 * each.difference("accuracy"))] for each in comparisons.values()]
+    wide = [list(line.get_xdata()) for line in accuracy.lines if line.get_linewidth() == 6]
+    assert wide == [[100 * bound for bound in each.bootstrap["accuracy"]] for each in comparisons.values()]
+    [over_seeds] = accuracy.collections  # the second split has one seed, so it has no such interval
+    [[[low, _], [high, _]]] = over_seeds.get_segments()
+    assert (high - low) / 2 == pytest.approx(100 * comparisons["cat-5"].over_seeds["accuracy"])
+    plt.close(figure)
+
+
+def test_the_gain_is_averaged_over_the_choices_of_the_kept_images(tiny_data, tiny_cache, document):
+    arms = ["logit-adjusted", "stable-source-aware"]
+    choices = [STUDY, *(Study("smoke", "cifar10", name) for name in ("cat-5@1", "cat-5@2"))]
+    run_arms(choices, tiny_data, arms)
+    run_arms([STUDY], tiny_data, arms, [1])  # another seed of one choice does not weigh more
+    run_arms([Study("smoke", "cifar10", "dog-5")], tiny_data, arms)
+    Sweeps.main([])
+    [row] = [line for line in document.read_text().splitlines() if "3 choices of the kept images" in line]
+    gains = []
+    for study in choices:
+        first, second = (study.load_runs(name)[0]["metrics"]["accuracy"] for name in arms)
+        gains.append(100 * (second - first))
+    mean, half_width = (float(word) for word in row.split("|")[6].split(" ± "))
+    assert mean == pytest.approx(np.mean(gains), abs=0.051)
+    # Student's t for 3 values and 95 %
+    assert half_width == pytest.approx(4.303 * np.std(gains, ddof=1) / 3**0.5, abs=0.051)
+
+
+def test_without_another_split_no_gains_are_compared(tiny_data, tiny_cache, document):
     run_arms([STUDY], tiny_data, ["logit-adjusted", "stable-source-aware"])
-    assert Sweeps.gains_table(STUDY) == ""
+    Sweeps.main([])
+    assert "minus" not in document.read_text()
+    assert not list(Path().glob("images/**/other_splits.png"))
