@@ -446,7 +446,8 @@ def _with_fewer_images(name, count):
         raise ValueError(
             f"The arm {name!r} adds no image, so no number of images can follow it: got @{count}."
         )
-    if not count.isdecimal() or int(count) < 1:
+    # Also without leading zeros: stable@007 and stable@7 would be two runs of the same arm.
+    if not count.isdecimal() or int(count) < 1 or count != str(int(count)):
         raise ValueError(f"After {name}@ a whole number of images from 1 on is needed, not {count!r}.")
     sampler = clone(arm.method.sampler)
     strategy = partial(fewer_images_strategy, strategy=sampler.sampling_strategy, count=int(count))

@@ -100,7 +100,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         study = Study(options.profile, "cifar10", REFERENCE_SPLIT)
-        measure_images(study, load_cifar10(), device=options.device)
+        data = load_cifar10().part(study.settings.most_images_a_class)
+        measure_images(study, data, device=options.device)
     except (ValueError, OSError, FloatingPointError, ArmUnavailableError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 

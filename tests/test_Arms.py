@@ -155,6 +155,7 @@ def test_an_arm_with_fewer_synthetic_images_is_the_same_arm_otherwise(tiny_data,
     [
         ("stable@", "After stable@ a whole number of images from 1 on is needed, not ''"),
         ("stable@0", "from 1 on"),
+        ("stable@007", "from 1 on"),
         ("stable@-5", "from 1 on"),
         ("stable@1e3", "from 1 on"),
         ("imbalanced@5", "adds no image, so no number of images can follow it: got @5"),
