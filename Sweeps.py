@@ -184,31 +184,31 @@ def gains(study):
     """
     return {
         split: comparison
-        for split, results in [(study.split, study.load_results()), *_other_splits(study)]
+        for split, results in _all_splits(study)
         for comparison in compare_arms(results, {PAIR: ""})
     }
 
 
-def gains_by_choice(study, seed=0):
-    """What :func:`gains` says of one seed, on the study's split and on other choices of its kept images.
+def gains_by_choice(study):
+    """What :func:`gains` says of seed 0 alone, on the study's split and on other choices of its kept images.
 
     Parameters
     ----------
     study : Results.Study
-    seed : int, default 0
 
     Returns
     -------
     list of Comparison.ArmComparison
-        One for each choice (``cat-50``, ``cat-50@1``, ...) that has this seed of both arms.
+        One for each choice (``cat-50``, ``cat-50@1``, ...) that has seed 0 of both arms.
     """
-    choices = [study.load_results()]
-    choices += [results for split, results in _other_splits(study) if split.startswith(f"{study.split}@")]
-    of_seed = [
-        {name: [run for run in runs if run["seed"] == seed] for name, runs in results.items()}
-        for results in choices
+    return [
+        comparison
+        for split, results in _all_splits(study)
+        if split == study.split or split.startswith(f"{study.split}@")
+        for comparison in compare_arms(
+            {name: [run for run in runs if run["seed"] == 0] for name, runs in results.items()}, {PAIR: ""}
+        )
     ]
-    return [comparison for results in of_seed for comparison in compare_arms(results, {PAIR: ""})]
 
 
 def gains_table(comparisons, by_choice):
@@ -284,6 +284,12 @@ def _other_splits(study):
         results = Study(study.profile, study.data, folder.name).load_results()
         if results and next(iter(results.values()))[0]["data"] == study.data:
             yield folder.name, results
+
+
+def _all_splits(study):
+    """Name and results of the study's own split, then of the others."""
+    yield study.split, study.load_results()
+    yield from _other_splits(study)
 
 
 def _sweeps():
