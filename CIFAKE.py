@@ -72,14 +72,19 @@ def import_cifake(source=None, path=CACHE, images_per_class=None):
         another size, or has too few images of a class. No cache is written then.
     DataUnavailableError
         If there is no source and no archive can be downloaded.
+    OSError
+        If the cache cannot be written.
     """
     check_cache_path(path)
-    source = source or local_cifake()
-    if source is None:
-        return _import_download(path)
-    images, labels = read_cifake(source, images_per_class)
+    images, labels = read_cifake(source, images_per_class) if source else fetch_cifake(images_per_class)
     save_generated_images(images, labels, path)
     return len(images)
+
+
+def fetch_cifake(images_per_class=None):
+    """Images and labels of the ``cifake.zip`` that is here, or of a download: see :func:`import_cifake`."""
+    source = local_cifake()
+    return _read_download() if source is None else read_cifake(source, images_per_class)
 
 
 def local_cifake():
@@ -222,13 +227,13 @@ def _decode(source, name, size, open_file):
 # --- Download -----------------------------------------------------------------------------------
 
 
-def _import_download(path):
-    """Download an archive from the first source that sends CIFAKE, and import it."""
+def _read_download():
+    """Download an archive from the first source that sends CIFAKE, and read all its images."""
     failures = []
     for url, sha256 in ((CIFAKE_URL, None), (MIRROR_URL, MIRROR_SHA256)):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return import_cifake(_download(url, sha256, Path(folder)), path)
+                return read_cifake(_download(url, sha256, Path(folder)))
             except DataUnavailableError as error:
                 failures.append(str(error))
             except ValueError as error:

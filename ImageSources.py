@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from CandidateImages import CandidateMaker, GenerationSettings
-from CIFAKE import IMAGES_PER_CLASS, import_cifake, local_cifake, read_cifake
+from CIFAKE import IMAGES_PER_CLASS, fetch_cifake, local_cifake, read_cifake
 from DiffusionPipelines import PRESETS, is_on_this_machine
 from Files import one_process_at_a_time
 from ImageCache import (
@@ -20,7 +20,7 @@ from ImageCache import (
     save_generated_images,
 )
 from ImageSelection import CLIP_MODEL, SelectionError
-from ImbalancedCIFAR10 import CIFAR10_CLASSES
+from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError
 from Runtime import choose_device
 from StableDiffusionGeneration import generate_images
 
@@ -61,7 +61,9 @@ def prepare_images(counts, *, no_more=False):
     Raises
     ------
     ImagesUnavailableError
-        If every source fails.
+        If no source has images.
+    OSError
+        If the cache cannot be written, or a source that is on this machine cannot be read.
 
     Notes
     -----
@@ -69,13 +71,10 @@ def prepare_images(counts, *, no_more=False):
     """
     if CACHE.exists() and not _is_too_small_a_part(counts):
         return f"the cache {CACHE}: {describe_cache()}"
-    try:
-        with one_process_at_a_time(CACHE.with_name("stable_diffusion_sources"), "fetches these images"):
-            if CACHE.exists() and not _is_too_small_a_part(counts):  # another process has made it meanwhile
-                return f"the cache {CACHE}: {describe_cache()}"
-            return _fill_cache(counts, max(counts.values()) if no_more else None)
-    except OSError as error:  # the folder of the cache is not writable
-        raise ImagesUnavailableError(f"no Stable Diffusion images can be kept: {error}") from error
+    with one_process_at_a_time(CACHE.with_name("stable_diffusion_sources"), "fetches these images"):
+        if CACHE.exists() and not _is_too_small_a_part(counts):  # another process has made it meanwhile
+            return f"the cache {CACHE}: {describe_cache()}"
+        return _fill_cache(counts, max(counts.values()) if no_more else None)
 
 
 def _is_too_small_a_part(counts):
@@ -97,11 +96,12 @@ def _is_too_small_a_part(counts):
 
 def _fill_cache(counts, images_per_class):
     try:
-        imported = import_cifake(images_per_class=images_per_class)
-    except OSError as error:
+        images, labels = fetch_cifake(images_per_class)
+    except DataUnavailableError as error:
         reason = error
-    else:
-        return f"CIFAKE, {imported:,} images imported into {CACHE}"
+    else:  # a disk that is full is no reason to try another source
+        save_generated_images(images, labels, CACHE)
+        return f"CIFAKE, {len(images):,} images imported into {CACHE}"
     preset = preset_at_hand()
     if preset is None:
         raise ImagesUnavailableError(
@@ -118,7 +118,7 @@ def _fill_cache(counts, images_per_class):
         save_generated_images(
             *load_generated_images(UNFINISHED_CACHE), CACHE, load_metadata(UNFINISHED_CACHE)
         )
-    except (OSError, SelectionError, MemoryError, FloatingPointError) as error:
+    except (SelectionError, MemoryError, FloatingPointError) as error:
         raise ImagesUnavailableError(f"generating Stable Diffusion images failed: {error}") from error
     for suffix in (".csv", CACHE.suffix):
         UNFINISHED_CACHE.with_suffix(suffix).unlink(missing_ok=True)

@@ -75,7 +75,7 @@ def test_without_stable_diffusion_images_the_other_arms_still_run(tiny_data, mon
     def refuse(images_per_class):
         raise DataUnavailableError("no network")
 
-    monkeypatch.setattr(ImageSources, "import_cifake", refuse)
+    monkeypatch.setattr(ImageSources, "fetch_cifake", refuse)
     outcomes = run_arms([smoke_study(tiny_data)], tiny_data, ["stable", "imbalanced"])
     assert outcomes["stable", SPLIT, 0].startswith("CIFAKE is not available: no network. Generating")
     assert outcomes["imbalanced", SPLIT, 0]["arm"] == "imbalanced"
