@@ -31,7 +31,6 @@ from DeviceFaults import device_faults
 from DiffusionPipelines import (
     SIZE,
     ModelUnavailableError,
-    Painter,
     check_drawing,
     choose_dtype,
     find_preset,
@@ -40,6 +39,7 @@ from DiffusionPipelines import (
 from Files import atomic_path, one_process_at_a_time, require_writable, save_json, user_path
 from ImageCache import fingerprint
 from ImageSelection import CLIP_MODEL, ClipFilter
+from Painter import Painter
 from Precision import dtype_name
 from Prompts import fingerprint_of_prompts, make_prompts
 from Repeatability import derive_seed
@@ -83,7 +83,7 @@ class GenerationSettings:
         Folder of an adapter trained with ``LoRATraining.py``. None: no adapter.
     strengths : tuple of float
         If empty, images are drawn from text alone. Otherwise each image starts from a real one, at these
-        strengths in turn. Each is above 0 and at most 1, see :meth:`DiffusionPipelines.Painter.draw`.
+        strengths in turn. Each is above 0 and at most 1, see :meth:`Painter.Painter.draw`.
     clip_model : str
         Hub id or local folder of the CLIP model that judges the images. ``'auto'``:
         :data:`ImageSelection.CLIP_MODEL` if the preset uses CLIP. ``'none'``: images are not judged.
@@ -235,7 +235,7 @@ class CandidateMaker:
 
     @cached_property
     def painter(self):
-        """The :class:`DiffusionPipelines.Painter` with the loaded pipeline."""
+        """The :class:`Painter.Painter` with the loaded pipeline."""
         settings = self.settings
         pipeline = load_pipeline(settings.preset, settings.model, settings.lora, self.device, self.dtype)
         return Painter(pipeline, settings.preset, settings.steps, settings.size, self._batch_size)
@@ -391,7 +391,8 @@ def downsample(images, method="area", pixels=PIXELS):
 def open_shards(folder, job):
     """Context in which this run alone may write the shards of a job. A second run of the job waits.
 
-    The folder is created with its ``settings.json``, and files that a kill left half-written are removed.
+    The folder is created with its ``settings.json``, and files that a kill left half-written are removed. A folder
+    that has no shard at the end is removed.
 
     Parameters
     ----------
@@ -405,7 +406,13 @@ def open_shards(folder, job):
             save_json(folder / "settings.json", job)
         for unfinished in folder.glob(".*.npz"):
             unfinished.unlink()
-        yield
+        try:
+            yield
+        finally:
+            if not any(folder.glob("*.npz")):  # no model could be loaded, say
+                with contextlib.suppress(OSError):
+                    (folder / "settings.json").unlink()
+                    folder.rmdir()
 
 
 def write_shard(folder, candidates):

@@ -344,7 +344,7 @@ def _make_parser():
     add("--prompts", help=f"{' or '.join(GRAMMARS)}, see Prompts.py (default: the preset's)")
     add("--from-images", nargs="*", type=float, metavar="STRENGTH",
         help="start from the class's real images that the split kept, at these strengths in turn "
-        f"(default: {' '.join(map(str, STRENGTHS))}); at 1 nothing of them remains")  # fmt: skip
+        f"(default: {' '.join(map(str, STRENGTHS))}); at 1 only a trace of them remains")  # fmt: skip
     add("--lora", type=os.path.expanduser, metavar="FOLDER", help="adapter trained with LoRATraining.py")
     add("--split", default="cat-50", help="which real images --from-images and --match-statistics "
         "may use (default: cat-50)")  # fmt: skip

@@ -49,8 +49,9 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from DiffusionPipelines import PRESETS, SIZE, Painter, choose_dtype
+from DiffusionPipelines import PRESETS, SIZE, choose_dtype
 from Files import save_json
+from Painter import Painter
 from Runtime import describe_hardware
 from Utils import markdown_table
 

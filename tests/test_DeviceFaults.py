@@ -17,9 +17,10 @@ import LoRATraining
 from Checkpoints import load_torch_file, save_torch_file
 from ClassifierTraining import Recipe, train_classifier
 from DeviceFaults import DeviceFaultError, describe_fault, device_faults
-from DiffusionPipelines import Painter, load_pipeline
+from DiffusionPipelines import load_pipeline
 from GANGeneration import train_gan
 from GANTrainingStep import Adversaries
+from Painter import Painter
 
 LAUNCH = torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")

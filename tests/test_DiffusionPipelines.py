@@ -17,13 +17,13 @@ import DiffusionPipelines
 from DiffusionPipelines import (
     PRESETS,
     ModelUnavailableError,
-    Painter,
     check_drawing,
     choose_dtype,
     find_preset,
     is_on_this_machine,
     load_pipeline,
 )
+from Painter import Painter
 
 PROMPTS = ["a cat", "a small dog", "a red truck on a road", "a bird"]
 
@@ -235,6 +235,18 @@ def test_one_image_that_does_not_fit_is_decoded_in_tiles_and_then_given_up(model
     with pytest.raises(MemoryError, match=r"too little memory on cpu for a single image of 64x64 .*'turbo'"):
         painter.draw(["a cat"], [0])
     assert "decoding in tiles" in capsys.readouterr().out
+
+
+def test_in_tiles_an_image_is_drawn_from_another_in_half_precision(models):
+    pipeline = load_pipeline("turbo", models["turbo"], device="cpu", dtype=torch.bfloat16)
+    painter = Painter(pipeline, "turbo", size=64, batch_size=1)
+    pipeline.vae.tile_sample_min_size = 32
+    source = Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8))
+    whole, _ = painter.draw(["a cat"], [0], [source], 0.5)
+    painter._save_memory("out of memory")
+    assert pipeline.vae.use_tiling
+    in_tiles, _ = painter.draw(["a cat"], [0], [source], 0.5)
+    assert in_tiles[0].size == whole[0].size == (64, 64)
 
 
 def test_an_image_no_larger_than_a_tile_is_not_drawn_again_for_nothing(models, capsys):

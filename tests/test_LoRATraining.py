@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 import LoRATraining
 from CandidateImages import CandidateMaker, GenerationSettings, name_job
-from DiffusionPipelines import ModelUnavailableError, Painter, load_pipeline
+from DiffusionPipelines import ModelUnavailableError, load_pipeline
 from Files import one_process_at_a_time
 from ImageCache import fingerprint
 from ImbalancedCIFAR10 import minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, images_of_adapter, main, train_lora
+from Painter import Painter
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """From prompts to the cache: candidates, shards, selection, several processes, kills, and every bad input."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -35,7 +36,6 @@ from CandidateImages import (
     read_shards,
     write_shard,
 )
-from DiffusionPipelines import Painter
 from Files import one_process_at_a_time
 from ImageCache import (
     CACHE,
@@ -51,6 +51,7 @@ from ImageSelection import Selection, SelectionError
 from ImageSources import ImagesUnavailableError, prepare_images
 from ImbalancedCIFAR10 import CIFAR10_CLASSES, DataUnavailableError, minority_split
 from LoRATraining import STATE, WEIGHTS, LoRARecipe, train_lora
+from Painter import Painter
 from Repeatability import derive_seed
 from StableDiffusionGeneration import generate_images, main
 from StableDiffusionSampler import StableDiffusionOverSampler
@@ -464,6 +465,16 @@ def test_a_disk_that_fills_up_costs_only_the_shard_that_does_not_fit(loaded, sma
     assert len(load_generated_images()[0]) == 10
 
 
+def test_a_job_of_which_nothing_was_drawn_leaves_no_folder(loaded, monkeypatch):
+    def fail(*arguments):
+        raise OSError("the model is unavailable")
+
+    monkeypatch.setattr(StableDiffusionGeneration, "draw_candidates", fail)
+    with pytest.raises(OSError, match="unavailable"):
+        generate(loaded, 3)
+    assert not list(SHARDS.iterdir())
+
+
 # --- Images for the study -----------------------------------------------------------------------
 
 
@@ -472,7 +483,7 @@ def no_cifake(monkeypatch):
     def refuse(images_per_class):
         raise DataUnavailableError("no CIFAKE here.")
 
-    monkeypatch.setattr(ImageSources, "import_cifake", refuse)
+    monkeypatch.setattr(ImageSources, "fetch_cifake", refuse)
 
 
 @pytest.fixture
@@ -492,8 +503,21 @@ def test_a_cache_comes_first_and_is_described(tiny_cache, no_cifake):
 
 
 def test_cifake_comes_second(monkeypatch):
-    monkeypatch.setattr(ImageSources, "import_cifake", lambda images_per_class: 50_000)
-    assert prepare_images({"cat": 5}) == f"CIFAKE, 50,000 images imported into {CACHE}"
+    monkeypatch.setattr(ImageSources, "fetch_cifake", lambda images_per_class: (real(7), np.arange(7)))
+    assert prepare_images({"cat": 5}) == f"CIFAKE, 7 images imported into {CACHE}"
+    assert load_generated_images()[1].tolist() == list(range(7))
+
+
+def test_a_full_disk_is_an_error_and_no_reason_to_generate(monkeypatch):
+    monkeypatch.setattr(ImageSources, "fetch_cifake", lambda images_per_class: (real(7), np.arange(7)))
+    monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: pytest.fail("it looked for a model"))
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ImageSources, "save_generated_images", fail)
+    with pytest.raises(OSError, match="No space left"):
+        prepare_images({"cat": 5})
 
 
 def test_generation_comes_third_and_makes_what_the_sampler_needs(tiny_turbo, tiny_data):
@@ -574,9 +598,9 @@ def test_a_second_study_waits_for_the_images_of_the_first(no_cifake, monkeypatch
     first.join()
 
 
-def test_a_folder_that_cannot_be_written_is_a_reason_and_no_traceback(no_cifake):
+def test_a_folder_that_cannot_be_written_is_one_clear_error(no_cifake):
     CACHE.parent.write_text("a file")
-    with pytest.raises(ImagesUnavailableError, match="can be kept: Cannot write"):
+    with pytest.raises(OSError, match="Cannot write"):
         prepare_images({"cat": 5})
 
 
