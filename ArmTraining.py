@@ -55,7 +55,7 @@ def arm_recipe(study, data):
 
 
 def finished_result(study, data, arm_name, seed=0):
-    """The result of an arm that was run before, or None. Plots that a kill left missing are drawn.
+    """The result of an arm that was run before, or None. Plots and test labels that are missing are written.
 
     Parameters
     ----------
@@ -71,8 +71,8 @@ def finished_result(study, data, arm_name, seed=0):
     Raises
     ------
     ValueError
-        If the file is damaged, or was obtained with another recipe, network or generator than this study's, or the
-        study's profile does not run the arm.
+        If the file is damaged, or was obtained with another recipe, network, generator or test set than this study's,
+        or the study's profile does not run the arm.
     """
     arm = find_arm(arm_name, study.profile)
     path = study.result_path(arm_name, seed)
@@ -88,6 +88,7 @@ def finished_result(study, data, arm_name, seed=0):
     if generator is not None and result.get("generator", generator) != generator:
         raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "
                          "Remove it to run again.")  # fmt: skip
+    study.save_test_labels(data.y_test)  # if they were removed
     if not all(plot.exists() for plot in study.plot_paths(arm_name)):
         _save_plots(study, arm_name)  # a kill came between the result and its plots
     return result
@@ -145,8 +146,8 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     Raises
     ------
     ValueError
-        If the first rows of ``X`` and ``y`` are not the images that the split keeps, in order, or the study's profile
-        does not run the arm.
+        If the first rows of ``X`` and ``y`` are not the images that the split keeps, in order, the study's profile
+        does not run the arm, or the results beside this one are of other test images.
     OSError
         If an output cannot be written; noticed before the training.
     """
@@ -156,6 +157,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     kept = np.arange(len(data.y_train)) if arm.whole_training_set else split.kept_rows(data.y_train)
     _check_real_rows(X, y, data, kept, arm_name)
     study.require_writable(arm_name, seed)
+    study.save_test_labels(data.y_test)
     images = None
     if arm.needs_stable_diffusion and CACHE.exists():  # now: the cache may be another one after the training
         images = {"source": describe_cache(), "checksum": cache_checksum()}
@@ -196,7 +198,6 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     )
     if rank == 0:
         save_classifier(model, study.weights_path(arm_name, seed))
-        study.save_test_labels(data.y_test)
         save_json(study.result_path(arm_name, seed), result)  # last: it marks the arm as finished
         arm.method.remove_checkpoints(checkpoint)
         _save_plots(study, arm_name)

@@ -102,8 +102,17 @@ class ArmComparison:
         return more if self.difference("recall") > 0 else fewer
 
 
-def _study_of(run):
-    return Study(run["profile"], run["data"], run["split"])
+def _true_classes(run):
+    """True classes of the test images of a result, int array of shape (n,); ValueError if they do not fit it."""
+    study = Study(run["profile"], run["data"], run["split"])
+    y_true = study.load_test_labels()
+    images = np.sum(run["metrics"]["confusion_matrix"], axis=1)
+    if not np.array_equal(np.bincount(y_true, minlength=len(images)), images):
+        raise ValueError(
+            f"{study.record_path('test-labels.txt')} is damaged: the results beside it are of other test images. Remove it and "
+            "run an arm beside it again: that writes it."
+        )
+    return y_true
 
 
 def compare_arms(results, questions=QUESTIONS):
@@ -128,7 +137,7 @@ def compare_arms(results, questions=QUESTIONS):
             continue
         run = by_seed[0][seeds[0]]
         if y_true is None:
-            y_true = _study_of(run).load_test_labels()
+            y_true = _true_classes(run)
             # The first row is the test set as it is.
             weights = np.concatenate([np.ones((1, len(y_true)), np.float32), bootstrap_weights(y_true)])
         minority = minority_of(run)
@@ -220,7 +229,7 @@ def differences_between_seeds(results):
     if not pairs:
         return 0, 0
     run = pairs[0][0]
-    y_true = _study_of(run).load_test_labels()
+    y_true = _true_classes(run)
     rare = np.isin(y_true, minority_of(run))
     p_values = [
         mcnemar_over_seeds(y_true[rare], *(predictions_of(each)[rare] for each in pair)) for pair in pairs

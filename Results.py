@@ -8,6 +8,7 @@ results["smote"][0]["metrics"]["minority"]["recall"]
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -148,25 +149,43 @@ class Study:
     # --- Test labels: kept beside the predictions, so that results can be judged without the data ---
 
     def save_test_labels(self, y_test):
-        """Write the true classes of the test set once, int array of shape (n,).
+        """Write the true classes of the test set once, int array of shape (n,). Call it before the training.
 
         Raises
         ------
         ValueError
-            If the results beside them were obtained on other test images.
+            If the file is damaged, or the results beside it were obtained on other test images.
         """
         path = self.record_path("test-labels.txt")
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(" ".join(map(str, y_test)) + "\n", encoding="utf-8")
-        elif not np.array_equal(self.load_test_labels(), y_test):
+            return
+        found = self.load_test_labels()
+        if len(found) < len(y_test) and np.array_equal(found, y_test[: len(found)]):
+            refuse_damage(path, [f"the labels after the first {len(found):,}"])
+        if not np.array_equal(found, y_test):
             raise ValueError(
                 f"{path} and the results beside it are of other test images. Remove the folder {path.parent} to run again."
             )
 
     def load_test_labels(self):
-        """True classes of the test set, int array of shape (n,), in the order of the predictions."""
-        return np.array(self.record_path("test-labels.txt").read_text().split(), dtype=int)
+        """True classes of the test set, int array of shape (n,), in the order of the predictions.
+
+        Raises
+        ------
+        ValueError
+            If the file is missing or damaged.
+        """
+        path = self.record_path("test-labels.txt")
+        try:
+            labels = path.read_text(encoding="utf-8").split()
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no {path}. Run an arm beside it again: that writes it.") from error
+        except UnicodeDecodeError:
+            labels = []
+        refuse_damage(path, [] if labels and all(map(str.isdecimal, labels)) else ["class numbers"])
+        return np.array(labels, dtype=int)
 
 
 COMMITTED = Study(COMMITTED_PROFILE, "cifar10", REFERENCE_SPLIT)
@@ -261,13 +280,17 @@ def read_json(path, shape=None):
         If the file is damaged or holds something else; the message names what is wrong and says what to do.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON ({error}). Remove it and run again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {json.dumps(content)[:40]}, not a record. Remove it and run again.")
     refuse_damage(path, wrong_parts(content, shape or {}))
     return content
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def wrong_parts(content, shape, name=""):
@@ -300,22 +323,45 @@ def refuse_damage(path, wrong):
 def read_result(path):
     """Content of the result file of one run, with the same errors as :func:`read_json`."""
     result = read_json(path, RESULT)
-    metrics, names = result["metrics"], result["class_names"]
+    metrics, names, flips = (
+        result["metrics"],
+        result["class_names"],
+        result.get("metrics_with_averaged_flips"),
+    )
     is_right = {
         "arm": f"{result['arm']}-seed{result['seed']}.json" == Path(path).name,
         "minority_classes": set(result["minority_classes"]) <= set(names) & metrics["per_class"].keys(),
         "metrics.confusion_matrix": [len(row) for row in metrics["confusion_matrix"]]
         == len(names) * [len(names)],
+        "metrics": _are_numbers(metrics, "macro_f1", "g_mean", "majority_recall"),
+        "metrics.minority.f1": _are_numbers(metrics["minority"], "f1"),
+        "best_look_at_test": _are_numbers(result["best_look_at_test"], "test_accuracy"),
         # None for data whose mirror images are of other classes.
-        "metrics_with_averaged_flips": isinstance(result.get("metrics_with_averaged_flips"), dict | None),
+        "metrics_with_averaged_flips": flips is None
+        or isinstance(flips, dict)
+        and _are_numbers(flips, "accuracy"),
         "probabilities": not _wrong_probabilities(result.get("probabilities")),
         # Arms without Stable Diffusion do not have it.
         "stable_diffusion_images": "stable_diffusion_images" not in result
         or not wrong_parts(result["stable_diffusion_images"], CACHE_OF_IMAGES),
-        "test_predictions": all(number.isdecimal() for number in result["test_predictions"].split()),
+        "history": len(result["history"]) > 0,
+        "test_predictions": _fit(result["test_predictions"].split(), metrics["confusion_matrix"]),
     }
     refuse_damage(path, [name for name, right in is_right.items() if not right])
     return result
+
+
+def _are_numbers(record, *names):
+    """Whether those of these parts are numbers that a record has; older results lack some."""
+    return all(isinstance(record[name], Real) for name in names if name in record)
+
+
+def _fit(predictions, confusion_matrix):
+    """Whether predicted classes (a list of str) are as many of each class as the columns of the matrix say."""
+    if not all(map(str.isdecimal, predictions)):
+        return False
+    columns = [sum(column) for column in zip(*confusion_matrix, strict=False)]
+    return Counter(map(int, predictions)) == Counter(dict(enumerate(columns)))
 
 
 def _wrong_probabilities(probabilities):

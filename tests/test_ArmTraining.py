@@ -296,6 +296,22 @@ def test_an_arm_killed_before_its_result_was_written_has_none_and_can_be_run_aga
     assert len(files("images")) == 2
 
 
+def test_damaged_test_labels_are_noticed_before_the_training_and_missing_ones_written_again(
+    tiny_data, monkeypatch
+):
+    smoke("imbalanced", tiny_data)
+    labels = smoke_study(tiny_data).record_path("test-labels.txt")
+    text = labels.read_text()
+    labels.write_text(text[:20])
+    with monkeypatch.context() as patch:
+        patch.setattr(ArmTraining, "create_classifier", lambda *a, **o: pytest.fail("it trains"))
+        with pytest.raises(ValueError, match=r"test-labels\.txt is damaged: .* Remove it and run again"):
+            smoke("imbalanced", tiny_data, seed=1)
+    labels.unlink()
+    smoke("imbalanced", tiny_data)  # the finished result
+    assert labels.read_text() == text
+
+
 def test_an_arm_killed_before_its_plots_were_drawn_gets_them_in_the_next_run(tiny_data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ArmTraining, "save_arm_plots", interrupt)

@@ -142,11 +142,35 @@ def test_test_labels_are_written_once_and_read_back():
     with pytest.raises(ValueError, match=r"test-labels\.txt .* of other test images. Remove the folder"):
         study.save_test_labels([0, 0, 0])
     assert study.load_test_labels().tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"3 1 x\n", b"3 -1 2\n", b"\xff\xfe", b"3 1"])
+def test_damaged_test_labels_are_named_and_not_the_folder(content):
+    study = Study("smoke", "cifar10", "cat-5")
+    study.save_test_labels([3, 1, 2])
+    study.record_path("test-labels.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test-labels\.txt is damaged: .* Remove it and run again\."):
+        study.save_test_labels([3, 1, 2])
+
+
+def test_missing_test_labels_are_named_with_what_writes_them():
+    with pytest.raises(ValueError, match=r"There is no .*test-labels\.txt\. Run an arm beside it again"):
+        STUDY.load_test_labels()
+
+
+def test_predictions_are_read_as_class_numbers():
     assert predictions_of({"test_predictions": "3 1 9"}).tolist() == [3, 1, 9]
 
 
 def test_a_damaged_file_is_named():
     Path("gan.json").write_text('{"arm": "imbal')
+    with pytest.raises(ValueError, match=r"gan\.json is no valid JSON .*Remove it"):
+        read_json("gan.json")
+
+
+@pytest.mark.parametrize("content", ['{"accuracy": NaN}', '{"loss": -Infinity}', "[" * 100_000])
+def test_what_json_does_not_allow_is_damage(content):
+    Path("gan.json").write_text(content)
     with pytest.raises(ValueError, match=r"gan\.json is no valid JSON .*Remove it"):
         read_json("gan.json")
 
@@ -206,6 +230,12 @@ def test_damage_at_any_depth_is_named_with_its_file_and_place(file_name, keys, v
         ("stable-seed0.json", {"arm": "smote"}, "arm"),
         ("stable-seed0.json", {"minority_classes": ["dog"]}, "minority_classes"),
         ("stable-seed0.json", {"test_predictions": "0 x"}, "test_predictions"),
+        ("stable-seed0.json", {"test_predictions": "0"}, "test_predictions"),  # one is missing
+        ("stable-seed0.json", {"test_predictions": "0 1"}, "test_predictions"),  # there is no class 1
+        ("stable-seed0.json", {"history": []}, "history"),
+        ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"g_mean": "0.5"}}, "metrics"),
+        ("stable-seed0.json", {"metrics_with_averaged_flips": {"accuracy": None}}, "metrics_with_averaged_flips"),
+        ("stable-seed0.json", {"best_look_at_test": {"test_accuracy": []}}, "best_look_at_test"),
         ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"confusion_matrix": [[1, 1]]}}, "confusion_matrix"),
         ("stable-seed0.json", {"metrics_with_averaged_flips": 0.5}, "metrics_with_averaged_flips"),
         ("stable-seed0.json", {"probabilities": {}}, "probabilities"),
@@ -218,7 +248,7 @@ def test_damage_at_any_depth_is_named_with_its_file_and_place(file_name, keys, v
 def test_parts_that_contradict_each_other_are_named(file_name, part, wrong):
     content, read = READERS[file_name]
     save(file_name, content | part)
-    with pytest.raises(ValueError, match=rf"{file_name} is damaged: .*{wrong} missing or wrong"):
+    with pytest.raises(ValueError, match=rf"{file_name} is damaged: .*{wrong}.* missing or wrong"):
         read()
 
 
