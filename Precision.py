@@ -14,6 +14,7 @@ Micikevicius et al. (2018), Mixed precision training (the scaled loss).
 """
 
 import contextlib
+import platform
 
 import torch
 from torch import nn
@@ -40,10 +41,18 @@ def half_precision(device):
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip or capability >= (8, 0):
             return torch.bfloat16
-        return torch.float16 if capability >= (5, 3) else None
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    return None
+        # Of the GPUs before Volta, only these multiply faster in it. A GTX 1080 has 1/64 of its rate in float32.
+        has_fast_float16 = capability >= (7, 0) or capability in ((5, 3), (6, 0), (6, 2))
+        return torch.float16 if has_fast_float16 else None
+    return torch.bfloat16 if device.type == "cpu" and _cpu_multiplies_in_bfloat16() else None
+
+
+def _cpu_multiplies_in_bfloat16():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # oneDNN supports bfloat16 on every CPU with AVX-512, but without instructions of its own it converts to float32 and back.
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_dtype(dtype, device):

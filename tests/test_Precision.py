@@ -33,6 +33,7 @@ def float16(monkeypatch):
         (None, (8, 0), torch.bfloat16, "bfloat16"),  # A100
         (None, (7, 5), torch.float16, "float16"),  # T4
         (None, (6, 0), torch.float16, "float16"),  # P100
+        (None, (6, 1), None, "float32"),  # GTX 1080
         (None, (5, 2), None, "float32"),
         ("6.4", (7, 5), torch.bfloat16, "bfloat16"),  # AMD
     ],
@@ -47,9 +48,18 @@ def test_a_gpu_computes_in_the_best_type_that_it_has(monkeypatch, hip, capabilit
 
 def test_other_devices_compute_in_bfloat16_or_float32(monkeypatch):
     assert half_precision(torch.device("mps")) is None
-    for supported, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda answer=supported: answer)
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    for machine, mkldnn, avx512_bf16, amx, expected in (
+        ("x86_64", True, True, False, torch.bfloat16),
+        ("AMD64", True, False, True, torch.bfloat16),
+        ("x86_64", True, False, False, None),  # AVX-512 alone
+        ("x86_64", False, True, True, None),
+        ("aarch64", True, False, False, torch.bfloat16),
+    ):
+        monkeypatch.setattr("platform.machine", lambda answer=machine: answer)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda answer=mkldnn: answer)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512_bf16: answer)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
         assert half_precision(torch.device("cpu")) == expected
 
 
