@@ -11,7 +11,8 @@ References
 ----------
 Guo et al. (2017), On calibration of modern neural networks (expected calibration error). Davis and
 Goadrich (2006), The relationship between precision-recall and ROC curves. Niculescu-Mizil and Caruana (2005), Predicting
-good probabilities with supervised learning (reliability diagrams).
+good probabilities with supervised learning (reliability diagrams). Wilson (1927), Probable inference, the law of
+succession, and statistical inference (the intervals).
 """
 
 import matplotlib.pyplot as plt
@@ -19,11 +20,13 @@ import numpy as np
 import torch
 from matplotlib.ticker import PercentFormatter
 from sklearn.metrics import average_precision_score, roc_auc_score
+from statsmodels.stats.proportion import proportion_confint
 
 from Checks import check_classes, check_labels
 from Utils import COLOURS
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
+FEWEST = 10  # test images that a point of the figure stands for
 
 
 def probability_metrics(logits, y_true, minority_classes):
@@ -113,14 +116,18 @@ def plot_reliability(arms, title):
     Returns
     -------
     matplotlib.figure.Figure
-        A curve above the diagonal is of a classifier that finds the class too improbable. Bins of fewer than ten images
-        are left out.
+        A curve above the diagonal is of a classifier that finds the class too improbable. The bands are Wilson's 95 %
+        intervals over test images. Several runs see the same test images, so they count as one. Bins of fewer than ten
+        images are left out.
     """
     figure, ax = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
     ax.plot([0, 1], [0, 1], color=COLOURS["total"], linestyle="--", label="calibrated")
     for name, runs in arms.items():
         if points := _pooled(runs):
-            ax.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+            probabilities, shares, images = map(np.array, zip(*points, strict=True))
+            [line] = ax.plot(probabilities, shares, marker="o", markersize=4, label=name)
+            interval = proportion_confint(shares * images, images, method="wilson")
+            ax.fill_between(probabilities, *interval, color=line.get_color(), alpha=0.12, linewidth=0)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     ax.set(
@@ -135,19 +142,18 @@ def plot_reliability(arms, title):
     return figure
 
 
-def _pooled(runs, fewest=10):
-    """Points (mean probability, share of the minority) of the bins of all runs together."""
+def _pooled(runs):
+    """Points (mean probability, share of the minority, mean number of images a run) of the bins of all runs."""
     bins = {}
     for entry in (entry for run in runs for entry in run):
         bins.setdefault(min(int(entry["mean_probability"] * BINS), BINS - 1), []).append(entry)
     points = []
     for _, entries in sorted(bins.items()):
         images = np.array([entry["images"] for entry in entries])
-        if images.sum() >= fewest:
-            points.append(
-                tuple(
-                    float(np.average([entry[key] for entry in entries], weights=images))
-                    for key in ("mean_probability", "share_of_minority")
-                )
+        if images.sum() >= FEWEST:
+            means = (
+                float(np.average([entry[key] for entry in entries], weights=images))
+                for key in ("mean_probability", "share_of_minority")
             )
+            points.append((*means, images.sum() / len(runs)))
     return points

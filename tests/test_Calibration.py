@@ -100,6 +100,12 @@ def test_the_diagram_pools_runs_and_leaves_out_bins_of_few_images():
     _, line = figure.axes[0].lines  # the first is the diagonal; the second arm has no bin of ten images
     assert line.get_label() == "an arm"
     assert line.get_xydata() == pytest.approx(np.array([[0.22, 0.4]]))
+    [band] = figure.axes[0].collections
+    # Wilson's interval of 8 in 20, the mean of both runs: (8 + z²/2 ± z sqrt(8 * 12 / 20 + z²/4)) / (20 + z²).
+    assert (
+        band.get_datalim(figure.axes[0].transData).y0,
+        band.get_datalim(figure.axes[0].transData).y1,
+    ) == pytest.approx((0.2188, 0.6134), abs=1e-4)
     plt.close(figure)
 
 
