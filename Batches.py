@@ -227,7 +227,9 @@ class SourceBatches(AugmentedBatches):
         self.pools = [np.flatnonzero(sources == source) for source in (0, 1)]
         fractions = _fractions(self.phases, self.steps)
         synthetic = np.round(fractions * self.batch_size).astype(int)
-        if ((fractions > 0) & (synthetic == 0)).any():
+        lacks_synthetic = (fractions > 0) & (synthetic == 0)
+        lacks_real = (fractions < 1) & (synthetic == self.batch_size)
+        if (lacks_synthetic | lacks_real).any():
             raise ValueError(
                 f"Batches of {self.batch_size} images are too small for the synthetic fractions of the phases {self.phases}."
             )

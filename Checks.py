@@ -99,6 +99,8 @@ def check_labels(y, num_classes=None, name="y"):
         raise TypeError(
             f"{name} must hold class numbers (integers), but its dtype is {y.dtype}. {NUMBER_THEM}"
         )
+    if y.dtype == np.uint64 and len(y) and y.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must hold class numbers, but one of them is {y.max()}. {NUMBER_THEM}")
     if num_classes is not None and len(y) and (y.min() < 0 or y.max() >= num_classes):
         raise ValueError(
             f"Labels run from {y.min()} to {y.max()} in {name}, but there are classes 0 to {num_classes - 1}. {NUMBER_THEM}"
@@ -106,7 +108,7 @@ def check_labels(y, num_classes=None, name="y"):
     return y.astype(np.int64, copy=False)
 
 
-def check_classes(classes, num_classes, name="minority_classes"):
+def check_classes(classes, num_classes):
     """Return class numbers as an array if each is a class and none is named twice, else raise an error.
 
     Parameters
@@ -114,8 +116,6 @@ def check_classes(classes, num_classes, name="minority_classes"):
     classes : int, or a sequence, set or array of them
         At least one.
     num_classes : int
-    name : str
-        What they are called in the error.
 
     Returns
     -------
@@ -127,9 +127,13 @@ def check_classes(classes, num_classes, name="minority_classes"):
     """
     numbers = np.atleast_1d(np.asarray(sorted(classes) if isinstance(classes, set | frozenset) else classes))
     if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
-        raise TypeError(f"{name} must be class numbers (integers), but their dtype is {numbers.dtype}.")
+        raise TypeError(
+            f"minority_classes must be class numbers (integers), but their dtype is {numbers.dtype}."
+        )
     if not numbers.size or numbers.ndim != 1 or len(np.unique(numbers)) < len(numbers):
-        raise ValueError(f"{name} must be one or more numbers of classes, each only once: got {classes}.")
+        raise ValueError(
+            f"minority_classes must be one or more numbers of classes, each only once: got {classes}."
+        )
     if numbers.min() < 0 or numbers.max() >= num_classes:
-        raise ValueError(f"{name} must be from 0 to {num_classes - 1}: got {numbers.tolist()}.")
+        raise ValueError(f"minority_classes must be from 0 to {num_classes - 1}: got {numbers.tolist()}.")
     return numbers.astype(np.int64)

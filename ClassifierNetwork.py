@@ -368,7 +368,7 @@ def predict_logits(model, X, *, batch_size=128):
     return logits.numpy()
 
 
-def extract_features(model, X, *, batch_size=128):
+def extract_features(model, X):
     """Features of images: what the last layer of a network gets.
 
     Parameters
@@ -376,16 +376,14 @@ def extract_features(model, X, *, batch_size=128):
     model : ResNet18
         Its training or evaluation mode is left as it was.
     X : ndarray of uint8, shape (n, height, width, 3)
-    batch_size : int
 
     Returns
     -------
     tensor of float32, shape (n, d)
         On the CPU. d is 8 x width, of a network with mirrored filters 4 x width.
     """
-    return _outputs(
-        model, model.features, torch.from_numpy(np.ascontiguousarray(check_pixels(X))), batch_size
-    )
+    images = torch.from_numpy(np.ascontiguousarray(check_pixels(X)))
+    return _outputs(model, model.features, images, batch_size=128)
 
 
 def _outputs(model, function, images, batch_size):

@@ -39,8 +39,9 @@ from Checkpoints import Checkpoint
 from Checks import check_images, check_labels
 from ClassifierNetwork import CosineLinear
 from Compilation import CompiledNetwork
+from DeviceFaults import kind_and_first_line
 from Files import plain
-from GhostBatchNorm import micro_batches
+from GhostBatchNorm import micro_batches, shared_statistics
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
 from Muon import KernelMuon
 from Precision import ScaledSteps, half_weights, mixed_precision, precision_name
@@ -122,12 +123,13 @@ class Recipe:
     def __post_init__(self):
         for name, value in plain(self).items():  # PyTorch refuses some NumPy scalars
             object.__setattr__(self, name, tuple(value) if name == "scales" else value)
-        if not all(
-            isinstance(n, int) and n >= 1 for n in (self.steps, self.batch_size, self.micro_batch_size)
-        ):
-            raise ValueError(
-                f"steps, batch_size and micro_batch_size must be at least 1, and whole: got {self}."
-            )
+        positive, any_size = (
+            ("steps", "batch_size", "micro_batch_size", "muon_iterations"),
+            ("padding", "cutout"),
+        )
+        for name, least in (dict.fromkeys(positive, 1) | dict.fromkeys(any_size, 0)).items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be whole and at least {least}: got {getattr(self, name)}.")
         if self.optimizer not in ("muon", "sgd"):
             raise ValueError(f"Unknown optimizer {self.optimizer!r}: choose 'muon' or 'sgd'.")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
@@ -141,7 +143,7 @@ class Recipe:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number, 0 or more: got {getattr(self, name)}.")
-        for name in ("momentum", "muon_momentum", "label_smoothing"):
+        for name in ("momentum", "muon_momentum", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1: got {getattr(self, name)}.")
         if not 0 < self.norm_shift_rate < math.inf:
@@ -200,8 +202,9 @@ def train_classifier(
         If it returns a dict of plain values, they are added to the record.
     checkpoint : path, optional
         Written after each epoch, on a GPU at most every 30 seconds. A killed training continues from it to the same
-        weights. After the last epoch it holds the finished training: remove it when the outcome is saved. Processes that
-        train together must see the same file.
+        weights, whatever weights ``model`` has now: other initial weights need another path. After the last epoch it
+        holds the finished training: remove it when the outcome is saved. Of processes that train together, the first
+        reads and writes it.
 
     Returns
     -------
@@ -337,6 +340,7 @@ class _Training:
         with (
             store.device_faults("The training" if store.path is None else f"The training {name}"),
             deterministic_convolutions(),
+            shared_statistics(self.model, self.world_size),
             tqdm(total=self.recipe.steps, initial=self.step, desc=name, **options) as bar,
         ):
             yield bar
@@ -429,12 +433,17 @@ class _Training:
             [content] = contents
         if content is None:
             return []
-        states = content["states"]
-        if len(states) == len(self.parts) - 1:  # written before gradients were scaled
-            states.append(self.scaled.state_dict())
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
-        self.step = content["history"][-1]["step"]
+        try:
+            states = content["states"]
+            if len(states) == len(self.parts) - 1:  # written before gradients were scaled
+                states.append(self.scaled.state_dict())
+            for part, state in zip(self.parts, states, strict=True):
+                part.load_state_dict(state)
+            self.step = int(content["history"][-1]["step"])
+        except Exception as error:  # each part raises its own kinds for a state that is not one of its
+            raise ValueError(
+                f"The checkpoint {store.path} is damaged ({kind_and_first_line(error)}). Remove it to start again."
+            ) from error
         return content["history"]
 
 

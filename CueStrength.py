@@ -144,7 +144,10 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         data = load_cifar10()
-        prepare_images(held_out_set(data), options.split)
+        rest = held_out_set(data)
+        for split_name in options.split:
+            development_data(rest, split_name)  # a mistake in the last name must not surface after an hour
+        prepare_images(rest, options.split)
         for seed in options.seed:
             for split_name in options.split:
                 for name in SAMPLERS:

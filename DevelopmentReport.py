@@ -7,6 +7,7 @@ Nothing here trains. ``Development.py`` and ``CueStrength.py`` obtain the result
 """
 
 import itertools
+import re
 from numbers import Real
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from Utils import markdown_table
 
 FOLDER = Path("results", "development")
 CUES = FOLDER / "cues"
+BUDGET_FOLDER = re.compile(r"width(\d+)-steps(\d+)")  # of a budget that is no profile of the study
 DOCUMENT = Path("docs", "development.md")
 SCORES = ("recall", "precision", "f1", "accuracy")
 RUN = {  # what is asked of a result, see Results.read_json
@@ -105,13 +107,14 @@ def cue_table():
 def _folders():
     """The folders of all budgets that were used, first those that are no profile of the study."""
     profiles = [FOLDER / name for name in PROFILES]
-    return sorted(FOLDER.glob("width*-steps*")) + [folder for folder in profiles if folder.is_dir()]
+    others = sorted(folder for folder in FOLDER.glob("*") if BUDGET_FOLDER.fullmatch(folder.name))
+    return [folder for folder in others + profiles if any(folder.glob("*/*-seed*.json"))]
 
 
 def _describe(folder):
     """The budget of a folder in words."""
     if folder.name not in PROFILES:
-        width, steps = folder.name.removeprefix("width").split("-steps")
+        width, steps = BUDGET_FOLDER.fullmatch(folder.name).groups()
         return f"Width {width}, {int(steps):,} training steps"
     profile = PROFILES[folder.name]
     filters = ", filters in mirrored pairs" if profile.mirrored else ""

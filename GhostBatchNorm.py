@@ -93,6 +93,32 @@ def micro_batches(model, sizes, tracked, compiled=False):
             norm.parts = norm.scales_and_shifts = None
 
 
+@contextlib.contextmanager
+def shared_statistics(model, world_size):
+    """Context in which the running statistics follow a part of each batch as fast as the whole batch.
+
+    Each of ``world_size`` processes sees its part. The mean of their running statistics then remembers as many
+    training steps as those of one process that sees all parts one after another.
+
+    Parameters
+    ----------
+    model : nn.Module
+    world_size : int
+    """
+    if world_size == 1:  # the formula would round the momentum
+        yield
+        return
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1 - (1 - norm.momentum) ** world_size
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+
+
 def _give_each_part_its_own(norms, count):
     """Give each norm its weight and bias once for each part, as views of one tensor.
 

@@ -111,17 +111,23 @@ def save_generated_images(images, labels, path=CACHE, metadata=None):
     records = _make_records(images, labels)
     check_cache_path(path)
     if metadata is not None:
-        metadata = list(metadata)
-        if len(metadata) != len(records):
-            raise ValueError(
-                f"metadata must have an entry for each of the {len(records):,} images: got {len(metadata):,}."
-            )
-        if unknown := sorted(set().union(*metadata) - set(METADATA)):
-            raise ValueError(
-                f"Unknown names in metadata: {', '.join(map(str, unknown))}. Choose among {', '.join(METADATA)}."
-            )
+        metadata = _check_metadata(metadata, len(records))
     with one_process_at_a_time(path, "writes this cache"):
         _write(records, user_path(path), metadata)
+
+
+def _check_metadata(metadata, count):
+    """Return the rows as a list if they are as :func:`save_generated_images` describes, else raise ValueError."""
+    metadata = list(metadata)
+    if len(metadata) != count:
+        raise ValueError(
+            f"metadata must have an entry for each of the {count:,} images: got {len(metadata):,}."
+        )
+    if unknown := sorted(set().union(*metadata) - set(METADATA)):
+        raise ValueError(
+            f"Unknown names in metadata: {', '.join(map(str, unknown))}. Choose among {', '.join(METADATA)}."
+        )
+    return metadata
 
 
 def _make_records(images, labels):
@@ -289,6 +295,7 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
     """
     new = _make_records(images, np.full(len(images), label, dtype=np.int64))
     check_cache_path(path)
+    metadata = _check_metadata(metadata, len(images))
     path = user_path(path)
     # From reading to writing, or what another process adds meanwhile would be lost.
     with one_process_at_a_time(path, "writes this cache"):
@@ -300,6 +307,7 @@ def replace_class(label, images, metadata, path=CACHE, *, job=None):
             kept = np.flatnonzero(old["label"] != label)
             old_metadata = load_metadata(path)
             new = np.concatenate([old[kept], new])
+            del old  # Windows replaces no file that is mapped
             metadata = [old_metadata[row] for row in kept] + metadata
         order = np.argsort(new["label"], kind="stable")
         _write(new[order], path, [metadata[row] for row in order])

@@ -74,7 +74,7 @@ def service():
     return "Colab" if "COLAB_RELEASE_TAG" in os.environ else None
 
 
-def missing_requirements(path=REQUIREMENTS):
+def missing_requirements():
     """What ``requirements.txt`` asks for and this environment lacks, or has in another version.
 
     Returns
@@ -86,7 +86,7 @@ def missing_requirements(path=REQUIREMENTS):
     RuntimeError
         If PyTorch itself is too old: replacing it could make the service's GPU useless.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     missing = []
     for requirement in (Requirement(line) for line in lines if line.strip() and not line.startswith("#")):
         try:

@@ -40,7 +40,7 @@ def choose_device(name=None):
             if device == torch.device("cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
                 # Each process has a GPU of its own; without this, each would also take memory of the first.
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()  # a device that holds no values is none to compute on
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = first_line(error)
             raise ValueError(f"This machine has no device {str(name)!r} for PyTorch: {reason}") from error

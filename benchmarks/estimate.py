@@ -41,8 +41,9 @@ CARDS = {  # name -> (peak in half precision without sparsity, share of it that 
 }
 LAUNCH = 12e-6  # seconds; seen on an H200 with PyTorch 2.11
 REPLAY = 2e-6  # seconds of an operator in a CUDA graph: an assumption
-COMPILING = 5.0  # seconds for each size of the images, once in a process: an assumption
-PROCESSES = 3  # notebooks of `make main`
+COMPILING = 5.0  # seconds for each size of the images and kind of batches, once in a process: an assumption
+PROCESSES = 2  # notebooks of `make main` that train arms
+KINDS = 2  # of batches: shuffled, source-aware
 EVALUATION = 1.05  # of training: the learning curve and the last evaluation
 JUDGING = 2.0  # seconds for the images of a record of the GAN: an assumption
 REAL_IMAGES = 45_050  # of the split cat-50
@@ -131,7 +132,7 @@ def estimate():
     seconds = {}
     for card, (peak, share) in CARDS.items():
         of_arm = classifier_seconds(profile, operators, peak * share)
-        compiling = PROCESSES * COMPILING * len(profile.recipe(REAL_IMAGES, flip=True).scales)
+        compiling = PROCESSES * KINDS * COMPILING * len(profile.recipe(REAL_IMAGES, flip=True).scales)
         gan = gan_seconds(profile, operators, peak * share)
         seconds[card] = {**of_arm, "gan": gan, "recording CUDA graphs": compiling}
     return {

@@ -348,6 +348,8 @@ def test_an_infinite_synthetic_image_leaves_the_running_statistics_finite():
 def test_batches_too_small_for_a_synthetic_image_are_refused():
     with pytest.raises(ValueError, match="Batches of 2 images are too small for the synthetic fractions"):
         source_batches(batch_size=2, phases=((0.85, 0.25), (1.0, 0.0)))
+    with pytest.raises(ValueError, match="Batches of 8 images are too small for the synthetic fractions"):
+        source_batches(batch_size=8, phases=((1.0, 0.95),))  # no real image would be seen
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def test_labels_that_are_no_integers_are_refused(y):
         check_images(X, y)
 
 
+def test_labels_beyond_int64_are_refused_and_not_wrapped():
+    with pytest.raises(ValueError, match="one of them is 18446744073709551615"):
+        check_labels(np.array([0, 2**64 - 1], dtype=np.uint64))
+
+
 def test_an_error_says_how_to_mend_the_images():
     for images, cure in (
         (X[..., 0], "np.repeat(X.reshape(*X.shape[:3], 1), 3, axis=3)"),

@@ -588,7 +588,8 @@ history = train_classifier(
 accuracy = float((evaluate_classifier(model, X, y).predictions == y).mean())
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
 with open(f"outcome-{state.num_processes}-{state.process_index}.json", "w") as file:
-    json.dump({"history": history, "accuracy": accuracy, "weights": weights.tolist()}, file)
+    means = model.state_dict()["norm.running_mean"].tolist()
+    json.dump({"history": history, "accuracy": accuracy, "weights": weights.tolist(), "means": means}, file)
 """
 
 
@@ -617,6 +618,8 @@ def test_two_processes_train_as_one_process_does_and_continue_from_one_checkpoin
             assert epoch["train_accuracy"] == expected["train_accuracy"]
             assert epoch["step"] == expected["step"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=2e-3)
+    # One process updates them twice a step with a tenth, two processes once with a fifth.
+    assert first["means"] == second["means"] == pytest.approx(alone["means"], rel=0.1)
     assert torch.load("run-2.pt", weights_only=True)["history"] == first["history"], "one process writes it"
     answer = subprocess.run(
         [*launch, "program.py", "again"], env=environment, capture_output=True, text=True, timeout=180
@@ -918,6 +921,25 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run_as_code(kind):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["states"][0].pop("head.weight"),
+        lambda content: content["states"].pop(),
+        lambda content: content["states"].__setitem__(1, {}),
+        lambda content: content.update(states=None),
+        lambda content: content.update(history=[]),
+    ],
+)
+def test_a_checkpoint_with_parts_that_do_not_fit_is_named(monkeypatch, damage):
+    interrupted_run(monkeypatch)
+    content = torch.load("run.pt")
+    damage(content)
+    torch.save(content, "run.pt")
+    with pytest.raises(ValueError, match=r"checkpoint run\.pt is damaged \(.*\)\. Remove it to start again"):
+        train(small_model(), checkpoint="run.pt")
+
+
+@pytest.mark.parametrize(
     ("checkpoint", "name"),
     [("models/cat-50/my-run.pt", "cat-50/my-run"), ("run.pt", "run"), (None, "training")],
 )
@@ -951,9 +973,14 @@ def test_unusable_input_is_refused_before_anything_is_trained(change, error, mes
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "at least 1"),
-        ({"steps": 1, "batch_size": 0}, "at least 1"),
-        ({"steps": 1, "micro_batch_size": 0}, "at least 1"),
+        ({"steps": 0}, "steps must be whole and at least 1: got 0"),
+        ({"steps": 1, "batch_size": 0}, "batch_size must be whole and at least 1"),
+        ({"steps": 1, "micro_batch_size": 0}, "micro_batch_size must be whole and at least 1"),
+        ({"steps": 1, "muon_iterations": 0}, "muon_iterations must be whole and at least 1"),
+        ({"steps": 1, "padding": -1}, "padding must be whole and at least 0"),
+        ({"steps": 1, "cutout": 2.5}, "cutout must be whole and at least 0"),
+        ({"steps": 1, "warmup": 1.0}, "warmup must be at least 0 and below 1"),
+        ({"steps": 1, "warmup": -0.1}, "warmup must be at least 0 and below 1"),
         ({"steps": 1, "optimizer": "adam"}, "Unknown optimizer 'adam'.*'muon' or 'sgd'"),
     ],
 )
@@ -999,7 +1026,7 @@ def test_numpy_values_that_are_returned_after_an_epoch_come_back_from_the_checkp
 
 @pytest.mark.parametrize("steps", [2.5, 100.0, float("nan"), np.float64(10)])
 def test_a_number_of_steps_that_is_not_whole_is_refused(steps):
-    with pytest.raises(ValueError, match="at least 1, and whole"):
+    with pytest.raises(ValueError, match="steps must be whole and at least 1"):
         Recipe(steps=steps)
 
 

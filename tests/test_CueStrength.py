@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from imblearn.over_sampling import RandomOverSampler
 import CueStrength
 from ClassifierTraining import Recipe
 from CueStrength import SAMPLERS, cue_strength
-from DevelopmentReport import cue_table
+from DevelopmentReport import cue_table, generated_parts
 from DevelopmentSplits import DevelopmentData
+from Documents import NOT_RUN
 from ImageOverSampler import ImageOverSampler, source_balanced_strategy
 from Methods import METHODS, sampling_seed
 from MethodTraining import Budget
@@ -127,6 +129,24 @@ def test_the_table_has_strength_and_recall(monkeypatch, development, tmp_path):
     assert cue_table().splitlines()[2] == "| SMOTE | 0.750 | `smote` | 25.0 | dog-50 seed 0, ship-50 seed 0 |"
     monkeypatch.setattr(CueStrength, "cue_strength", None)
     assert CueStrength.measure(None, "SMOTE", "dog-50", 0)["auc"] == 0.75  # finished
+
+
+def test_a_mistake_in_the_last_split_is_noticed_before_anything_is_prepared(tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(CueStrength, "load_cifar10", lambda: tiny_data)
+    monkeypatch.setattr(CueStrength, "held_out_set", lambda data: data)
+    monkeypatch.setattr(CueStrength, "prepare_images", lambda *arguments: pytest.fail("it reads images"))
+    with pytest.raises(SystemExit):
+        CueStrength.main(["--split", "dog-5", "unicorn-5"])
+    assert "unicorn" in capsys.readouterr().err
+
+
+def test_folders_without_a_result_and_of_other_names_have_no_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("width4-steps2", "width4-steps2-old", "widthless", "cpu"):
+        Path("results", "development", name).mkdir(parents=True)
+    Path("results", "development", "width4-steps2-old", "smote").mkdir()
+    Path("results", "development", "width4-steps2-old", "smote", "dog-50-seed0.json").write_text("{}")
+    assert generated_parts() == {"methods": NOT_RUN, "cues": NOT_RUN}
 
 
 def test_the_methods_beside_the_samplers_exist():

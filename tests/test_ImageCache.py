@@ -238,6 +238,17 @@ def test_a_class_is_replaced_and_the_others_stay(images, labels):
     assert describe_cache() == "36 images imported, 2 images by the preset fast of m"
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "an entry for each of the 2 images: got 0"), ([{"kind": "cat"}] * 2, "Unknown names in metadata: kind")],
+)  # fmt: skip
+def test_a_class_is_not_replaced_without_fitting_metadata(images, labels, rows, message):
+    save_generated_images(images, labels)
+    with pytest.raises(ValueError, match=message):
+        replace_class(3, images[:2], rows, job="cat-fast-1")
+    assert len(load_generated_images()[0]) == len(images)
+
+
 def test_images_of_other_jobs_are_counted(images, labels):
     assert count_foreign_images(3, "cat-fast-1") == 0  # no cache, no images
     save_generated_images(images, labels)

@@ -31,6 +31,12 @@ def test_a_device_can_be_named_and_described():
     assert hardware["cpu_threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "gpu"])
+def test_a_device_on_which_nothing_can_be_computed_is_refused(name):
+    with pytest.raises(ValueError, match=f"This machine has no device '{name}' for PyTorch"):
+        choose_device(name)
+
+
 def test_hardware_is_described_for_a_sentence():
     assert (
         hardware_text({"device": "cpu", "name": "AMD EPYC", "cpu_threads": 1}) == "CPU (AMD EPYC, 1 thread)"
