@@ -284,9 +284,7 @@ def _check_labels_and_loss(y, model, recipe, loss):
                 f"The loss was made for {rows} rows, but y has {len(y)}. Make it from the same y."
             )
         if priors.shape[1] != model.num_classes or not priors.cpu()[range(len(y)), y].isfinite().all():
-            raise ValueError(
-                "The loss was made from other labels or another number of classes than the network's."
-            )
+            raise ValueError("The loss was made from other labels or classes than the network's.")
     elif recipe.label_smoothing and isinstance(loss, ClassBalancedLoss | LDAMLoss):
         raise ValueError(f"{type(loss).__name__} has no label smoothing: set label_smoothing=0.")
     if isinstance(loss, LDAMLoss) and not isinstance(model.head, CosineLinear):

@@ -489,7 +489,7 @@ def _headline_summary(results):
     """The table of the README: few columns, because it must be short."""
     if not results:
         return NOT_RUN
-    heads = ("minority recall", "minority precision", "accuracy", "seeds")
+    heads = ("minority recall", "minority precision", "minority F1", "accuracy", "seeds")
     return results_table(results, {head: COLUMNS[head] for head in heads})
 
 
@@ -524,7 +524,7 @@ def weights_table():
 
 
 def _few(results):
-    return {name: results[name] for name in README_ARMS if name in results}
+    return {name: results[name] for name in (*README_ARMS, "balanced") if name in results}
 
 
 def generated_parts():

@@ -153,9 +153,9 @@ def test_a_loss_that_does_not_fit_the_network_or_the_labels_is_refused():
 
     with pytest.raises(ValueError, match="LDAM needs cosines: create the network with cosine_head=True"):
         train(LDAMLoss(labels, 10))
-    with pytest.raises(ValueError, match="made from other labels or another number of classes"):
+    with pytest.raises(ValueError, match="made from other labels or classes"):
         train(LogitAdjustedLoss(np.resize(np.arange(12), len(labels)), 12))
-    with pytest.raises(ValueError, match="made from other labels or another number of classes"):
+    with pytest.raises(ValueError, match="made from other labels or classes"):
         sources = np.arange(len(labels)) >= len(labels) // 2
         train(LogitAdjustedLoss(np.where(sources, labels // 2, labels), 10, sources))
     with pytest.raises(ValueError, match="ClassBalancedLoss has no label smoothing"):
