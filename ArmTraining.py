@@ -32,7 +32,7 @@ from Precision import precision_name
 from Repeatability import checksum
 from Report import save_arm_plots
 from Results import configuration_of, read_result
-from Runtime import choose_device, code_version, describe_hardware
+from Runtime import choose_device, code_version, decide_in_main_process, describe_hardware
 from Utils import classification_metrics
 
 code_version()  # read and cached now: a commit made during a training is not the code that ran
@@ -71,8 +71,8 @@ def finished_result(study, data, arm_name, seed=0):
     Raises
     ------
     ValueError
-        If the file is damaged, or was obtained with another recipe, network, generator or test set than this study's,
-        or the study's profile does not run the arm.
+        If the file is damaged, or was obtained with another recipe, network or generator than this study's, or the
+        study's profile does not run the arm.
     """
     arm = find_arm(arm_name, study.profile)
     path = study.result_path(arm_name, seed)
@@ -88,7 +88,8 @@ def finished_result(study, data, arm_name, seed=0):
     if generator is not None and result.get("generator", generator) != generator:
         raise ValueError(f"{path} was obtained with another generator than {study.model_path('generator.pt')}. "
                          "Remove it to run again.")  # fmt: skip
-    study.save_test_labels(data.y_test)  # if they were removed
+    if not study.record_path("test-labels.txt").exists():
+        study.save_test_labels(data.y_test)
     if not all(plot.exists() for plot in study.plot_paths(arm_name)):
         _save_plots(study, arm_name)  # a kill came between the result and its plots
     return result
@@ -157,7 +158,7 @@ def run_arm(study, data, arm_name, X, y, *, seed=0, device=None, processes=None)
     kept = np.arange(len(data.y_train)) if arm.whole_training_set else split.kept_rows(data.y_train)
     _check_real_rows(X, y, data, kept, arm_name)
     study.require_writable(arm_name, seed)
-    study.save_test_labels(data.y_test)
+    decide_in_main_process(lambda: study.save_test_labels(data.y_test), processes)
     images = None
     if arm.needs_stable_diffusion and CACHE.exists():  # now: the cache may be another one after the training
         images = {"source": describe_cache(), "checksum": cache_checksum()}

@@ -73,7 +73,7 @@ def import_cifake(source=None, path=CACHE, images_per_class=None):
     DataUnavailableError
         If there is no source and no archive can be downloaded.
     OSError
-        If the cache cannot be written.
+        If the cache cannot be written, or the disk is too full for the download.
     """
     check_cache_path(path)
     images, labels = read_cifake(source, images_per_class) if source else fetch_cifake(images_per_class)

@@ -150,7 +150,7 @@ def _pooled(runs):
     points = []
     for _, entries in sorted(bins.items()):
         images = np.array([entry["images"] for entry in entries])
-        if images.sum() >= FEWEST:
+        if images.sum() / len(runs) >= FEWEST:
             means = (
                 float(np.average([entry[key] for entry in entries], weights=images))
                 for key in ("mean_probability", "share_of_minority")

@@ -39,7 +39,7 @@ from Checkpoints import Checkpoint
 from Checks import check_images, check_labels
 from ClassifierNetwork import CosineLinear
 from Compilation import CompiledNetwork
-from DeviceFaults import kind_and_first_line
+from DeviceFaults import describe_fault, kind_and_first_line
 from Files import plain
 from GhostBatchNorm import micro_batches, shared_statistics
 from Losses import ClassBalancedLoss, CrossEntropy, LDAMLoss, LogitAdjustedLoss
@@ -272,9 +272,7 @@ def _check_labels_and_loss(y, model, recipe, loss):
             f"{loss!r}."
         )
     if isinstance(loss, ClassBalancedLoss | LDAMLoss) and len(loss.weights) != model.num_classes:
-        raise ValueError(
-            f"The loss weighs {len(loss.weights)} classes, but the network has {model.num_classes}."
-        )
+        raise ValueError(f"The loss has {len(loss.weights)} classes, but the network {model.num_classes}.")
     if isinstance(loss, LogitAdjustedLoss):
         if recipe.label_smoothing:
             raise ValueError("Label smoothing contradicts the logit adjustment: set label_smoothing=0.")
@@ -439,6 +437,8 @@ class _Training:
                 part.load_state_dict(state)
             self.step = int(content["history"][-1]["step"])
         except Exception as error:  # each part raises its own kinds for a state that is not one of its
+            if describe_fault(error) or isinstance(error, MemoryError):
+                raise
             raise ValueError(
                 f"The checkpoint {store.path} is damaged ({kind_and_first_line(error)}). Remove it to start again."
             ) from error

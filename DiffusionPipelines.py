@@ -341,7 +341,7 @@ def load_pipeline(preset, model=None, lora=None, device=None, dtype=None):
     check_weights(pipeline.components, model)
     if lora is not None:
         _merge_lora(pipeline, user_path(lora))
-    if dtype == torch.float16 and half_precision(device) == torch.float16:
+    if dtype == torch.float16 and half_precision(device) != torch.bfloat16:
         _decode_in_float32(pipeline)
     pipeline.to(device)
     if device.type != "mps":

@@ -10,10 +10,11 @@ import numpy as np
 
 from CandidateImages import CandidateMaker, GenerationSettings
 from CIFAKE import IMAGES_PER_CLASS, fetch_cifake, local_cifake, read_cifake
-from DiffusionPipelines import PRESETS, is_on_this_machine
+from DiffusionPipelines import PRESETS, ModelUnavailableError, is_on_this_machine
 from Files import one_process_at_a_time
 from ImageCache import (
     CACHE,
+    check_cache_path,
     describe_cache,
     load_generated_images,
     load_metadata,
@@ -63,7 +64,8 @@ def prepare_images(counts, *, no_more=False):
     ImagesUnavailableError
         If no source has images.
     OSError
-        If the cache cannot be written, or a source that is on this machine cannot be read.
+        If the cache cannot be written, the disk is too full for the download, or a source that is on this machine
+        cannot be read.
 
     Notes
     -----
@@ -95,6 +97,7 @@ def _is_too_small_a_part(counts):
 
 
 def _fill_cache(counts, images_per_class):
+    check_cache_path(CACHE)  # before a download
     try:
         images, labels = fetch_cifake(images_per_class)
     except DataUnavailableError as error:
@@ -118,7 +121,7 @@ def _fill_cache(counts, images_per_class):
         save_generated_images(
             *load_generated_images(UNFINISHED_CACHE), CACHE, load_metadata(UNFINISHED_CACHE)
         )
-    except (SelectionError, MemoryError, FloatingPointError) as error:
+    except (ModelUnavailableError, SelectionError, MemoryError, FloatingPointError) as error:
         raise ImagesUnavailableError(f"generating Stable Diffusion images failed: {error}") from error
     for suffix in (".csv", CACHE.suffix):
         UNFINISHED_CACHE.with_suffix(suffix).unlink(missing_ok=True)

@@ -34,7 +34,7 @@ def half_precision(device):
     -------
     torch.dtype or None
         ``torch.bfloat16`` where the hardware multiplies in it (not where PyTorch emulates it), else ``torch.float16``
-        on a CUDA GPU that has it, else None: float32.
+        on a CUDA GPU that multiplies faster in it, else None: float32.
     """
     if device.type == "cuda":
         # torch.cuda.is_bf16_supported asks the same, but of the current device. AMD's GPUs all have it.

@@ -333,7 +333,9 @@ def read_result(path):
         "minority_classes": set(result["minority_classes"]) <= set(names) & metrics["per_class"].keys(),
         "metrics.confusion_matrix": [len(row) for row in metrics["confusion_matrix"]]
         == len(names) * [len(names)],
-        "metrics": _are_numbers(metrics, "macro_f1", "g_mean", "majority_recall"),
+        # The majority's recall is None if every class is a minority.
+        "metrics": _are_numbers(metrics, "macro_f1", "g_mean")
+        and isinstance(metrics.get("majority_recall"), Real | None),
         "metrics.minority.f1": _are_numbers(metrics["minority"], "f1"),
         "best_look_at_test": _are_numbers(result["best_look_at_test"], "test_accuracy"),
         # None for data whose mirror images are of other classes.

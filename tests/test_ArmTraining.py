@@ -233,7 +233,10 @@ def test_an_arm_interrupted_in_training_continues_to_the_same_result(
         patch.setattr(ClassifierNetwork.EpochEvaluator, "__call__", interrupted_evaluation)
         with pytest.raises(KeyboardInterrupt):
             smoke("logit-adjusted", tiny_data)
-    assert files() == {"models/checkpoints/smoke/cat-5/logit-adjusted-seed0.pt"}
+    assert files() == {
+        "models/checkpoints/smoke/cat-5/logit-adjusted-seed0.pt",
+        "results/smoke/cat-5/test-labels.txt",
+    }
 
     resumed = smoke("logit-adjusted", tiny_data)
     assert not files("models/checkpoints")

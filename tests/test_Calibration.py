@@ -95,9 +95,11 @@ def test_the_diagram_pools_runs_and_leaves_out_bins_of_few_images():
     def entry(images, probability, share):
         return {"images": images, "mean_probability": probability, "share_of_minority": share}
 
-    runs = [[entry(30, 0.21, 0.5), entry(4, 0.9, 1.0)], [entry(10, 0.25, 0.1), entry(5, 0.9, 0.0)]]
+    runs = [[entry(30, 0.21, 0.5), entry(8, 0.9, 1.0)], [entry(10, 0.25, 0.1), entry(9, 0.9, 0.0)]]
     figure = plot_reliability({"an arm": runs, "another": [[entry(9, 0.5, 0.5)]]}, "title")
-    _, line = figure.axes[0].lines  # the first is the diagonal; the second arm has no bin of ten images
+    _, line = figure.axes[
+        0
+    ].lines  # the first is the diagonal; the other bins have fewer than ten images a run
     assert line.get_label() == "an arm"
     assert line.get_xydata() == pytest.approx(np.array([[0.22, 0.4]]))
     [band] = figure.axes[0].collections

@@ -618,7 +618,7 @@ def test_two_processes_train_as_one_process_does_and_continue_from_one_checkpoin
             assert epoch["train_accuracy"] == expected["train_accuracy"]
             assert epoch["step"] == expected["step"]
     assert first["weights"] == pytest.approx(alone["weights"], abs=2e-3)
-    # One process updates them twice a step with a tenth, two processes once with a fifth.
+    # One process updates them twice a step with a tenth, two processes once with 1 - 0.9² = 0.19.
     assert first["means"] == second["means"] == pytest.approx(alone["means"], rel=0.1)
     assert torch.load("run-2.pt", weights_only=True)["history"] == first["history"], "one process writes it"
     answer = subprocess.run(
@@ -924,7 +924,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run_as_code(kind):
     "damage",
     [
         lambda content: content["states"][0].pop("head.weight"),
-        lambda content: content["states"].pop(),
+        lambda content: content["states"].pop(0),
         lambda content: content["states"].__setitem__(1, {}),
         lambda content: content.update(states=None),
         lambda content: content.update(history=[]),
@@ -1116,7 +1116,7 @@ def test_batches_of_other_images_are_refused():
 
 
 def test_weights_for_another_number_of_classes_are_refused():
-    with pytest.raises(ValueError, match="weighs 11 classes, but the network has 10"):
+    with pytest.raises(ValueError, match="has 11 classes, but the network 10"):
         train(small_model(), loss=ClassBalancedLoss(np.arange(11), 11))
 
 

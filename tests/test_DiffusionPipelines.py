@@ -315,7 +315,8 @@ def test_the_weights_type_follows_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("half", "expected"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)]
+    ("half", "expected"),
+    [(torch.float16, torch.float32), (None, torch.float32), (torch.bfloat16, torch.float16)],
 )
 def test_cards_without_bfloat16_decode_in_float32(models, monkeypatch, half, expected):
     monkeypatch.setattr(DiffusionPipelines, "half_precision", lambda device: half)

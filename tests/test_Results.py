@@ -168,7 +168,9 @@ def test_a_damaged_file_is_named():
         read_json("gan.json")
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": NaN}', '{"loss": -Infinity}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ['{"accuracy": NaN}', '{"loss": -Infinity}', pytest.param("[" * 100_000, id="nested")]
+)
 def test_what_json_does_not_allow_is_damage(content):
     Path("gan.json").write_text(content)
     with pytest.raises(ValueError, match=r"gan\.json is no valid JSON .*Remove it"):
@@ -188,6 +190,11 @@ PROBABILITIES = {
         "average_precision": 0.5, "reliability": [{"images": 3, "mean_probability": 0.1, "share_of_minority": 0.3}],
     },
 }  # fmt: skip
+
+
+def test_a_result_whose_classes_are_all_rare_has_no_majority_recall():
+    save("stable-seed0.json", COMPLETE | {"metrics": COMPLETE["metrics"] | {"majority_recall": None}})
+    assert STUDY.load_results()["stable"][0]["metrics"]["majority_recall"] is None
 
 
 @pytest.mark.parametrize("probabilities", [None, PROBABILITIES, PROBABILITIES | {"minority": None}])
@@ -234,6 +241,7 @@ def test_damage_at_any_depth_is_named_with_its_file_and_place(file_name, keys, v
         ("stable-seed0.json", {"test_predictions": "0 1"}, "test_predictions"),  # there is no class 1
         ("stable-seed0.json", {"history": []}, "history"),
         ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"g_mean": "0.5"}}, "metrics"),
+        ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"majority_recall": "0.5"}}, "metrics"),
         ("stable-seed0.json", {"metrics_with_averaged_flips": {"accuracy": None}}, "metrics_with_averaged_flips"),
         ("stable-seed0.json", {"best_look_at_test": {"test_accuracy": []}}, "best_look_at_test"),
         ("stable-seed0.json", {"metrics": COMPLETE["metrics"] | {"confusion_matrix": [[1, 1]]}}, "confusion_matrix"),

@@ -36,6 +36,7 @@ from CandidateImages import (
     read_shards,
     write_shard,
 )
+from DiffusionPipelines import ModelUnavailableError
 from Files import one_process_at_a_time
 from ImageCache import (
     CACHE,
@@ -508,6 +509,24 @@ def test_cifake_comes_second(monkeypatch):
     assert load_generated_images()[1].tolist() == list(range(7))
 
 
+def test_a_cache_that_cannot_be_written_is_noticed_before_the_download(monkeypatch):
+    monkeypatch.setattr(ImageSources, "fetch_cifake", lambda images_per_class: pytest.fail("it downloads"))
+    CACHE.parent.mkdir()
+    CACHE.with_suffix(".csv").write_text("a table of something else")
+    with pytest.raises((OSError, ValueError), match=r"stable_diffusion_dataset\.csv"):
+        prepare_images({"cat": 5})
+
+
+def test_a_model_that_is_here_in_part_is_a_reason(no_cifake, monkeypatch):
+    def fail(*arguments, **options):
+        raise ModelUnavailableError("its weights are missing")
+
+    monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: "turbo")
+    monkeypatch.setattr(ImageSources, "generate_images", fail)
+    with pytest.raises(ImagesUnavailableError, match="generating .* failed: its weights are missing"):
+        prepare_images({"cat": 5})
+
+
 def test_a_full_disk_is_an_error_and_no_reason_to_generate(monkeypatch):
     monkeypatch.setattr(ImageSources, "fetch_cifake", lambda images_per_class: (real(7), np.arange(7)))
     monkeypatch.setattr(ImageSources, "preset_at_hand", lambda: pytest.fail("it looked for a model"))
@@ -807,7 +826,7 @@ def test_numbers_that_are_not_finite_stop_the_generation_and_nothing_is_written(
             generate(loaded, 3)
     finally:
         hook.remove()
-    assert not CACHE.exists() and not list(shards_of().glob("*.npz"))
+    assert not CACHE.exists() and not list(SHARDS.glob("cat-*"))
     assert generate(loaded, 3)["kept"] == 3
 
 
