@@ -26,7 +26,7 @@ from Checks import check_classes, check_labels
 from Utils import COLOURS
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
-FEWEST = 10  # test images that a point of the figure stands for
+FEWEST = 10  # test images of a run that a point of the figure stands for
 
 
 def probability_metrics(logits, y_true, minority_classes):
@@ -150,10 +150,11 @@ def _pooled(runs):
     points = []
     for _, entries in sorted(bins.items()):
         images = np.array([entry["images"] for entry in entries])
-        if images.sum() / len(runs) >= FEWEST:
+        of_a_run = images.sum() / len(runs)
+        if of_a_run >= FEWEST:
             means = (
                 float(np.average([entry[key] for entry in entries], weights=images))
                 for key in ("mean_probability", "share_of_minority")
             )
-            points.append((*means, images.sum() / len(runs)))
+            points.append((*means, of_a_run))
     return points

@@ -20,7 +20,7 @@ from BusyMachine import start_again_if_busy
 from ClassifierNetwork import channel_statistics, create_classifier, predict_logits
 from ClassifierTraining import Recipe, train_classifier
 from DevelopmentReport import CUE, CUES, cue_table
-from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
+from DevelopmentSplits import SPLITS, check_splits, development_data, held_out_set, prepare_images
 from Experiment import seed_number
 from Files import require_same_settings, save_json
 from ImageOverSampler import source_balanced_strategy
@@ -145,8 +145,7 @@ def main(arguments=None):
     try:
         data = load_cifar10()
         rest = held_out_set(data)
-        for split_name in options.split:
-            development_data(rest, split_name)  # a mistake in the last name must not surface after an hour
+        check_splits(rest, options.split)
         prepare_images(rest, options.split)
         for seed in options.seed:
             for split_name in options.split:

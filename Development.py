@@ -14,7 +14,7 @@ import argparse
 from Arms import PROFILES
 from BusyMachine import start_again_if_busy
 from DevelopmentReport import SCORES, methods_table
-from DevelopmentSplits import SPLITS, development_data, held_out_set, prepare_images
+from DevelopmentSplits import SPLITS, check_splits, held_out_set, prepare_images
 from Experiment import seed_number
 from ImbalancedCIFAR10 import load_cifar10
 from Methods import METHODS, find_method
@@ -61,8 +61,7 @@ def main(arguments=None):
 def _run_all(names, options, budget):
     data = load_cifar10()
     rest = held_out_set(data)
-    for split_name in options.split:
-        development_data(rest, split_name)  # a mistake in the last name must not surface after an hour
+    check_splits(rest, options.split)
     if any(find_method(name).needs_stable_diffusion for name in names):
         prepare_images(rest, options.split)
     for seed in options.seed:

@@ -121,6 +121,12 @@ def development_data(rest, split_name):
     return DevelopmentData(rest.X_train[kept], y[kept], X_val, y_val, weights, minority)
 
 
+def check_splits(rest, split_names):
+    """Raise ValueError if one of these cannot be a development split of ``rest``, before work on the first begins."""
+    for split_name in split_names:
+        development_data(rest, split_name)
+
+
 def validation_scores(development, predictions):
     """Scores on validation images, as if every class had equally many, so that accuracy is balanced accuracy.
 

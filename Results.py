@@ -323,11 +323,8 @@ def refuse_damage(path, wrong):
 def read_result(path):
     """Content of the result file of one run, with the same errors as :func:`read_json`."""
     result = read_json(path, RESULT)
-    metrics, names, flips = (
-        result["metrics"],
-        result["class_names"],
-        result.get("metrics_with_averaged_flips"),
-    )
+    metrics, names = result["metrics"], result["class_names"]
+    flips = result.get("metrics_with_averaged_flips")
     is_right = {
         "arm": f"{result['arm']}-seed{result['seed']}.json" == Path(path).name,
         "minority_classes": set(result["minority_classes"]) <= set(names) & metrics["per_class"].keys(),

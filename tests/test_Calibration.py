@@ -97,17 +97,14 @@ def test_the_diagram_pools_runs_and_leaves_out_bins_of_few_images():
 
     runs = [[entry(30, 0.21, 0.5), entry(8, 0.9, 1.0)], [entry(10, 0.25, 0.1), entry(9, 0.9, 0.0)]]
     figure = plot_reliability({"an arm": runs, "another": [[entry(9, 0.5, 0.5)]]}, "title")
-    _, line = figure.axes[
-        0
-    ].lines  # the first is the diagonal; the other bins have fewer than ten images a run
+    [axes] = figure.axes
+    _, line = axes.lines  # the first is the diagonal; the other bins have fewer than ten images a run
     assert line.get_label() == "an arm"
     assert line.get_xydata() == pytest.approx(np.array([[0.22, 0.4]]))
-    [band] = figure.axes[0].collections
+    [band] = axes.collections
     # Wilson's interval of 8 in 20, the mean of both runs: (8 + z²/2 ± z sqrt(8 * 12 / 20 + z²/4)) / (20 + z²).
-    assert (
-        band.get_datalim(figure.axes[0].transData).y0,
-        band.get_datalim(figure.axes[0].transData).y1,
-    ) == pytest.approx((0.2188, 0.6134), abs=1e-4)
+    extent = band.get_datalim(axes.transData)
+    assert (extent.y0, extent.y1) == pytest.approx((0.2188, 0.6134), abs=1e-4)
     plt.close(figure)
 
 
